@@ -1,0 +1,44 @@
+// The inner loops of the CPU ops, compiled once per instruction set and chosen at run time.
+//
+// This header and the element_loops_*.cpp behind it include no torch header and no container: a file compiled for AVX-512 must
+// not emit an inline function that the linker could then pick for machines without it.
+#pragma once
+
+#include <cstdint>
+
+#include "../excess_risk_math.h"
+
+namespace excessmtl::cpu {
+
+// The order of GradType in param_layout.h; a test reads both.
+constexpr int kNumElementTypes = 4;
+
+// One row of functions per gradient type. n may be any number; pointers need no alignment.
+template <typename acc_t>
+struct ElementLoops {
+  // Adds n coordinates to the state and returns their share of the excess risk. grad_mean is not read without momentum.
+  using Accumulate = double (*)(const void* grad, acc_t* sq_grad_sum, acc_t* grad_mean, int64_t n,
+                                const ElementOptions<acc_t>& options);
+  // Takes n coordinates back out of the state.
+  using Repair = void (*)(const void* grad, acc_t* sq_grad_sum, acc_t* grad_mean, int64_t n,
+                          const ElementOptions<acc_t>& options);
+  // sum <- keep * sum + add * grad, without FMA-dependent reordering across elements.
+  using Fold = void (*)(const void* grad, acc_t keep, acc_t add, acc_t* sum, int64_t n);
+
+  Accumulate accumulate[kNumElementTypes][2][2];  // [type][sqrt_fisher][has_momentum]
+  Repair repair[kNumElementTypes][2];             // [type][has_momentum]
+  Fold fold[kNumElementTypes];
+};
+
+struct Capability {
+  const char* name;
+  const ElementLoops<float>* float_loops;
+  const ElementLoops<double>* double_loops;
+};
+
+// Each is null in a build whose target has no such instruction set.
+const Capability* avx512_capability();
+const Capability* avx2_capability();
+const Capability* default_capability();
+
+}  // namespace excessmtl::cpu

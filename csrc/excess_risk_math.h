@@ -1,0 +1,192 @@
+// Every formula of ExcessMTL (He et al., ICML 2024), once, for the host and for the device: no other C++ file contains one.
+//
+// Symbols: g gradient of one task, sq_grad_sum = sum over steps of g^2 (diagonal empirical Fisher, Eq. 7), grad_mean = running
+// mean of g, E excess risk (Eq. 6, its factor 1/2 dropped), B its baseline, R = E / B (Sec. 3.2), a task weights (Eq. 9).
+// Includes no torch header: nvcc, the host compiler and the tests' SIMT shim read the same text.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define EXCESSMTL_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define EXCESSMTL_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace excessmtl {
+
+// ---- per element -----------------------------------------------------------------------------------------------------
+
+// What the element formulas need besides the element. acc_t: float, or double for float64 gradients.
+template <typename acc_t>
+struct ElementOptions {
+  acc_t eps;                 // added to the Fisher diagonal (inside the root when there is one), > 0
+  acc_t momentum;            // b of grad_mean = b grad_mean + (1 - b) g; 0 switches it off
+  acc_t one_minus_momentum;  // rounded once from double: 1 - b loses digits in float when b is near 1
+  acc_t inverse_momentum;    // 1 / b, for the repair; 0 when b is 0
+  acc_t inverse_scale;       // 1 / grad_scale (GradScaler), else 1
+};
+
+template <typename acc_t>
+inline ElementOptions<acc_t> make_element_options(double eps, double momentum, double grad_scale) {
+  return {static_cast<acc_t>(eps), static_cast<acc_t>(momentum), static_cast<acc_t>(1.0 - momentum),
+          static_cast<acc_t>(momentum > 0.0 ? 1.0 / momentum : 0.0), static_cast<acc_t>(1.0 / grad_scale)};
+}
+
+template <typename acc_t>
+struct LargestFinite;
+template <>
+struct LargestFinite<float> {
+  static constexpr float value = 3.402823466e+38F;
+};
+template <>
+struct LargestFinite<double> {
+  static constexpr double value = 1.7976931348623157e+308;
+};
+
+// The two functions whose fast form depends on the machine. The SIMD loops bring a Math of their own over vectors.
+template <typename acc_t>
+struct ScalarMath;
+template <>
+struct ScalarMath<float> {
+  using acc_t = float;
+  static EXCESSMTL_HOST_DEVICE float inverse_sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+    return rsqrtf(x);
+#else
+    return 1.0F / std::sqrt(x);
+#endif
+  }
+  static EXCESSMTL_HOST_DEVICE float inverse(float x) { return 1.0F / x; }
+};
+template <>
+struct ScalarMath<double> {
+  using acc_t = double;
+  static EXCESSMTL_HOST_DEVICE double inverse_sqrt(double x) {
+#if defined(__CUDA_ARCH__)
+    return rsqrt(x);
+#else
+    return 1.0 / std::sqrt(x);
+#endif
+  }
+  static EXCESSMTL_HOST_DEVICE double inverse(double x) { return 1.0 / x; }
+};
+
+// Eqs. 6-7 for one coordinate (V: a scalar, or a vector of coordinates): adds g^2 to the Fisher diagonal, moves the running
+// mean when kMomentum, and returns this coordinate's share of g^T H^-1 g, H = diag(sqrt(S + eps)) or diag(S + eps).
+// A square that is not finite never enters the state; it makes the returned share non-finite, which the sum then carries.
+// S stops at the largest finite number, so that no later step divides by infinity.
+template <class Math, bool kSqrtFisher, bool kMomentum, typename V>
+EXCESSMTL_HOST_DEVICE V accumulate_excess_risk(V scaled_grad, V& sq_grad_sum, V& grad_mean,
+                                               const ElementOptions<typename Math::acc_t>& options) {
+  constexpr typename Math::acc_t kLargest = LargestFinite<typename Math::acc_t>::value;
+  const V grad = scaled_grad * options.inverse_scale;
+  const V sq_grad = grad * grad;
+  const V sum = sq_grad_sum + (sq_grad <= kLargest ? sq_grad : V{});
+  sq_grad_sum = sum <= kLargest ? sum : V{} + kLargest;
+  V numerator = sq_grad;
+  if constexpr (kMomentum) {
+    const V mean = grad_mean * options.momentum + grad * options.one_minus_momentum;
+    grad_mean = sq_grad <= kLargest ? mean : grad_mean;
+    numerator = grad_mean * grad_mean + (sq_grad - sq_grad);  // the difference is 0, or NaN where sq_grad is not finite
+  }
+  const V fisher = sq_grad_sum + options.eps;
+  if constexpr (kSqrtFisher) {
+    return numerator * Math::inverse_sqrt(fisher);
+  } else {
+    return numerator * Math::inverse(fisher);
+  }
+}
+
+// Undoes accumulate_excess_risk for one coordinate after a step that turned out to be non-finite (up to rounding).
+template <class Math, bool kMomentum, typename V>
+EXCESSMTL_HOST_DEVICE void repair_state(V scaled_grad, V& sq_grad_sum, V& grad_mean,
+                                        const ElementOptions<typename Math::acc_t>& options) {
+  constexpr typename Math::acc_t kLargest = LargestFinite<typename Math::acc_t>::value;
+  const V grad = scaled_grad * options.inverse_scale;
+  const V sq_grad = grad * grad;
+  const V before = sq_grad_sum - sq_grad;
+  const V not_negative = before >= typename Math::acc_t(0) ? before : V{};
+  sq_grad_sum = sq_grad <= kLargest ? not_negative : sq_grad_sum;
+  if constexpr (kMomentum) {
+    const V mean = (grad_mean - grad * options.one_minus_momentum) * options.inverse_momentum;
+    grad_mean = sq_grad <= kLargest ? mean : grad_mean;
+  }
+}
+
+// ---- per task, always in double --------------------------------------------------------------------------------------
+
+struct TaskOptions {
+  double momentum;           // b, for the bias correction of grad_mean
+  int64_t num_warmup_steps;  // steps with resting weights whose mean risk is the baseline
+  bool relative;             // divide by the baseline
+  double raw_risk_scale;     // factor of the risk when not relative: 1, or 1 / P for the linear Fisher
+  double robust_step_size;   // eta_alpha
+  double min_weight;         // floor f, at most 1 / T
+  double weight_total;       // what the weights sum to
+};
+
+// Keeps the exponent finite when a baseline is vanishingly small: E / B <= 1e100 still orders the tasks.
+constexpr double kMaxLogStep = 1e100;
+
+struct TaskRisk {
+  double excess_risk;
+  double relative_excess_risk;
+  double baseline_excess_risk;
+  int64_t num_task_steps;
+};
+
+// The risk of one task from the sum over its coordinates. grad_mean starts at zero, so m / (1 - b^t) is the mean and the sum of
+// its squares carries the factor squared. The baseline is the mean over the warm-up, or the task's first non-zero risk after it.
+EXCESSMTL_HOST_DEVICE TaskRisk updated_task_risk(double excess_risk_sum, double baseline_excess_risk, int64_t num_steps,
+                                                 int64_t num_task_steps, const TaskOptions& options) {
+  const int64_t t = num_task_steps + 1;
+  double excess_risk = excess_risk_sum;
+  if (options.momentum > 0.0) {
+    const double bias_correction = 1.0 - pow(options.momentum, static_cast<double>(t));
+    excess_risk /= bias_correction * bias_correction;
+  }
+  double baseline = baseline_excess_risk;
+  if (num_steps < options.num_warmup_steps) {
+    baseline += (excess_risk - baseline) / static_cast<double>(t);
+  } else if (baseline == 0.0) {
+    baseline = excess_risk;
+  }
+  double relative = excess_risk * options.raw_risk_scale;
+  if (options.relative) {
+    relative = baseline > 0.0 ? excess_risk / baseline : 0.0;
+  }
+  return {excess_risk, relative, baseline, t};
+}
+
+// Eq. 9 before normalisation, as a log-weight. Weights rest during the warm-up.
+EXCESSMTL_HOST_DEVICE double moved_log_weight(double log_task_weight, double relative_excess_risk, int64_t num_steps,
+                                              const TaskOptions& options) {
+  if (num_steps < options.num_warmup_steps) {
+    return log_task_weight;
+  }
+  const double log_step = options.robust_step_size * relative_excess_risk;
+  return log_task_weight + (log_step < kMaxLogStep ? log_step : kMaxLogStep);
+}
+
+// The weight of one task from its share exp(l - max) / sum exp(l - max) of the simplex.
+EXCESSMTL_HOST_DEVICE double scaled_task_weight(double share, int64_t num_tasks, const TaskOptions& options) {
+  return options.weight_total *
+         ((1.0 - static_cast<double>(num_tasks) * options.min_weight) * share + options.min_weight);
+}
+
+// Streaming: how a running sum, kept relative to exp(largest log-weight so far), takes in one more weighted gradient:
+// sum <- keep * sum + add * g. The largest log-weight starts at -inf with an empty sum.
+struct FoldFactors {
+  double keep;
+  double add;
+  double log_max;
+};
+
+EXCESSMTL_HOST_DEVICE FoldFactors fold_factors(double log_weight, double running_log_max) {
+  const double log_max = log_weight > running_log_max ? log_weight : running_log_max;
+  return {exp(running_log_max - log_max), exp(log_weight - log_max), log_max};
+}
+
+}  // namespace excessmtl

@@ -1,0 +1,313 @@
+"""Pure PyTorch twin of every op in ``torch.ops.excessmtl_ext``: the judge in tests and the fallback where nothing compiled.
+
+Each function takes exactly the arguments of its op (``csrc/ops.cpp``), so that either can stand in for the other. One line
+per equation of He et al., "Robust Multi-Task Learning with Excess Risks" (ICML 2024); clarity beats speed here.
+
+``task_grads`` holds T * L tensors, task-major. A tensor without elements where the parameter has some stands for "no gradient";
+a task that has none at all is absent from the step. State is flat, [T, padded P]: every parameter's segment is padded to
+``SEGMENT_ALIGNMENT`` elements. ``chunk_map`` and ``ticket`` serve the CUDA kernels only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+SEGMENT_ALIGNMENT = 32
+"""Elements to which each parameter's segment of the state is padded: one 128-byte line of float32."""
+
+MAX_LOG_STEP = 1e100
+"""Largest step of a log-weight: keeps the exponent finite when a baseline is vanishingly small."""
+
+
+def padded_numel(numel: int) -> int:
+    """Rounds the size of a parameter up to the size of its segment."""
+    return (numel + SEGMENT_ALIGNMENT - 1) // SEGMENT_ALIGNMENT * SEGMENT_ALIGNMENT
+
+
+def segments(flat: Tensor, param_numels: Tensor) -> Iterator[Tensor]:
+    """Yields each parameter's part [..., n_l] of a flat state tensor [..., padded P], as views."""
+    offset = 0
+    for numel in param_numels.tolist():
+        yield flat[..., offset : offset + numel]
+        offset += padded_numel(numel)
+
+
+def _task_grads_of(task_grads: Sequence[Tensor], task: int, num_tensors: int) -> Sequence[Tensor]:
+    return task_grads[task * num_tensors : (task + 1) * num_tensors]
+
+
+def _present_tasks(task_grads: Sequence[Tensor], num_tasks: int, num_tensors: int) -> list[int]:
+    return [
+        task
+        for task in range(num_tasks)
+        if any(grad.numel() > 0 for grad in _task_grads_of(task_grads, task, num_tensors))
+    ]
+
+
+def fused_step_(
+    task_grads: Sequence[Tensor],
+    param_numels: Tensor,
+    chunk_map: Tensor,
+    grad_scale: Tensor | None,
+    sq_grad_sum: Tensor,
+    grad_mean: Tensor,
+    excess_risk: Tensor,
+    relative_excess_risk: Tensor,
+    baseline_excess_risk: Tensor,
+    log_task_weights: Tensor,
+    task_weights: Tensor,
+    num_steps: Tensor,
+    num_task_steps: Tensor,
+    num_skipped_steps: Tensor,
+    found_nonfinite: Tensor,
+    ticket: Tensor,
+    *,
+    sqrt_fisher: bool,
+    eps: float,
+    gradient_momentum: float,
+    robust_step_size: float,
+    num_warmup_steps: int,
+    relative: bool,
+    min_weight: float,
+    weight_total: float,
+) -> None:
+    """One step: Fisher diagonal, excess risks, baseline, weights. A non-finite step changes S and m only (see combine_)."""
+    num_tasks = task_weights.numel()
+    tasks = _present_tasks(task_grads, num_tasks, param_numels.numel())
+    num_params = int(param_numels.sum())
+    found_nonfinite.zero_()
+    excess_risk_sum = torch.zeros_like(excess_risk)
+    accumulate_excess_risk_(
+        task_grads,
+        param_numels,
+        chunk_map,
+        grad_scale,
+        sq_grad_sum,
+        grad_mean,
+        excess_risk_sum,
+        ticket,
+        sqrt_fisher=sqrt_fisher,
+        eps=eps,
+        gradient_momentum=gradient_momentum,
+    )
+    update_task_risks_(
+        excess_risk_sum,
+        tasks,
+        excess_risk,
+        relative_excess_risk,
+        baseline_excess_risk,
+        num_steps,
+        num_task_steps,
+        found_nonfinite,
+        gradient_momentum=gradient_momentum,
+        num_warmup_steps=num_warmup_steps,
+        relative=relative,
+        raw_risk_scale=1.0 if sqrt_fisher or num_params == 0 else 1.0 / num_params,
+    )
+    update_task_weights_(
+        tasks,
+        relative_excess_risk,
+        log_task_weights,
+        task_weights,
+        num_steps,
+        num_skipped_steps,
+        found_nonfinite,
+        robust_step_size=robust_step_size,
+        num_warmup_steps=num_warmup_steps,
+        min_weight=min_weight,
+        weight_total=weight_total,
+    )
+
+
+def accumulate_excess_risk_(
+    task_grads: Sequence[Tensor],
+    param_numels: Tensor,
+    chunk_map: Tensor,
+    grad_scale: Tensor | None,
+    sq_grad_sum: Tensor,
+    grad_mean: Tensor,
+    excess_risk_sum: Tensor,
+    ticket: Tensor,
+    *,
+    sqrt_fisher: bool,
+    eps: float,
+    gradient_momentum: float,
+) -> None:
+    r"""Adds squared gradients to the Fisher diagonal (Eq. 7) and sums each present task's excess risk (Eq. 6).
+
+    .. math:: S \leftarrow S + g^2, \quad m \leftarrow b m + (1 - b) g, \quad \textstyle\sum_j n_j^2 / h(S_j)
+
+    with n = m under momentum b, else g, and h(S) = sqrt(S + eps) or S + eps.
+    """
+    largest = torch.finfo(sq_grad_sum.dtype).max
+    num_tensors = param_numels.numel()
+    for task in _present_tasks(task_grads, sq_grad_sum.shape[0], num_tensors):
+        grads = _task_grads_of(task_grads, task, num_tensors)
+        sums = segments(sq_grad_sum[task], param_numels)
+        means = segments(grad_mean[task], param_numels) if gradient_momentum > 0 else [None] * num_tensors
+        risk = torch.zeros((), dtype=torch.float64, device=sq_grad_sum.device)
+        for grad, sq_sum, mean in zip(grads, sums, means, strict=True):
+            if grad.numel() == 0:
+                continue
+            g = grad.reshape(-1).to(sq_grad_sum.dtype)
+            if grad_scale is not None:
+                g = g * grad_scale.to(g).reciprocal()
+            sq = g * g
+            is_finite = sq.isfinite()
+            sq_sum.copy_((sq_sum + sq.where(is_finite, 0.0)).clamp(max=largest))
+            numerator = sq
+            if mean is not None:
+                mean.copy_(torch.where(is_finite, mean * gradient_momentum + g * (1 - gradient_momentum), mean))
+                numerator = mean * mean + (sq - sq)  # 0, or NaN where the square is not finite
+            fisher = sq_sum + eps
+            risk += (numerator / (fisher.sqrt() if sqrt_fisher else fisher)).sum(dtype=torch.float64)
+        excess_risk_sum[task] = risk
+
+
+def update_task_risks_(
+    excess_risk_sum: Tensor,
+    tasks: Sequence[int],
+    excess_risk: Tensor,
+    relative_excess_risk: Tensor,
+    baseline_excess_risk: Tensor,
+    num_steps: Tensor,
+    num_task_steps: Tensor,
+    found_nonfinite: Tensor,
+    *,
+    gradient_momentum: float,
+    num_warmup_steps: int,
+    relative: bool,
+    raw_risk_scale: float,
+) -> None:
+    r"""Commits the risks of ``tasks``: bias correction, baseline, relative risk (Sec. 3.2). Flags them if one is not finite."""
+    index = torch.tensor(tasks, dtype=torch.long, device=excess_risk.device)
+    found_nonfinite[index] = ~excess_risk_sum[index].isfinite()
+    if not tasks or bool(found_nonfinite[index].any()):
+        return
+    t = num_task_steps[index] + 1
+    risk = excess_risk_sum[index] / (1.0 - gradient_momentum ** t.double()) ** 2
+    baseline = baseline_excess_risk[index]
+    if int(num_steps) < num_warmup_steps:
+        baseline = baseline + (risk - baseline) / t  # mean over the warm-up
+    else:
+        baseline = torch.where(baseline == 0, risk, baseline)  # a task that had no gradient before
+    excess_risk[index] = risk
+    baseline_excess_risk[index] = baseline
+    ratio = torch.where(baseline > 0, risk / baseline, 0.0)
+    relative_excess_risk[index] = ratio if relative else risk * raw_risk_scale
+    num_task_steps[index] = t
+
+
+def update_task_weights_(
+    tasks: Sequence[int],
+    relative_excess_risk: Tensor,
+    log_task_weights: Tensor,
+    task_weights: Tensor,
+    num_steps: Tensor,
+    num_skipped_steps: Tensor,
+    found_nonfinite: Tensor,
+    *,
+    robust_step_size: float,
+    num_warmup_steps: int,
+    min_weight: float,
+    weight_total: float,
+) -> None:
+    r"""Entropic mirror step (Eq. 9): :math:`\alpha_i \leftarrow \alpha_i \exp(\eta R_i) / Z` over ``tasks``; others keep theirs.
+
+    Differs from the official code: weights live in log space, so exp() cannot overflow and no weight is lost at zero.
+    """
+    if not tasks:
+        return
+    index = torch.tensor(tasks, dtype=torch.long, device=task_weights.device)
+    if bool(found_nonfinite[index].any()):
+        num_skipped_steps += 1
+        return
+    if int(num_steps) >= num_warmup_steps:
+        before = log_task_weights[index]
+        moved = before + (robust_step_size * relative_excess_risk[index]).clamp(max=MAX_LOG_STEP)
+        log_task_weights[index] = (moved - moved.logsumexp(0)) + before.logsumexp(0)
+    share = log_task_weights.softmax(0)
+    task_weights.copy_(weight_total * ((1.0 - task_weights.numel() * min_weight) * share + min_weight))
+    num_steps += 1
+
+
+def combine_(
+    task_grads: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    param_numels: Tensor,
+    chunk_map: Tensor,
+    grad_scale: Tensor | None,
+    task_weights: Tensor,
+    found_nonfinite: Tensor,
+    sq_grad_sum: Tensor,
+    grad_mean: Tensor,
+    *,
+    gradient_momentum: float,
+    accumulate: bool,
+) -> None:
+    r"""Writes (or adds) :math:`\sum_i \alpha_i g_i` to ``outputs``; after a non-finite step repairs S and m and writes NaN."""
+    num_tasks, num_tensors = task_weights.numel(), param_numels.numel()
+    if bool(found_nonfinite.any()):
+        if sq_grad_sum.numel() > 0:
+            _repair_state(task_grads, param_numels, grad_scale, sq_grad_sum, grad_mean, gradient_momentum)
+        for output in outputs:
+            output.fill_(float("nan"))
+        return
+    for index, output in enumerate(outputs):
+        grads = [task_grads[task * num_tensors + index] for task in range(num_tasks)]
+        wide = torch.promote_types(output.dtype, torch.float32)
+        for grad in grads:
+            wide = torch.promote_types(wide, grad.dtype)
+        total = torch.zeros(output.shape, dtype=wide, device=output.device)
+        for weight, grad in zip(task_weights, grads, strict=True):
+            if grad.numel() > 0:
+                total += weight.to(wide) * grad.to(wide).reshape(output.shape)
+        output.copy_(output.to(wide) + total if accumulate else total)
+
+
+def _repair_state(
+    task_grads: Sequence[Tensor],
+    param_numels: Tensor,
+    grad_scale: Tensor | None,
+    sq_grad_sum: Tensor,
+    grad_mean: Tensor,
+    gradient_momentum: float,
+) -> None:
+    """Takes the finite squares of a skipped step out of S again, and the gradients out of m: exact up to rounding."""
+    num_tensors = param_numels.numel()
+    for task in range(sq_grad_sum.shape[0]):
+        grads = _task_grads_of(task_grads, task, num_tensors)
+        sums = segments(sq_grad_sum[task], param_numels)
+        means = segments(grad_mean[task], param_numels) if gradient_momentum > 0 else [None] * num_tensors
+        for grad, sq_sum, mean in zip(grads, sums, means, strict=True):
+            if grad.numel() == 0:
+                continue
+            g = grad.reshape(-1).to(sq_grad_sum.dtype)
+            if grad_scale is not None:
+                g = g * grad_scale.to(g).reciprocal()
+            sq = g * g
+            sq_sum.copy_(torch.where(sq.isfinite(), (sq_sum - sq).clamp(min=0.0), sq_sum))
+            if mean is not None:
+                before = (mean - g * (1 - gradient_momentum)) / gradient_momentum
+                mean.copy_(torch.where(sq.isfinite(), before, mean))
+
+
+def fold_(
+    task_grads: Sequence[Tensor],
+    param_numels: Tensor,
+    chunk_map: Tensor,
+    log_weight: Tensor,
+    running_sum: Tensor,
+    running_log_max: Tensor,
+) -> None:
+    r"""Streaming: takes one task's gradient into :math:`\sum_i e^{\ell_i - M} g_i`, M the largest log-weight so far."""
+    log_max = torch.maximum(log_weight, running_log_max)
+    running_sum *= (running_log_max - log_max).exp().to(running_sum.dtype)
+    add = (log_weight - log_max).exp().to(running_sum.dtype)
+    for grad, total in zip(task_grads, segments(running_sum, param_numels), strict=True):
+        if grad.numel() > 0:
+            total += add * grad.reshape(-1).to(running_sum.dtype)
+    running_log_max.copy_(log_max)
