@@ -23,6 +23,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ def _csrc_dir() -> Path:
     for candidate in candidates:
         if (candidate / "sources.txt").is_file():
             return candidate
-    raise _OpsUnavailable(f"EXCESSMTL_JIT=1, but the C++ sources are not in {candidates[0]}")
+    raise _OpsUnavailable(f"the C++ sources are not in {candidates[0]}")
 
 
 def _toolkit_dir() -> Path | None:
@@ -111,15 +112,29 @@ def _cuda_toolkit_for_jit() -> Path | None:
     return toolkit
 
 
-def _compile_and_load() -> BuildInfo:
+def _compile(toolkit: Path | None, architectures: str, **build: Any) -> None:
+    """Runs torch's ninja build and loads the result; `toolkit` is None for a build without CUDA."""
+    from torch.utils import cpp_extension  # slow, and needs setuptools: only when compiling
+
+    saved = cpp_extension.CUDA_HOME, os.environ.get("TORCH_CUDA_ARCH_LIST")
+    try:
+        if toolkit is not None:
+            # torch guesses the toolkit from where nvcc lies, and asks the GPU for its architecture,
+            # which would start CUDA at import.
+            cpp_extension.CUDA_HOME = str(toolkit)
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+        cpp_extension.load(with_cuda=toolkit is not None, is_python_module=False, **build)
+    finally:
+        cpp_extension.CUDA_HOME = saved[0]
+        if saved[1] is None:
+            os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+
+
+def _load_compiled_here() -> BuildInfo:
     """Compiles the sources with ninja, or finds them compiled, and loads the library."""
     csrc = _csrc_dir()
     toolkit = _cuda_toolkit_for_jit()
-    names = [
-        line
-        for line in (csrc / "sources.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
+    names = re.findall(r"^[^#\n].*$", (csrc / "sources.txt").read_text(), re.MULTILINE)
     sources = [name for name in names if toolkit is not None or not name.endswith(".cu")]
     has_cuda = any(name.endswith(".cu") for name in sources)
 
@@ -134,36 +149,32 @@ def _compile_and_load() -> BuildInfo:
         digest.update(path.read_bytes())
     name = re.sub(r"\W", "_", f"excessmtl_ext_torch{torch.__version__}_{digest.hexdigest()[:16]}")
 
-    from torch.utils import cpp_extension  # slow to import, and needs setuptools: only on this path
-
-    saved = cpp_extension.CUDA_HOME, os.environ.get("TORCH_CUDA_ARCH_LIST")
-    try:
-        if has_cuda:
-            # torch guesses the toolkit from where nvcc lies, and asks the GPU for its architecture,
-            # which would start CUDA at import.
-            cpp_extension.CUDA_HOME = str(toolkit)
-            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-        print(f"excessmtl_ext: compiling {name}, unless it is cached", file=sys.stderr)
-        cpp_extension.load(
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+    folder = Path(root).expanduser() / name
+    is_complete = folder / "complete"  # another process may be writing the library just now
+    if is_complete.exists():
+        torch.ops.load_library(str(folder / f"{name}.so"))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"excessmtl_ext: compiling the ops into {folder} (EXCESSMTL_JIT=1)", file=sys.stderr)
+        _compile(
+            toolkit if has_cuda else None,
+            architectures,
             name=name,
+            build_directory=str(folder),
             sources=[str(csrc / source) for source in sources],
             extra_cflags=[*_CXX_FLAGS, define],
             extra_cuda_cflags=["-O3", "-std=c++20", *_CUDA_FLAGS, define, *use_cuda],
             extra_include_paths=[str(csrc)],
-            with_cuda=has_cuda,
-            is_python_module=False,
         )
-    finally:
-        cpp_extension.CUDA_HOME = saved[0]
-        if saved[1] is None:
-            os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+        is_complete.touch()
     return BuildInfo(
         has_cuda=has_cuda,
         cuda_version=torch.version.cuda or "" if has_cuda else "",
         cuda_architectures=architectures if has_cuda else "",
         torch_version=str(torch.__version__),
         torch_target_version=f"{target[0]}.{target[1]}",
-        compiler=cpp_extension.get_cxx_compiler(),
+        compiler=os.environ.get("CXX", "c++"),
     )
 
 
@@ -176,11 +187,11 @@ def _first_error(error: Exception) -> str:
 def _load() -> tuple[BuildInfo | None, str | None]:
     if os.environ.get("EXCESSMTL_DISABLE_OPS") == "1":
         return None, "EXCESSMTL_DISABLE_OPS=1"
-    load = _compile_and_load if os.environ.get("EXCESSMTL_JIT") == "1" else _load_installed
+    use_jit = os.environ.get("EXCESSMTL_JIT") == "1"
     try:
-        return load(), None
+        return (_load_compiled_here() if use_jit else _load_installed()), None
     except Exception as error:  # whatever a compiler or a damaged file raises, the reference works
-        reason = _first_error(error)
+        reason = ("EXCESSMTL_JIT=1: " if use_jit else "") + _first_error(error)
     warnings.warn(
         f"No compiled extension ({reason}). Using excessmtl_ext.reference, which is slower.",
         RuntimeWarning,
