@@ -60,7 +60,7 @@ def _load_installed() -> BuildInfo:
     spec = importlib.util.find_spec(f"{__package__}._ops")
     if spec is None or spec.origin is None:
         raise _OpsUnavailable(
-            "it was not built; with a C++20 compiler, `pip install --force-reinstall --no-deps .` does"
+            "it was not built; `pip install --force-reinstall --no-deps .` needs a C++20 compiler"
         )
     facts = importlib.import_module(f"{__package__}._C").build_facts()
     target = facts["torch_target_version"]
