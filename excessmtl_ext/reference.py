@@ -1,11 +1,13 @@
-"""Pure PyTorch twin of every op in ``torch.ops.excessmtl_ext``: the judge in tests and the fallback where nothing compiled.
+"""Pure PyTorch twin of every op in ``torch.ops.excessmtl_ext``: the judge in tests, and the fallback.
 
-Each function takes exactly the arguments of its op (``csrc/ops.cpp``), so that either can stand in for the other. One line
-per equation of He et al., "Robust Multi-Task Learning with Excess Risks" (ICML 2024); clarity beats speed here.
+Each function takes exactly the arguments of its op (``csrc/ops.cpp``), so that either can stand in
+for the other. One line per equation of He et al., "Robust Multi-Task Learning with Excess Risks"
+(ICML 2024); clarity beats speed here.
 
-``task_grads`` holds T * L tensors, task-major. A tensor without elements where the parameter has some stands for "no gradient";
-a task that has none at all is absent from the step. State is flat, [T, padded P]: every parameter's segment is padded to
-``SEGMENT_ALIGNMENT`` elements. ``chunk_map`` and ``ticket`` serve the CUDA kernels only.
+``task_grads`` holds T * L tensors, task-major. A tensor without elements where the parameter has
+some stands for "no gradient"; a task that has none at all is absent from the step. State is flat,
+[T, padded P]: every parameter's segment is padded to ``SEGMENT_ALIGNMENT`` elements. ``chunk_map``
+and ``ticket`` serve the CUDA kernels only.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def fused_step_(
     min_weight: float,
     weight_total: float,
 ) -> None:
-    """One step: Fisher diagonal, excess risks, baseline, weights. A non-finite step changes S and m only (see combine_)."""
+    """One step: Fisher diagonal, excess risks, baseline, weights. A non-finite step changes only S and m."""
     num_tasks = task_weights.numel()
     tasks = _present_tasks(task_grads, num_tasks, param_numels.numel())
     num_params = int(param_numels.sum())
@@ -147,7 +149,11 @@ def accumulate_excess_risk_(
     for task in _present_tasks(task_grads, sq_grad_sum.shape[0], num_tensors):
         grads = _task_grads_of(task_grads, task, num_tensors)
         sums = segments(sq_grad_sum[task], param_numels)
-        means = segments(grad_mean[task], param_numels) if gradient_momentum > 0 else [None] * num_tensors
+        means = (
+            segments(grad_mean[task], param_numels)
+            if gradient_momentum > 0
+            else [None] * num_tensors
+        )
         risk = torch.zeros((), dtype=torch.float64, device=sq_grad_sum.device)
         for grad, sq_sum, mean in zip(grads, sums, means, strict=True):
             if grad.numel() == 0:
@@ -160,10 +166,16 @@ def accumulate_excess_risk_(
             sq_sum.copy_((sq_sum + sq.where(is_finite, 0.0)).clamp(max=largest))
             numerator = sq
             if mean is not None:
-                mean.copy_(torch.where(is_finite, mean * gradient_momentum + g * (1 - gradient_momentum), mean))
+                mean.copy_(
+                    torch.where(
+                        is_finite, mean * gradient_momentum + g * (1 - gradient_momentum), mean
+                    )
+                )
                 numerator = mean * mean + (sq - sq)  # 0, or NaN where the square is not finite
             fisher = sq_sum + eps
-            risk += (numerator / (fisher.sqrt() if sqrt_fisher else fisher)).sum(dtype=torch.float64)
+            risk += (numerator / (fisher.sqrt() if sqrt_fisher else fisher)).sum(
+                dtype=torch.float64
+            )
         excess_risk_sum[task] = risk
 
 
@@ -182,7 +194,7 @@ def update_task_risks_(
     relative: bool,
     raw_risk_scale: float,
 ) -> None:
-    r"""Commits the risks of ``tasks``: bias correction, baseline, relative risk (Sec. 3.2). Flags them if one is not finite."""
+    r"""Commits the risks of ``tasks``: bias correction, baseline, ratio (Sec. 3.2); flags those not finite."""
     index = torch.tensor(tasks, dtype=torch.long, device=excess_risk.device)
     found_nonfinite[index] = ~excess_risk_sum[index].isfinite()
     if not tasks or bool(found_nonfinite[index].any()):
@@ -215,9 +227,10 @@ def update_task_weights_(
     min_weight: float,
     weight_total: float,
 ) -> None:
-    r"""Entropic mirror step (Eq. 9): :math:`\alpha_i \leftarrow \alpha_i \exp(\eta R_i) / Z` over ``tasks``; others keep theirs.
+    r"""Mirror step (Eq. 9): :math:`\alpha_i \leftarrow \alpha_i \exp(\eta R_i) / Z` over ``tasks``; others keep theirs.
 
-    Differs from the official code: weights live in log space, so exp() cannot overflow and no weight is lost at zero.
+    Differs from the official code: weights live in log space, so exp() cannot overflow and no
+    weight is lost at zero.
     """
     if not tasks:
         return
@@ -230,7 +243,9 @@ def update_task_weights_(
         moved = before + (robust_step_size * relative_excess_risk[index]).clamp(max=MAX_LOG_STEP)
         log_task_weights[index] = (moved - moved.logsumexp(0)) + before.logsumexp(0)
     share = log_task_weights.softmax(0)
-    task_weights.copy_(weight_total * ((1.0 - task_weights.numel() * min_weight) * share + min_weight))
+    task_weights.copy_(
+        weight_total * ((1.0 - task_weights.numel() * min_weight) * share + min_weight)
+    )
     num_steps += 1
 
 
@@ -248,15 +263,19 @@ def combine_(
     gradient_momentum: float,
     accumulate: bool,
 ) -> None:
-    r"""Writes (or adds) :math:`\sum_i \alpha_i g_i` to ``outputs``; after a non-finite step repairs S and m and writes NaN."""
+    r"""Writes (or adds) :math:`\sum_i \alpha_i g_i`; after a non-finite step repairs S and m and writes NaN."""
     num_tasks, num_tensors = task_weights.numel(), param_numels.numel()
     if bool(found_nonfinite.any()):
         if sq_grad_sum.numel() > 0:
-            _repair_state(task_grads, param_numels, grad_scale, sq_grad_sum, grad_mean, gradient_momentum)
+            _repair_state(
+                task_grads, param_numels, grad_scale, sq_grad_sum, grad_mean, gradient_momentum
+            )
         for output in outputs:
             output.fill_(float("nan"))
         return
     for index, output in enumerate(outputs):
+        if output.numel() == 0:
+            continue
         grads = [task_grads[task * num_tensors + index] for task in range(num_tasks)]
         wide = torch.promote_types(output.dtype, torch.float32)
         for grad in grads:
@@ -281,7 +300,11 @@ def _repair_state(
     for task in range(sq_grad_sum.shape[0]):
         grads = _task_grads_of(task_grads, task, num_tensors)
         sums = segments(sq_grad_sum[task], param_numels)
-        means = segments(grad_mean[task], param_numels) if gradient_momentum > 0 else [None] * num_tensors
+        means = (
+            segments(grad_mean[task], param_numels)
+            if gradient_momentum > 0
+            else [None] * num_tensors
+        )
         for grad, sq_sum, mean in zip(grads, sums, means, strict=True):
             if grad.numel() == 0:
                 continue

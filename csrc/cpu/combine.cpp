@@ -82,6 +82,9 @@ void combine(const TaskGrads& grads, const ParamLayout& layout, const std::vecto
   const ElementLoops<acc_t>& loops = element_loops<acc_t>();
   for_each_item(num_chunks(layout), grads.num_tasks() * std::min(layout.padded_numel(), kChunkNumel), [&](int64_t chunk) {
     for_each_slice(layout, chunk, [&](int64_t segment, int64_t in_segment, int64_t /*position*/, int64_t count) {
+      if (output_data[segment] == nullptr) {
+        return;
+      }
       alignas(64) acc_t tile[kTileNumel];
       for (int64_t begin = 0; begin < count; begin += kTileNumel) {
         const int64_t size = std::min(kTileNumel, count - begin);
@@ -146,11 +149,14 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   }
   STD_TORCH_CHECK(outputs.empty() || static_cast<int64_t>(outputs.size()) == layout.num_tensors(),
                   "Expected `outputs` to hold ", layout.num_tensors(), " tensors or none, but got ", outputs.size(), ".");
-  std::vector<void*> output_data(outputs.size());
+  std::vector<void*> output_data(outputs.size(), nullptr);
   std::vector<GradType> output_types(outputs.size());
   bool needs_double = false;
   for (size_t index = 0; index < outputs.size(); ++index) {
     Tensor& output = outputs[index];
+    if (output.numel() == 0) {
+      continue;  // no output wanted for this parameter
+    }
     STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(), "Expected `outputs` ", index,
                     " to be contiguous with ", layout.numels[index], " elements, but got ", output.numel(), ".");
     check_same_device(output, "outputs", task_weights);

@@ -1,0 +1,8 @@
+"""ExcessMTL for PyTorch: training one network on several tasks whose labels cannot all be trusted."""
+
+from excessmtl_ext import functional, reference
+from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.baselines import GroupDRO, Uniform
+from excessmtl_ext.excess_mtl import ExcessMTL
+
+__all__ = ["Balancer", "ExcessMTL", "GroupDRO", "Uniform", "functional", "reference"]

@@ -1,0 +1,844 @@
+"""The contract every balancing method keeps: the same verbs, the same state handling, the same conventions.
+
+A method owns no model and no optimizer. It says what it ``requires`` and computes weights;
+everything else is here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from excessmtl_ext import functional, gradients
+from excessmtl_ext.functional import ParamLayout
+from excessmtl_ext.gradients import Losses, Root
+
+WeightScale = Literal["simplex", "num_tasks"]
+HeadWeighting = Literal["none", "task_weights"]
+NonFinite = Literal["skip", "raise"]
+
+STATE_VERSION = 1
+"""Version of what ``state_dict`` holds; raised when its meaning changes."""
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(
+            f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}."
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Expected `{name}` to be a number, but got {type(value).__name__}.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"Expected `{name}` > 0, but got {value}.")
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected `{name}` to be an integer, but got {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"Expected `{name}` >= {least}, but got {value}.")
+
+
+@dataclass
+class _Stream:
+    """What lives between ``accumulate`` and ``finish``: at most two buffers of P elements, whatever T is."""
+
+    running_sum: Tensor  # [padded P]: sum of exp(log_weight_i - running_log_max) g_i
+    plain_sum: Tensor | None  # [padded P]: sum of g_i, only where the weights have a floor
+    running_log_max: Tensor  # []
+    reached: list[bool]  # [L]: whether any task gave this parameter a gradient
+    log_weights: dict[int, Tensor] = field(default_factory=dict)
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    heads: list[gradients.HeadGrads] = field(default_factory=list)
+
+
+class Balancer(nn.Module):
+    """Base of all balancing methods.
+
+    ``backward(losses)`` fills ``.grad`` of the shared parameters with the weighted sum of the task
+    gradients and ``.grad`` of all others (heads) with the gradient of their own loss.
+    ``balancer(losses)`` gives a scalar whose ``.backward()`` does the same. ``accumulate`` and
+    ``finish`` do it task by task. Gradients are added to ``.grad``, as autograd does.
+
+    Args:
+        shared_parameters: What all tasks share, usually ``model.encoder.parameters()``. None for a
+            balancer that is only given gradients (:meth:`update_weights`).
+        num_tasks: T, between 1 and 512.
+        weight_scale: What the weights sum to: ``"simplex"``: 1 (the paper), ``"num_tasks"``: T (the
+            official code).
+        head_weighting: ``"none"``: heads get the gradient of their own loss (the paper);
+            ``"task_weights"``: times the task's weight (the official code).
+        nonfinite: What a step with a NaN or infinite gradient does. ``"skip"``: it changes no
+            state, is counted, and leaves NaN in the shared ``.grad``, so that a GradScaler skips
+            its step too; without one, guard the optimizer with ``balancer.found_nonfinite.any()``.
+            ``"raise"``: FloatingPointError, with ``.grad`` of the shared parameters as before the
+            call. Costs one wait for the device per step.
+
+    Raises:
+        ValueError: an argument is out of range, or the parameters are empty, repeated or not
+            leaves.
+        TypeError: an argument has the wrong type.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """What the weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing."""
+
+    log_task_weights: Tensor
+    task_weights: Tensor
+    num_steps: Tensor
+    num_skipped_steps: Tensor
+    found_nonfinite: Tensor
+
+    def __init__(
+        self,
+        shared_parameters: Iterable[Tensor] | None = None,
+        *,
+        num_tasks: int,
+        weight_scale: WeightScale = "simplex",
+        head_weighting: HeadWeighting = "none",
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        super().__init__()
+        check_count("num_tasks", num_tasks, 1)
+        if num_tasks > functional.MAX_TASKS:
+            raise ValueError(
+                f"Expected `num_tasks` <= {functional.MAX_TASKS}, but got {num_tasks}."
+            )
+        check_choice("weight_scale", weight_scale, ("simplex", "num_tasks"))
+        check_choice("head_weighting", head_weighting, ("none", "task_weights"))
+        check_choice("nonfinite", nonfinite, ("skip", "raise"))
+        self.num_tasks = num_tasks
+        self.weight_scale: WeightScale = weight_scale
+        self.head_weighting: HeadWeighting = head_weighting
+        self.nonfinite: NonFinite = nonfinite
+        self.shared_parameters: list[Tensor] | None = None
+        self._layout: ParamLayout | None = None
+        self._stream: _Stream | None = None
+        self._num_calls = 0
+        if shared_parameters is not None:
+            self.shared_parameters = _checked_parameters(shared_parameters)
+            self._layout = ParamLayout([parameter.numel() for parameter in self.shared_parameters])
+        device = self.shared_parameters[0].device if self.shared_parameters else torch.device("cpu")
+        device = torch.device("cpu") if device.type == "meta" else device
+        self._register_state(self._initial_state(device))
+
+    # ---- state
+
+    @property
+    def weight_total(self) -> float:
+        """What the weights sum to."""
+        return 1.0 if self.weight_scale == "simplex" else float(self.num_tasks)
+
+    def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        """Every state tensor before the first step, by name."""
+        state = functional.init_state(
+            self.num_tasks, ParamLayout([]), device=device, weight_total=self.weight_total
+        )
+        names = (
+            "log_task_weights",
+            "task_weights",
+            "num_steps",
+            "num_skipped_steps",
+            "found_nonfinite",
+        )
+        return {name: getattr(state, name) for name in names}
+
+    def _register_state(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor)
+
+    def reset(self) -> None:
+        """Forgets everything: the state is as before the first step, also the sizes if no parameters were given."""
+        self._stream = None
+        self._num_calls = 0
+        if self.shared_parameters is None:
+            self._layout = None
+        for name, tensor in self._initial_state(self.task_weights.device).items():
+            setattr(self, name, tensor)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Balancer:
+        # half() or bfloat16() on a model that holds the balancer must not round its state: only the
+        # device follows.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What ``state_dict`` holds besides tensors: plain numbers, loadable with ``weights_only=True``."""
+        return {
+            "version": STATE_VERSION,
+            "num_calls": self._num_calls,
+            "param_numels": None if self._layout is None else list(self._layout.numels),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`get_extra_state` gave; called by ``load_state_dict`` after the checks."""
+        self._num_calls = state["num_calls"]
+        if self._layout is None and state["param_numels"] is not None:
+            self._layout = ParamLayout(state["param_numels"])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problem = self._problem_with(state_dict, prefix)
+        if problem is not None:  # nothing is copied then: the state stays whole
+            error_msgs.append(problem)
+            return
+        for name, tensor in list(self._buffers.items()):
+            saved = state_dict.get(prefix + name)
+            if tensor is not None and saved is not None and tensor.shape != saved.shape:
+                # A state whose size is known from the first step on: take the size and the type of
+                # the saved one.
+                self._buffers[name] = torch.empty_like(saved, device=tensor.device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _problem_with(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why ``state_dict`` cannot be loaded, or None."""
+        extra = state_dict.get(prefix + "_extra_state")
+        if extra is not None and extra["version"] > STATE_VERSION:
+            return (
+                f"Expected a balancer state of version {STATE_VERSION} or older, but got version {extra['version']}. "
+                "Install the newer excessmtl_ext it was saved with."
+            )
+        numels = (
+            None if extra is None or extra["param_numels"] is None else tuple(extra["param_numels"])
+        )
+        if numels is not None and self._layout is not None and numels != self._layout.numels:
+            return (
+                f"Expected a state for shared parameters of sizes {_short(self._layout.numels)}, but got one for "
+                f"{_short(numels)}. Give the balancer the parameters it was saved with, or start a new one."
+            )
+        for name, tensor in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if saved is None or tensor is None or saved.shape == tensor.shape:
+                continue
+            if not self._may_resize(name, tensor, saved):
+                return (
+                    f"Expected `{name}` of shape {list(tensor.shape)}, but got {list(saved.shape)}. It was saved "
+                    "by a balancer with other tasks, parameters or options; make this one with the same."
+                )
+        return None
+
+    def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
+        """Whether a buffer that is not yet sized may take the size of a saved one."""
+        return False
+
+    # ---- what a method defines
+
+    def _update(
+        self,
+        task_grads: list[Tensor] | None,
+        losses: Tensor | None,
+        tasks: list[int],
+        scale: Tensor | None,
+    ) -> None:
+        """Moves the weights by one step; ``task_grads``: T * L, empty where there is none; ``losses``: [T]."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def _stream_task(
+        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        """Takes in one task of a streamed step; returns its new log-weight [], up to a constant common to all."""
+
+    @abstractmethod
+    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
+        """Moves the weights once every task of a streamed step has been taken in."""
+
+    def _moves_weights(self) -> bool:
+        """Whether this call moves the weights or only applies them."""
+        return True
+
+    def _has_uniform_weights(self) -> bool:
+        """Whether all weights are known to be equal without looking at them."""
+        return False
+
+    def _combine(
+        self,
+        task_grads: list[Tensor],
+        outputs: list[Tensor],
+        scale: Tensor | None,
+        *,
+        accumulate: bool,
+    ) -> None:
+        """Writes the weighted sum to ``outputs``; after a non-finite step repairs the state and writes NaN."""
+        functional.weighted_sum_(
+            task_grads,
+            outputs,
+            self._bound_layout(),
+            self.task_weights,
+            found_nonfinite=self.found_nonfinite,
+            accumulate=accumulate,
+        )
+
+    # ---- the verbs
+
+    def backward(self, losses: Losses, *, grad_scale: Tensor | float | None = None) -> None:
+        """One balanced step: weights from ``losses``, then gradients into ``.grad``.
+
+        Args:
+            losses: T scalar losses: a list, with None where a task has no labels in this batch, or
+                one tensor [T].
+            grad_scale: Loss scale, as from ``GradScaler.get_scale()``: all gradients come out
+                multiplied by it, the weights are computed without it.
+
+        Raises:
+            ValueError: number, shape, device or graph of the losses is not as expected. State and
+                shared ``.grad`` are then as before.
+            FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
+        """
+        roots = gradients.loss_roots(losses, self.num_tasks)
+        values = (
+            gradients.loss_values(losses, self.task_weights) if "losses" in self.requires else None
+        )
+        self._step(roots, values, self._as_scale(grad_scale))
+
+    def forward(self, losses: Losses) -> Tensor:
+        """The weighted loss as a scalar whose ``.backward()`` does what :meth:`backward` does.
+
+        For loops that call ``backward`` themselves: Lightning, Accelerate, GradScaler (its scale is
+        undone inside). Its value is the sum of the losses under the weights so far. Without
+        ``.backward()`` nothing changes.
+        """
+        roots = gradients.loss_roots(losses, self.num_tasks)
+        values = gradients.loss_values(losses, self.task_weights)
+        total = (
+            self.task_weights * values.nan_to_num(0.0)
+            if None in roots
+            else self.task_weights * values
+        ).sum()
+        first = (
+            losses
+            if isinstance(losses, Tensor)
+            else next((loss for loss in losses if loss is not None), total)
+        )
+        anchor = torch.zeros((), device=total.device, requires_grad=True)
+        return _BalancedLoss.apply(anchor, self, roots, values, total.to(first.dtype))  # type: ignore[no-any-return]
+
+    def update_weights(
+        self,
+        task_grads: Sequence[Sequence[Tensor | None]] | Tensor | None = None,
+        losses: Sequence[Tensor] | Tensor | None = None,
+        *,
+        grad_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """Moves the weights from gradients or losses that the caller has, and touches no ``.grad``.
+
+        Args:
+            task_grads: T lists of L gradients (None where there is none; an empty list for an
+                absent task), or one [T, P].
+            losses: T values. What a method does not require may be left out.
+            grad_scale: Factor that ``task_grads`` carry, to be undone.
+
+        Returns:
+            The new weights [T], float64.
+
+        Raises:
+            ValueError: what the method requires is missing, or does not fit.
+        """
+        scale = self._as_scale(grad_scale)
+        missing = [
+            name
+            for name, given in (("task_grads", task_grads), ("losses", losses))
+            if given is None
+        ]
+        for name in missing:
+            if name in self.requires:
+                raise ValueError(
+                    f"Expected `{name}`: {type(self).__name__} computes its weights from them."
+                )
+        values = None
+        tasks = list(range(self.num_tasks))
+        if losses is not None and "losses" in self.requires:
+            values = (
+                torch.as_tensor(
+                    losses if isinstance(losses, Tensor) else [float(loss) for loss in losses],
+                    device=self.task_weights.device,
+                )
+                .detach()
+                .to(self.task_weights)
+            )
+            if values.shape != (self.num_tasks,):
+                raise ValueError(
+                    f"Expected `losses` of shape [{self.num_tasks}], but got {list(values.shape)}."
+                )
+        flat = None
+        if task_grads is not None and "task_grads" in self.requires:
+            flat, tasks = self._flat_task_grads(task_grads)
+        if not tasks:
+            return self.task_weights
+        moves = self._moves_weights()
+        self._num_calls += 1
+        if moves:
+            with torch.no_grad():
+                self._call_op(self._update, flat, values, tasks, scale)
+                if flat is not None:
+                    self._combine(flat, [], scale, accumulate=False)
+                self._raise_if_nonfinite()
+        return self.task_weights
+
+    def accumulate(
+        self,
+        task: int,
+        loss: Tensor,
+        *,
+        retain_graph: bool = False,
+        grad_scale: Tensor | float | None = None,
+    ) -> None:
+        """Streaming: takes in one task of a step; only one task's graph and gradient need to live at a time.
+
+        ``finish`` ends the step. Equal to :meth:`backward` in real arithmetic, with two buffers of
+        P elements instead of T. One difference: a task with a non-finite gradient undoes only its
+        own state; the others keep this step's squares.
+
+        Args:
+            task: Index of the task, each at most once per step.
+            loss: Its scalar loss.
+            retain_graph: Keep the graph: needed when another task's loss shares it.
+            grad_scale: Loss scale; the same for every task of a step.
+        """
+        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
+            raise ValueError(
+                f"Expected `task` between 0 and {self.num_tasks - 1}, but got {task!r}."
+            )
+        if self._stream is not None and task in self._stream.log_weights:
+            raise ValueError(
+                f"Expected each task once per step, but got task {task} again. Call finish() to end the step."
+            )
+        gradients.check_loss(loss, "loss")
+        shared = self._bound_parameters()
+        gradients.check_device([loss], shared[0].device)
+        heads = None
+        if self.head_weighting == "task_weights":
+            heads = gradients.HeadGrads([None] * task + [loss], shared)
+        with gradients.set_aside_grads([*shared, *(heads.all_parameters() if heads else ())]):
+            scale = self._as_scale(grad_scale)
+            gradients.run_backward(
+                [loss], [gradients.start_of(loss, scale)], retain_graph=retain_graph
+            )
+            grads = gradients.take_grads(shared)
+            gradients.check_reached(grads, task)
+            if heads is not None:
+                heads.take(task)
+        with torch.no_grad():
+            flat = _flattened(grads)
+            self._prepare(flat)
+            if self._stream is None:
+                self._stream = self._new_stream()
+            stream = self._stream
+            layout = self._bound_layout()
+            log_weight = self._call_op(self._stream_task, task, flat, loss.detach(), scale)
+            functional.fold_(flat, layout, log_weight, stream.running_sum, stream.running_log_max)
+            if stream.plain_sum is not None:
+                zero = torch.zeros_like(log_weight)
+                functional.fold_(flat, layout, zero, stream.plain_sum, zero.clone())
+            stream.reached = [
+                was or grad is not None for was, grad in zip(stream.reached, grads, strict=True)
+            ]
+            stream.log_weights[task] = log_weight
+            stream.losses[task] = loss.detach()
+            if heads is not None:
+                stream.heads.append(heads)
+
+    def finish(self) -> None:
+        """Streaming: moves the weights and adds the weighted sum of the step's gradients to the shared ``.grad``.
+
+        Raises:
+            RuntimeError: no task was accumulated since the last step.
+        """
+        stream = self._stream
+        if stream is None:
+            raise RuntimeError(
+                "Expected accumulate() before finish(): no task has been taken in since the last step."
+            )
+        self._stream = None
+        tasks = sorted(stream.log_weights)
+        with torch.no_grad():
+            self._stream_finish(tasks, stream.losses)
+            # Every present task's log-weight moved by one common constant when it was normalised.
+            shift = self.log_task_weights[tasks[0]] - stream.log_weights[tasks[0]]
+            share = (stream.running_log_max + shift - self.log_task_weights.logsumexp(0)).exp()
+            floor = self._min_weight()
+            factors = [self.weight_total * (1.0 - self.num_tasks * floor) * share]
+            layout, shared = self._bound_layout(), self._bound_parameters()
+            sums = _segments(stream.running_sum, layout)
+            if stream.plain_sum is not None:
+                factors.append(torch.full_like(share, self.weight_total * floor))
+                sums += _segments(stream.plain_sum, layout)
+            flags = self.found_nonfinite[tasks].any().expand(len(factors)).contiguous()
+            shape_like = [
+                parameter if was else None
+                for parameter, was in zip(shared, stream.reached, strict=True)
+            ]
+            outputs, accumulate = _outputs(
+                shared, [None if p is None else torch.empty_like(p) for p in shape_like]
+            )
+            functional.weighted_sum_(
+                sums,
+                outputs,
+                layout,
+                torch.stack(factors),
+                found_nonfinite=flags,
+                accumulate=accumulate,
+            )
+            _assign(shared, outputs)
+            for heads in stream.heads:
+                heads.add(self.task_weights)
+            self._num_calls += 1
+            self._raise_if_nonfinite()
+
+    # ---- inside
+
+    def _step(self, roots: list[Root | None], values: Tensor | None, scale: Tensor | None) -> None:
+        shared = self._bound_parameters()
+        gradients.check_device(roots, shared[0].device)
+        if self._stream is not None:
+            raise RuntimeError("Expected finish() before another step: accumulate() has begun one.")
+        tasks = [task for task, root in enumerate(roots) if root is not None]
+        moves = self._moves_weights()
+        if not tasks:
+            return
+        weighted_heads = self.head_weighting == "task_weights"
+        if moves and "task_grads" in self.requires:
+            self._step_from_task_grads(roots, values, tasks, scale)
+        else:
+            with torch.no_grad():
+                if moves:
+                    self._update(None, values, tasks, scale)
+                weights = self.task_weights
+                if "losses" in self.requires:
+                    weights = torch.where(self.found_nonfinite.any(), float("nan"), weights)
+            gradients.weighted_backward(
+                roots,
+                shared,
+                weights,
+                scale=scale,
+                weighted_heads=weighted_heads,
+                is_uniform=self._has_uniform_weights(),
+            )
+            self._raise_if_nonfinite()
+        self._num_calls += 1
+
+    def _step_from_task_grads(
+        self,
+        roots: list[Root | None],
+        values: Tensor | None,
+        tasks: list[int],
+        scale: Tensor | None,
+    ) -> None:
+        shared = self._bound_parameters()
+        heads = (
+            gradients.HeadGrads(roots, shared) if self.head_weighting == "task_weights" else None
+        )
+        with gradients.set_aside_grads([*shared, *(heads.all_parameters() if heads else ())]):
+            task_grads = gradients.backward_per_task(
+                roots, shared, scale=scale, on_task=heads.take if heads else None
+            )
+        with torch.no_grad():
+            flat = [grad for grads in task_grads for grad in _flattened(grads)]
+            self._prepare(flat)
+            self._call_op(self._update, flat, values, tasks, scale)
+            if self.nonfinite == "raise" and bool(self.found_nonfinite.any()):
+                self._combine(flat, [], scale, accumulate=False)
+                self._raise_if_nonfinite()
+            reached = [
+                next((grads[index] for grads in task_grads if grads[index] is not None), None)
+                for index in range(len(shared))
+            ]
+            outputs, accumulate = _outputs(shared, reached)
+            self._combine(flat, outputs, scale, accumulate=accumulate)
+            _assign(shared, outputs)
+            if heads is not None:
+                heads.add(self.task_weights)
+
+    def _call_op(self, function: Any, *args: Any) -> Any:
+        """Calls into the ops; what they say about an argument is the caller's error, in the caller's type."""
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            message = str(error).split("\n", 1)[0]
+            if message.startswith("Expected `"):
+                raise ValueError(message) from None
+            raise
+
+    def _prepare(self, task_grads: list[Tensor]) -> None:
+        """Sizes and places state that depends on the gradients; called before every step that uses them."""
+
+    def _min_weight(self) -> float:
+        return 0.0
+
+    def _new_stream(self) -> _Stream:
+        layout, shared = self._bound_layout(), self._bound_parameters()
+        wide = (
+            torch.float64
+            if any(parameter.dtype == torch.float64 for parameter in shared)
+            else torch.float32
+        )
+        device = shared[0].device
+        self.found_nonfinite.zero_()
+        return _Stream(
+            running_sum=torch.zeros(layout.padded_numel, dtype=wide, device=device),
+            plain_sum=torch.zeros(layout.padded_numel, dtype=wide, device=device)
+            if self._min_weight() > 0
+            else None,
+            running_log_max=torch.full((), float("-inf"), dtype=torch.float64, device=device),
+            reached=[False] * len(shared),
+        )
+
+    def _raise_if_nonfinite(self) -> None:
+        if self.nonfinite == "raise" and bool(self.found_nonfinite.any()):
+            tasks = self.found_nonfinite.nonzero().flatten().tolist()
+            raise FloatingPointError(
+                f"The gradients of task(s) {tasks} are not finite. The balancer's state is as before this step. "
+                "Look for a NaN or an overflow in that loss; nonfinite='skip' would count and skip such steps."
+            )
+
+    def _as_scale(self, grad_scale: Tensor | float | None) -> Tensor | None:
+        if grad_scale is None:
+            return None
+        scale = torch.as_tensor(grad_scale, device=self.task_weights.device).detach()
+        if scale.numel() != 1:
+            raise ValueError(
+                f"Expected `grad_scale` to be one number, but got shape {list(scale.shape)}."
+            )
+        return scale.reshape(()).to(
+            torch.float64 if scale.dtype == torch.float64 else torch.float32
+        )
+
+    def _bound_parameters(self) -> list[Tensor]:
+        if self.shared_parameters is None:
+            raise ValueError(
+                "Expected `shared_parameters`: this balancer was made without them and cannot write gradients. Make "
+                f"it as {type(self).__name__}(model.encoder.parameters(), num_tasks={self.num_tasks}), or use "
+                "update_weights()."
+            )
+        return self.shared_parameters
+
+    def _bound_layout(self) -> ParamLayout:
+        assert self._layout is not None
+        return self._layout
+
+    def _flat_task_grads(
+        self, task_grads: Sequence[Sequence[Tensor | None]] | Tensor
+    ) -> tuple[list[Tensor], list[int]]:
+        """T lists of L gradients, or one [T, P], as the flat list the ops take, and the tasks that are present."""
+        rows: list[list[Tensor | None]]
+        if isinstance(task_grads, Tensor):
+            if task_grads.dim() != 2 or task_grads.shape[0] != self.num_tasks:
+                raise ValueError(
+                    f"Expected `task_grads` of shape [{self.num_tasks}, P], but got {list(task_grads.shape)}."
+                )
+            rows = [[row] for row in task_grads.detach().unbind()]
+        else:
+            if len(task_grads) != self.num_tasks:
+                raise ValueError(
+                    f"Expected `task_grads` to hold {self.num_tasks} lists, one per task, but got {len(task_grads)}."
+                )
+            rows = [
+                [None if grad is None else grad.detach() for grad in grads] for grads in task_grads
+            ]
+        num_tensors = max(len(row) for row in rows)
+        for task, row in enumerate(rows):
+            if row and len(row) != num_tensors:
+                raise ValueError(
+                    f"Expected `task_grads[{task}]` to hold {num_tensors} gradients, but got {len(row)}."
+                )
+        rows = [row or [None] * num_tensors for row in rows]
+        if (
+            isinstance(task_grads, Tensor)
+            and self._layout is not None
+            and len(self._layout.numels) != 1
+        ):
+            rows = [_split(row[0], self._layout) for row in rows if row[0] is not None]
+        numels = [
+            next((row[index].numel() for row in rows if row[index] is not None), None)  # type: ignore[union-attr]
+            for index in range(len(rows[0]))
+        ]
+        if self._layout is None:
+            if None in numels:
+                raise ValueError(
+                    f"Expected `task_grads` with a gradient for every parameter in the first step, but parameter "
+                    f"{numels.index(None)} has none. Give the balancer its shared parameters, or pass zeros once."
+                )
+            self._layout = ParamLayout([numel for numel in numels if numel is not None])
+        known = self._bound_layout().numels
+        if len(numels) != len(known) or any(
+            numel is not None and numel != expected
+            for numel, expected in zip(numels, known, strict=True)
+        ):
+            raise ValueError(
+                f"`task_grads` has parameters of sizes {_short(numels)}, but this balancer has accumulated "
+                f"{_short(known)}. Call reset() to start on a new model."
+            )
+        flat = [grad for row in rows for grad in _flattened(row)]
+        self._prepare(flat)
+        return flat, [
+            task for task, row in enumerate(rows) if any(grad is not None for grad in row)
+        ]
+
+    def extra_repr(self) -> str:
+        """The options, so that ``repr`` rebuilds the object (without its parameters)."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_tasks": self.num_tasks,
+            "weight_scale": self.weight_scale,
+            "head_weighting": self.head_weighting,
+            "nonfinite": self.nonfinite,
+        }
+
+
+class _BalancedLoss(torch.autograd.Function):
+    """A scalar whose backward pass is a balanced step; the incoming gradient is the loss scale."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        balancer: Balancer,
+        roots: list[Root | None],
+        values: Tensor,
+        total: Tensor,
+    ) -> Tensor:
+        ctx.balancer, ctx.roots, ctx.values = balancer, roots, values
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, None]:
+        scale = ctx.balancer._as_scale(grad_outputs[0])
+        with torch.enable_grad():
+            ctx.balancer._step(ctx.roots, ctx.values, scale)
+        return None, None, None, None, None
+
+
+_NO_GRAD: dict[torch.device, Tensor] = {}
+
+
+def _flattened(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Replaces None by a tensor without elements, which is how the ops spell "no gradient"."""
+    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
+    if device not in _NO_GRAD:
+        _NO_GRAD[device] = torch.empty(0, device=device)
+    return [_NO_GRAD[device] if grad is None else grad for grad in grads]
+
+
+def _checked_parameters(shared_parameters: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(shared_parameters, (Tensor, nn.Module)):
+        raise TypeError(
+            f"Expected `shared_parameters` to be parameters, as from model.encoder.parameters(), but got a "
+            f"{type(shared_parameters).__name__}."
+        )
+    parameters = list(shared_parameters)
+    if not parameters:
+        raise ValueError(
+            "Expected `shared_parameters` to hold at least one parameter, but got none. A generator such as "
+            "model.parameters() is empty once it has been read."
+        )
+    seen: dict[int, int] = {}
+    for index, parameter in enumerate(parameters):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"Expected `shared_parameters[{index}]` to be a tensor, but got {type(parameter).__name__}. "
+                "Pass .parameters(), not .named_parameters()."
+            )
+        if not parameter.is_leaf:
+            raise ValueError(
+                f"Expected `shared_parameters[{index}]` to be a leaf, but it was computed from other tensors. "
+                "Pass the parameters themselves."
+            )
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"Expected `shared_parameters[{index}]` to be real floating point, but got {parameter.dtype}."
+            )
+        if id(parameter) in seen:
+            raise ValueError(
+                f"Expected every parameter once, but `shared_parameters[{index}]` is number {seen[id(parameter)]}."
+            )
+        if parameter.device != parameters[0].device:
+            raise ValueError(
+                f"Expected `shared_parameters` on one device, but got {parameters[0].device} and {parameter.device}."
+            )
+        seen[id(parameter)] = index
+    return parameters
+
+
+def _short(sizes: Sequence[object]) -> str:
+    shown = ", ".join(map(str, sizes[:6]))
+    return f"[{shown}, ... ({len(sizes)} in all)]" if len(sizes) > 6 else f"[{shown}]"
+
+
+def _split(row: Tensor, layout: ParamLayout) -> list[Tensor | None]:
+    if row.numel() != layout.num_params:
+        raise ValueError(
+            f"`task_grads` has {row.numel()} columns, but this balancer has accumulated {layout.num_params}. "
+            "Call reset() to start on a new model."
+        )
+    return list(row.split(list(layout.numels)))
+
+
+def _segments(flat: Tensor, layout: ParamLayout) -> list[Tensor]:
+    """The parameters' parts of a flat padded vector, as views."""
+    return list(functional.segments(flat, layout.param_numels))
+
+
+def _outputs(shared: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Tensor], bool]:
+    """Where the weighted sum goes: into ``.grad`` where one is, else into a gradient that is no longer needed.
+
+    ``grads``: for each parameter one of the step's own gradients, whose memory may be written, or
+    None where no task reached it.
+    """
+    outputs: list[Tensor] = []
+    accumulate = any(
+        parameter.grad is not None
+        for parameter, grad in zip(shared, grads, strict=True)
+        if grad is not None
+    )
+    for parameter, grad in zip(shared, grads, strict=True):
+        if grad is None:
+            outputs.append(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+        elif parameter.grad is not None:
+            outputs.append(parameter.grad.contiguous())
+        elif accumulate:
+            outputs.append(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
+        else:
+            outputs.append(
+                grad
+                if grad.is_contiguous()
+                else torch.empty_like(grad, memory_format=torch.contiguous_format)
+            )
+    return outputs, accumulate
+
+
+def _assign(shared: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    for parameter, output in zip(shared, outputs, strict=True):
+        if output.numel() == 0 and parameter.numel() > 0:
+            continue  # no task reached it
+        if parameter.grad is None:
+            parameter.grad = output.view_as(parameter)
+        elif parameter.grad.data_ptr() != output.data_ptr():
+            parameter.grad.copy_(output.view_as(parameter))

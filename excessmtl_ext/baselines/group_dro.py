@@ -1,0 +1,102 @@
+"""GroupDRO: the worst task by its loss (Sagawa et al., ICLR 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale, check_positive
+
+
+class GroupDRO(Balancer):
+    r"""Weights tasks by their loss (Sagawa et al., ICLR 2020, https://arxiv.org/abs/1911.08731, Algorithm 1).
+
+    .. math:: \alpha_i \leftarrow \alpha_i \exp(\eta_\alpha \ell_i) / Z
+
+    then one backward pass with the new weights. The task with the largest loss gains most, also
+    when noise is all its loss is.
+
+    Args:
+        shared_parameters: What all tasks share.
+        num_tasks: T, between 1 and 512.
+        robust_step_size: :math:`\eta_\alpha > 0`. Larger moves the weights faster.
+        weight_scale: See :class:`excessmtl_ext.Balancer`.
+        head_weighting: See :class:`excessmtl_ext.Balancer`. With ``"none"``, weights under 1e-12
+            count as 1e-12 in the pass.
+        nonfinite: See :class:`excessmtl_ext.Balancer`; looks at the losses.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> balancer = GroupDRO(num_tasks=2, robust_step_size=1.0)
+        >>> balancer.update_weights(losses=[1.0, 0.0]).tolist()  # e / (e + 1), 1 / (e + 1); doctest: +ELLIPSIS
+        [0.731..., 0.268...]
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"losses"})
+
+    def __init__(
+        self,
+        shared_parameters: Iterable[Tensor] | None = None,
+        *,
+        num_tasks: int,
+        robust_step_size: float = 0.01,
+        weight_scale: WeightScale = "simplex",
+        head_weighting: HeadWeighting = "none",
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        check_positive("robust_step_size", robust_step_size)
+        self.robust_step_size = float(robust_step_size)
+        super().__init__(
+            shared_parameters,
+            num_tasks=num_tasks,
+            weight_scale=weight_scale,
+            head_weighting=head_weighting,
+            nonfinite=nonfinite,
+        )
+
+    def _update(
+        self,
+        task_grads: list[Tensor] | None,
+        losses: Tensor | None,
+        tasks: list[int],
+        scale: Tensor | None,
+    ) -> None:
+        assert losses is not None
+        index = torch.tensor(tasks, device=losses.device)
+        present = losses[index]
+        self.found_nonfinite.zero_()
+        self.found_nonfinite[index] = ~present.isfinite()
+        is_finite = ~self.found_nonfinite.any()
+        before = self.log_task_weights[index]
+        moved = before + self.robust_step_size * present
+        # Present tasks share the weight they had, so that a task without labels keeps its own.
+        moved = (moved - moved.logsumexp(0)) + before.logsumexp(0)
+        self.log_task_weights[index] = torch.where(is_finite, moved, before)
+        self.task_weights.copy_(self.weight_total * self.log_task_weights.softmax(0))
+        self.num_steps += is_finite
+        self.num_skipped_steps += ~is_finite
+
+    def _stream_task(
+        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        return self.log_task_weights[task] + self.robust_step_size * loss.to(
+            self.log_task_weights
+        ).reshape(())
+
+    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
+        values = torch.full_like(self.log_task_weights, float("nan"))
+        for task in tasks:
+            values[task] = losses[task].reshape(())
+        self._update(None, values, tasks, None)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_tasks": self.num_tasks,
+            "robust_step_size": self.robust_step_size,
+            **super()._options(),
+        }

@@ -1,0 +1,350 @@
+"""ExcessMTL: weights tasks by their estimated excess risk (He et al., ICML 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import functional
+from excessmtl_ext.balancer import (
+    Balancer,
+    HeadWeighting,
+    NonFinite,
+    WeightScale,
+    check_choice,
+    check_count,
+    check_positive,
+)
+from excessmtl_ext.functional import Fisher, ParamLayout, StepOptions, StepState
+
+Preset = Literal["paper", "official", "recommended"]
+
+_STATE_NAMES = tuple(name for name in StepState._fields if name != "ticket")
+_SIZED_BY_FIRST_STEP = ("sq_grad_sum", "grad_mean")
+
+
+class ExcessMTL(Balancer):
+    r"""Weights tasks by their estimated excess risk (He et al., ICML 2024, https://proceedings.mlr.press/v235/he24n.html).
+
+    .. math:: S_i \leftarrow S_i + g_i^2, \qquad E_i = \textstyle\sum_j g_{ij}^2 / h(S_{ij}), \qquad R_i = E_i / B_i, \\
+              \alpha_i \leftarrow \alpha_i \exp(\eta_\alpha R_i) / Z
+
+    (Eqs. 6, 7 and 9, Sec. 3.2), then ``.grad`` of the shared parameters is :math:`\sum_i \alpha_i
+    g_i` with the new weights (Algorithm 1). A weight grows with the task's distance from its own
+    optimum, not with its loss.
+
+    Args:
+        shared_parameters: What all tasks share, usually ``model.encoder.parameters()``. None for a
+            balancer that is only given gradients.
+        num_tasks: T, between 1 and 512.
+        robust_step_size: :math:`\eta_\alpha > 0`. Larger moves the weights faster.
+        fisher: ``"sqrt"``: h(S) = sqrt(S + eps) (the official code); ``"linear"``: h(S) = S + eps
+            (Eq. 7 as printed).
+        eps: Added to S, at least 1.2e-38. With ``"sqrt"``, 1e-7 floors each coordinate of h at
+            3e-4.
+        num_warmup_steps: Steps with uniform weights whose mean risk is the baseline B. 1 is the
+            official code's behaviour; the paper's Appendix C.1 uses 3 epochs. A task without a
+            gradient until then gets its baseline at its first one.
+        weight_scale: What the weights sum to: ``"simplex"``: 1 (the paper), ``"num_tasks"``: T (the
+            official code).
+        head_weighting: ``"none"``: heads get the gradient of their own loss (the paper);
+            ``"task_weights"``: times the task's weight (the official code).
+        gradient_momentum: b in [0, 1). 0: E uses this step's gradient (everybody). Above 0: E uses
+            the bias-corrected running mean of the gradients, m / (1 - b^t), so that gradient
+            variance does not pass for excess risk. Ours. Needs a second state of T * P elements.
+        relative: Divide the risk by its baseline (the official code; the paper where loss types
+            differ). False: R = E, for the linear Fisher E / P.
+        update_every: Weights move on every k-th step; the others are one ordinary weighted backward
+            pass.
+        min_weight: Floor f of every weight, mixed in as (1 - T f) a + f; at most 1 / T.
+        nonfinite: See :class:`excessmtl_ext.Balancer`.
+
+    Shape:
+        task_grads T * L tensors of P elements in all, float16, bfloat16, float32 or float64.
+        task_weights [T], float64, sum 1 (or T). State is float32, or float64 for float64 gradients.
+
+    Raises:
+        ValueError: an argument is out of range, or the gradients change shape between steps.
+        TypeError: an argument has the wrong type.
+
+    Memory: T * P state elements (twice that with momentum), each parameter padded to a multiple of
+        32, held from the first step
+    on; all of it is in ``state_dict``.
+
+    Example, one task with one parameter, so that every number can be checked by hand (g = 3, then g
+    = 4):
+
+        >>> import torch
+        >>> balancer = ExcessMTL(num_tasks=2, robust_step_size=1.0, fisher="linear", eps=1e-30)
+        >>> # E = 9 / 9 and 1 / 1: the baselines
+        >>> balancer.update_weights([[torch.tensor([3.0])], [torch.tensor([1.0])]]).tolist()
+        [0.5, 0.5]
+        >>> balancer.update_weights([[torch.tensor([4.0])], [torch.tensor([1.0])]]).tolist()  # doctest: +ELLIPSIS
+        [0.534..., 0.465...]
+        >>> balancer.relative_excess_risk.tolist()  # 16/25 and 1/2
+        [0.639..., 0.5]
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
+
+    sq_grad_sum: Tensor
+    grad_mean: Tensor
+    excess_risk: Tensor
+    relative_excess_risk: Tensor
+    baseline_excess_risk: Tensor
+    num_task_steps: Tensor
+    ticket: Tensor
+
+    def __init__(
+        self,
+        shared_parameters: Iterable[Tensor] | None = None,
+        *,
+        num_tasks: int,
+        robust_step_size: float = 0.01,
+        fisher: Fisher = "sqrt",
+        eps: float = 1e-7,
+        num_warmup_steps: int = 1,
+        weight_scale: WeightScale = "simplex",
+        head_weighting: HeadWeighting = "none",
+        gradient_momentum: float = 0.0,
+        relative: bool = True,
+        update_every: int = 1,
+        min_weight: float = 0.0,
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        check_positive("robust_step_size", robust_step_size)
+        check_choice("fisher", fisher, ("sqrt", "linear"))
+        check_positive("eps", eps)
+        if eps < functional.SMALLEST_EPS:
+            raise ValueError(
+                f"Expected `eps` >= {functional.SMALLEST_EPS} (the smallest normal float32), but got {eps}."
+            )
+        check_count("num_warmup_steps", num_warmup_steps, 0)
+        if not 0.0 <= gradient_momentum < 1.0:
+            raise ValueError(
+                f"Expected `gradient_momentum` in [0, 1), but got {gradient_momentum}."
+            )
+        if not isinstance(relative, bool):
+            raise TypeError(
+                f"Expected `relative` to be True or False, but got {type(relative).__name__}."
+            )
+        check_count("update_every", update_every, 1)
+        check_count("num_tasks", num_tasks, 1)
+        if not 0.0 <= min_weight <= 1.0 / num_tasks:
+            raise ValueError(
+                f"Expected `min_weight` between 0 and 1 / num_tasks = {1.0 / num_tasks:g}, but got {min_weight}."
+            )
+        self.robust_step_size = float(robust_step_size)
+        self.fisher: Fisher = fisher
+        self.eps = float(eps)
+        self.num_warmup_steps = num_warmup_steps
+        self.gradient_momentum = float(gradient_momentum)
+        self.relative = relative
+        self.update_every = update_every
+        self.min_weight = float(min_weight)
+        super().__init__(
+            shared_parameters,
+            num_tasks=num_tasks,
+            weight_scale=weight_scale,
+            head_weighting=head_weighting,
+            nonfinite=nonfinite,
+        )
+
+    @classmethod
+    def from_preset(
+        cls, preset: Preset, shared_parameters: Iterable[Tensor] | None = None, **options: Any
+    ) -> ExcessMTL:
+        """A balancer with a named set of choices; ``options`` are those of the class and override the set.
+
+        Args:
+            preset: ``"official"``: follows the weights of the authors' code (step size 0.01, its
+                default). ``"paper"``: the text as printed (linear Fisher, weights on the simplex);
+                its warm-up is 3 epochs, so ``num_warmup_steps`` must be given. ``"recommended"``:
+                gradient momentum 0.98, linear Fisher, step size 3, from this project's first noise
+                sweeps; a study of its own is to confirm it.
+            shared_parameters: As for the class.
+            **options: ``num_tasks`` and whatever should differ from the set.
+
+        Raises:
+            ValueError: the preset is unknown, or ``"paper"`` is given no ``num_warmup_steps``.
+        """
+        check_choice("preset", preset, tuple(_PRESETS))
+        if preset == "paper" and "num_warmup_steps" not in options:
+            raise ValueError(
+                "Expected `num_warmup_steps` with preset='paper': its baseline is the mean over 3 epochs, so pass "
+                "3 * len(loader)."
+            )
+        return cls(shared_parameters, **{**_PRESETS[preset], **options})
+
+    @property
+    def step_options(self) -> StepOptions:
+        """The choices as the stateless layer takes them."""
+        return StepOptions(
+            fisher=self.fisher,
+            eps=self.eps,
+            gradient_momentum=self.gradient_momentum,
+            robust_step_size=self.robust_step_size,
+            num_warmup_steps=self.num_warmup_steps,
+            relative=self.relative,
+            min_weight=self.min_weight,
+            weight_total=self.weight_total,
+        )
+
+    @property
+    def step_state(self) -> StepState:
+        """The state as the stateless layer takes it: the balancer's own tensors, not copies."""
+        buffers = self._buffers
+        return StepState(*[buffers[name] for name in StepState._fields])  # type: ignore[misc]
+
+    def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        # S and m get their size, type and device from the first gradients: [T, 0] until then.
+        state = functional.init_state(
+            self.num_tasks, ParamLayout([]), device=device, weight_total=self.weight_total
+        )
+        return state._asdict()
+
+    def _register_state(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor, persistent=name in _STATE_NAMES)
+
+    def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
+        if name not in _SIZED_BY_FIRST_STEP or saved.dim() != 2 or saved.shape[0] != self.num_tasks:
+            return False
+        if saved.shape[1] == 0:  # saved before its first step, or without momentum
+            return name == "sq_grad_sum" or self.gradient_momentum == 0.0 or tensor.shape[1] > 0
+        if name == "grad_mean" and self.gradient_momentum == 0.0:
+            return False
+        return self._layout is None or saved.shape[1] == self._layout.padded_numel
+
+    def _prepare(self, task_grads: list[Tensor]) -> None:
+        given = [grad for grad in task_grads if grad.numel() > 0]
+        device = given[0].device if given else self.task_weights.device
+        if self.sq_grad_sum.shape[1] == 0:
+            layout = self._bound_layout()
+            wide = (
+                torch.float64
+                if any(grad.dtype == torch.float64 for grad in given)
+                else torch.float32
+            )
+            if device != self.task_weights.device:
+                self.to(device)
+            columns = layout.padded_numel
+            self.sq_grad_sum = torch.zeros(self.num_tasks, columns, dtype=wide, device=device)
+            self.grad_mean = torch.zeros(
+                self.num_tasks,
+                columns if self.gradient_momentum > 0 else 0,
+                dtype=wide,
+                device=device,
+            )
+        elif device != self.sq_grad_sum.device:
+            raise ValueError(
+                f"Expected gradients on {self.sq_grad_sum.device}, where the balancer's state is, but got {device}. "
+                f"Call balancer.to({str(device)!r}) after moving the model."
+            )
+
+    def _update(
+        self,
+        task_grads: list[Tensor] | None,
+        losses: Tensor | None,
+        tasks: list[int],
+        scale: Tensor | None,
+    ) -> None:
+        assert task_grads is not None
+        functional.fused_step_(
+            task_grads, self._bound_layout(), self.step_state, self.step_options, scale
+        )
+
+    def _combine(
+        self,
+        task_grads: list[Tensor],
+        outputs: list[Tensor],
+        scale: Tensor | None,
+        *,
+        accumulate: bool,
+    ) -> None:
+        functional.combine_(
+            task_grads,
+            outputs,
+            self._bound_layout(),
+            self.step_state,
+            self.step_options,
+            scale,
+            accumulate=accumulate,
+        )
+
+    def _moves_weights(self) -> bool:
+        return self._num_calls % self.update_every == 0
+
+    def _min_weight(self) -> float:
+        return self.min_weight
+
+    def _stream_task(
+        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        if not self._moves_weights():
+            return self.log_task_weights[task].clone()
+        state, options, layout = self.step_state, self.step_options, self._bound_layout()
+        row = slice(task, task + 1)
+        excess_risk_sum = torch.zeros_like(state.excess_risk)
+        functional.accumulate_excess_risk_(
+            grads,
+            layout,
+            state.sq_grad_sum[row],
+            state.grad_mean[row],
+            excess_risk_sum[row],
+            state.ticket,
+            options,
+            scale,
+        )
+        functional.update_task_risks_(excess_risk_sum, [task], layout, state, options)
+        functional.repair_(
+            grads,
+            layout,
+            state.sq_grad_sum[row],
+            state.grad_mean[row],
+            state.found_nonfinite[row],
+            options,
+            scale,
+        )
+        is_past_warmup = (state.num_steps >= self.num_warmup_steps).to(state.log_task_weights.dtype)
+        log_step = self.robust_step_size * state.relative_excess_risk[task]
+        return state.log_task_weights[task] + is_past_warmup * log_step.clamp(
+            max=functional.MAX_LOG_STEP
+        )
+
+    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
+        if self._moves_weights():
+            functional.update_task_weights_(tasks, self.step_state, self.step_options)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_tasks": self.num_tasks,
+            "robust_step_size": self.robust_step_size,
+            "fisher": self.fisher,
+            "eps": self.eps,
+            "num_warmup_steps": self.num_warmup_steps,
+            "weight_scale": self.weight_scale,
+            "head_weighting": self.head_weighting,
+            "gradient_momentum": self.gradient_momentum,
+            "relative": self.relative,
+            "update_every": self.update_every,
+            "min_weight": self.min_weight,
+            "nonfinite": self.nonfinite,
+        }
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"fisher": "linear", "robust_step_size": 0.01},
+    "official": {
+        "fisher": "sqrt",
+        "eps": 1e-7,
+        "num_warmup_steps": 1,
+        "robust_step_size": 0.01,
+        "weight_scale": "num_tasks",
+        "head_weighting": "task_weights",
+    },
+    "recommended": {"gradient_momentum": 0.98, "fisher": "linear", "robust_step_size": 3.0},
+}

@@ -1,0 +1,354 @@
+"""Task losses to task gradients of the shared parameters: the only room that calls autograd.
+
+A step runs one backward pass per task and nothing else. ``AccumulateGrad`` puts each pass's
+gradient into ``.grad``; it is taken from there as it is, without a copy, before the next pass
+begins. Parameters that are not shared (heads) receive their gradient from the same passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+Losses: TypeAlias = Tensor | Sequence[Tensor | None]
+"""T scalar losses: a list (None where a task has no labels in this batch), or one tensor [T]."""
+
+Root: TypeAlias = Tensor | GradientEdge
+"""Where the backward pass of one task starts."""
+
+LEAST_DIVISIBLE_WEIGHT = 1e-12
+"""Weights below this count as this in a single weighted pass, where head gradients are divided by the weight again."""
+
+
+def loss_roots(losses: Losses, num_tasks: int) -> list[Root | None]:
+    """Checks the losses and finds where each task's backward pass starts.
+
+    The elements of a stacked tensor hang together: a pass from one of them would walk the graphs of
+    all (with zeros), T * T graphs a step. So the pass starts at what was stacked.
+
+    Args:
+        losses: T scalar losses.
+        num_tasks: T.
+
+    Returns:
+        A root per task, None for an absent task.
+
+    Raises:
+        TypeError: ``losses`` is neither a tensor nor a list of tensors and None.
+        ValueError: the number of losses, a shape or ``requires_grad`` is not as expected.
+    """
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1 or losses.shape[0] != num_tasks:
+            raise ValueError(
+                f"Expected `losses` of shape [{num_tasks}], one scalar per task, but got {list(losses.shape)}. "
+                "Stack scalars with torch.stack, or pass a list."
+            )
+        if not losses.requires_grad:
+            raise ValueError(
+                "Expected `losses` to require grad, but got a tensor without a graph. "
+                "Compute it outside torch.no_grad() and do not detach it."
+            )
+        return _stacked_roots(losses)
+    if not isinstance(losses, (list, tuple)):
+        raise TypeError(
+            f"Expected `losses` to be a tensor [T] or a list of scalars, but got {type(losses).__name__}."
+        )
+    if len(losses) != num_tasks:
+        raise ValueError(
+            f"Expected `losses` to hold {num_tasks} losses, one per task, but got {len(losses)}. "
+            "Pass None for a task that has no labels in this batch."
+        )
+    roots: list[Root | None] = []
+    for task, loss in enumerate(losses):
+        if loss is None:
+            roots.append(None)
+            continue
+        check_loss(loss, f"losses[{task}]")
+        roots.append(loss)
+    return roots
+
+
+def check_loss(loss: object, name: str) -> None:
+    """Raises unless ``loss`` is a scalar tensor with a graph."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"Expected `{name}` to be a scalar tensor, but got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"Expected `{name}` to be a scalar, but got shape {list(loss.shape)}. Reduce it with mean() or sum()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"Expected `{name}` to require grad, but got a tensor without a graph. Compute it outside torch.no_grad() "
+            "and do not detach it; pass None for a task that has no labels in this batch."
+        )
+
+
+def _stacked_roots(losses: Tensor) -> list[Root | None]:
+    node = losses.grad_fn
+    if node is None or node.name() != "StackBackward0":
+        return list(losses.unbind())
+    roots: list[Root | None] = []
+    for task, (parent, output_nr) in enumerate(node.next_functions):
+        if parent is None:
+            raise ValueError(
+                f"Expected `losses[{task}]` to require grad, but it was stacked from a tensor without a graph. "
+                "Pass a list with None for a task that has no labels in this batch."
+            )
+        roots.append(GradientEdge(parent, output_nr))
+    return roots
+
+
+def loss_values(losses: Losses, like: Tensor) -> Tensor:
+    """The losses as a detached tensor [T] of the dtype and device of ``like``; NaN for an absent task."""
+    if isinstance(losses, Tensor):
+        return losses.detach().to(like)
+    missing = torch.full((), float("nan"), dtype=like.dtype, device=like.device)
+    return torch.stack(
+        [missing if loss is None else loss.detach().reshape(()).to(like) for loss in losses]
+    )
+
+
+def _device_of(root: Root) -> torch.device:
+    if isinstance(root, Tensor):
+        return root.device
+    return root.node._input_metadata[root.output_nr].device  # type: ignore[attr-defined]
+
+
+def check_device(roots: Iterable[Root | None], device: torch.device) -> None:
+    """Raises ValueError when a loss lies on another device than the shared parameters."""
+    for task, root in enumerate(roots):
+        if root is not None and _device_of(root) != device:
+            raise ValueError(
+                f"Expected `losses[{task}]` on {device}, where the shared parameters are, but got {_device_of(root)}. "
+                "Move the model or the loss."
+            )
+
+
+def start_of(root: Root, scale: Tensor | None) -> Tensor:
+    """The gradient a pass starts with: ones, or the scale, in the shape and dtype of the loss."""
+    if isinstance(root, Tensor):
+        one = torch.ones_like(root)
+    else:
+        metadata = root.node._input_metadata[root.output_nr]  # type: ignore[attr-defined]
+        one = torch.ones(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
+    return one if scale is None else one * scale.to(one)
+
+
+def run_backward(roots: Sequence[Root], starts: Sequence[Tensor], *, retain_graph: bool) -> None:
+    """One pass of the autograd engine from all ``roots``; adds to ``.grad`` of every leaf."""
+    torch.autograd.backward(roots, grad_tensors=starts, retain_graph=retain_graph)  # type: ignore[arg-type]
+
+
+@contextmanager
+def set_aside_grads(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+    """Empties ``.grad`` of ``parameters`` for the body and gives back what was there, also when the body raises."""
+    saved = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield saved
+    finally:
+        for parameter, grad in zip(parameters, saved, strict=True):
+            parameter.grad = grad
+
+
+def take_grads(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Takes ``.grad`` away from ``parameters``; sparse gradients become dense."""
+    grads: list[Tensor | None] = []
+    for parameter in parameters:
+        grad = parameter.grad
+        parameter.grad = None
+        grads.append(grad.to_dense() if grad is not None and grad.is_sparse else grad)
+    return grads
+
+
+def leaves_of(root: Root) -> dict[int, Tensor]:
+    """Every parameter that a pass from ``root`` reaches, by id."""
+    start = root.grad_fn if isinstance(root, Tensor) else root.node
+    if start is None:  # a loss that is itself a leaf
+        return {id(root): root} if isinstance(root, Tensor) else {}
+    leaves: dict[int, Tensor] = {}
+    seen: set[Node] = {start}
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves[id(variable)] = variable
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return leaves
+
+
+class HeadGrads:
+    """Keeps the head gradients of each task apart while the passes run, to weight them when the weights are known.
+
+    Args:
+        roots: One per task.
+        shared: The shared parameters, which are not heads.
+    """
+
+    def __init__(self, roots: Sequence[Root | None], shared: Sequence[Tensor]) -> None:
+        is_shared = {id(parameter) for parameter in shared}
+        self.parameters: list[list[Tensor]] = [
+            []
+            if root is None
+            else [leaf for key, leaf in leaves_of(root).items() if key not in is_shared]
+            for root in roots
+        ]
+        self.grads: dict[int, list[Tensor | None]] = {}
+
+    def all_parameters(self) -> list[Tensor]:
+        """Every head parameter once."""
+        return list({id(leaf): leaf for leaves in self.parameters for leaf in leaves}.values())
+
+    def reached_by_several(self) -> bool:
+        """Whether some parameter outside the shared ones serves more than one task."""
+        return len(self.all_parameters()) < sum(len(leaves) for leaves in self.parameters)
+
+    def take(self, task: int) -> None:
+        """Takes the gradients that the pass of ``task`` has just left."""
+        self.grads[task] = take_grads(self.parameters[task])
+
+    def add(self, factors: Tensor) -> None:
+        """Adds ``factors[task]`` times the gradients of every task to ``.grad``."""
+        for task, grads in self.grads.items():
+            for parameter, grad in zip(self.parameters[task], grads, strict=True):
+                if grad is not None:
+                    scaled = grad * factors[task].to(grad.dtype)
+                    parameter.grad = (
+                        scaled if parameter.grad is None else parameter.grad.add_(scaled)
+                    )
+
+
+def backward_per_task(
+    roots: Sequence[Root | None],
+    shared: Sequence[Tensor],
+    *,
+    scale: Tensor | None,
+    on_task: Callable[[int], None] | None = None,
+) -> list[list[Tensor | None]]:
+    """Runs one backward pass per present task and takes the gradients of the shared parameters.
+
+    To be called with ``.grad`` of the shared parameters set aside. Heads keep what the passes add
+    to their ``.grad``.
+
+    Args:
+        roots: One per task, None where absent.
+        shared: The L shared parameters.
+        scale: Factor of every loss (a loss scale), or None.
+        on_task: Called after each task's pass.
+
+    Returns:
+        T lists of L gradients; None where a task does not reach a parameter, and for an absent
+        task.
+
+    Raises:
+        ValueError: a loss does not depend on any shared parameter.
+    """
+    present = [task for task, root in enumerate(roots) if root is not None]
+    task_grads: list[list[Tensor | None]] = [[None] * len(shared) for _ in roots]
+    for task in present:
+        root = roots[task]
+        assert root is not None
+        run_backward([root], [start_of(root, scale)], retain_graph=task != present[-1])
+        task_grads[task] = take_grads(shared)
+        check_reached(task_grads[task], task)
+        if on_task is not None:
+            on_task(task)
+    return task_grads
+
+
+def check_reached(grads: Sequence[Tensor | None], task: int) -> None:
+    """Raises ValueError when a task's pass reached no shared parameter."""
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            f"Expected `losses[{task}]` to depend on the shared parameters, but none received a gradient. Check "
+            "that the loss is computed from the encoder's output and not from a detached copy, and that the parameters "
+            "given to the balancer are the model's; pass None for a task that is absent from this batch."
+        )
+
+
+def weighted_backward(
+    roots: Sequence[Root | None],
+    shared: Sequence[Tensor],
+    task_weights: Tensor,
+    *,
+    scale: Tensor | None,
+    weighted_heads: bool,
+    is_uniform: bool,
+) -> None:
+    """One pass for given weights: shared ``.grad`` gets sum_i a_i g_i, heads their own gradient (or a_i times it).
+
+    Args:
+        roots: One per task, None where absent.
+        shared: The shared parameters; the result is added to their ``.grad``.
+        task_weights: [T] weights.
+        scale: Factor of every loss, or None.
+        weighted_heads: Whether head gradients carry the task's weight too.
+        is_uniform: Whether all weights are known to be equal.
+    """
+    tasks = [task for task, root in enumerate(roots) if root is not None]
+    present = [root for root in roots if root is not None]
+    if not present:
+        return
+    starts = [start_of(root, scale) for root in present]
+    if weighted_heads:
+        run_backward(present, _weighted(starts, tasks, task_weights), retain_graph=False)
+        return
+    if is_uniform:
+        # The losses unweighted, then the shared gradients scaled: heads are right as they come.
+        with set_aside_grads(shared) as saved:
+            run_backward(present, starts, retain_graph=False)
+            grads = take_grads(shared)
+        weight = task_weights[0]
+        add_grads(
+            shared,
+            saved,
+            [None if grad is None else grad.mul_(weight.to(grad.dtype)) for grad in grads],
+        )
+        return
+    heads = HeadGrads(roots, shared)
+    if heads.reached_by_several():
+        # Such a parameter is owed the plain sum over its tasks, which no single weighted pass
+        # gives.
+        with set_aside_grads(shared) as saved:
+            task_grads = backward_per_task(roots, shared, scale=scale)
+        for index, parameter in enumerate(shared):
+            total = saved[index]
+            for task in tasks:
+                grad = task_grads[task][index]
+                if grad is not None:
+                    scaled = grad.mul_(task_weights[task].to(grad.dtype))
+                    total = scaled if total is None else total.add_(scaled)
+            parameter.grad = total
+        return
+    divisible = task_weights.clamp(min=LEAST_DIVISIBLE_WEIGHT)
+    with set_aside_grads(heads.all_parameters()):
+        run_backward(present, _weighted(starts, tasks, divisible), retain_graph=False)
+        for task in tasks:
+            heads.take(task)
+    heads.add(divisible.reciprocal())
+
+
+def _weighted(starts: Sequence[Tensor], tasks: Sequence[int], task_weights: Tensor) -> list[Tensor]:
+    return [
+        start * task_weights[task].to(start.dtype)
+        for task, start in zip(tasks, starts, strict=True)
+    ]
+
+
+def add_grads(
+    parameters: Sequence[Tensor], saved: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> None:
+    """Leaves ``saved + grads`` in ``.grad``, as autograd would have."""
+    for parameter, old, grad in zip(parameters, saved, grads, strict=True):
+        if grad is not None:
+            parameter.grad = grad if old is None else old.add_(grad)
