@@ -180,6 +180,10 @@ def _load_compiled_here() -> BuildInfo:
 
 def _first_error(error: Exception) -> str:
     """One line for the warning: the compiler's first error, else the exception's first line."""
+    if isinstance(
+        error.__cause__, OSError
+    ):  # load_library names the file; its cause names the fault
+        error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return next((line.strip() for line in lines if "error:" in line), lines[0])
 

@@ -117,7 +117,7 @@ def test_missing_library_warns_once_and_names_the_reason(package_without_ops):
 def test_damaged_library_warns_once_and_names_the_reason(package_without_ops):
     (package_without_ops / "_C.py").write_text(FACTS.format(target="2.10"))
     (package_without_ops / "_ops.so").write_bytes(b"not a library")
-    assert_falls_back(import_report(package_without_ops.parent), "_ops.so")
+    assert_falls_back(import_report(package_without_ops.parent), "_ops.so: file too short")
 
 
 def test_library_without_build_facts_warns_once(package_without_ops):
