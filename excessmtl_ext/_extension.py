@@ -102,6 +102,12 @@ def _toolkit_dir() -> Path | None:
     return next((path for path in candidates if (path / "include" / "crt").is_dir()), None)
 
 
+def _toolkit_version(toolkit: Path) -> str:
+    header = (toolkit / "include" / "cuda.h").read_text()
+    match = re.search(r"^#define CUDA_VERSION (\d+)(\d\d)\d$", header, re.MULTILINE)
+    return f"{match[1]}.{int(match[2])}" if match else ""
+
+
 def _cuda_toolkit_for_jit() -> Path | None:
     choice = os.environ.get("EXCESSMTL_WITH_CUDA", "AUTO")
     if choice == "OFF":
@@ -170,7 +176,7 @@ def _load_compiled_here() -> BuildInfo:
         is_complete.touch()
     return BuildInfo(
         has_cuda=has_cuda,
-        cuda_version=torch.version.cuda or "" if has_cuda else "",
+        cuda_version=_toolkit_version(toolkit) if toolkit is not None and has_cuda else "",
         cuda_architectures=architectures if has_cuda else "",
         torch_version=str(torch.__version__),
         torch_target_version=f"{target[0]}.{target[1]}",
