@@ -1,0 +1,134 @@
+// combine_ on CUDA: one launch, which reads on the device whether it combines or repairs.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "../param_layout.h"
+#include "combine.cuh"
+#include "launch.cuh"
+#include "launch_scope.h"
+#include "launch_tensors.h"
+
+namespace excessmtl::cuda {
+namespace {
+
+template <typename grad_t, typename acc_t>
+cudaError_t launch_combine(const CombineArgs<acc_t>& args, const TensorPointers& tensors, const LaunchScope& scope) {
+  return launch_with_table(combine_kernel<grad_t, acc_t, kSmallTable>, combine_kernel<grad_t, acc_t, kLargeTable>,
+                           grid_of(args.chunks.num_chunks, 1, scope.num_sms), scope.stream, args, tensors);
+}
+
+template <typename acc_t>
+CombineArgs<acc_t> make_args(const ParamLayout& layout, const Tensor& chunk_map,
+                             const std::optional<Tensor>& grad_scale, const Tensor& task_weights,
+                             const Tensor& found_nonfinite, Tensor& sq_grad_sum, Tensor& grad_mean,
+                             double gradient_momentum, bool has_outputs, bool accumulate) {
+  CombineArgs<acc_t> args = {};
+  args.chunks = read_chunk_map(chunk_map, layout, task_weights);
+  args.grad_scale = read_grad_scale(grad_scale, task_weights);
+  args.task_weights = task_weights.const_data_ptr<double>();
+  args.found_nonfinite = found_nonfinite.const_data_ptr<bool>();
+  if (sq_grad_sum.numel() > 0) {
+    args.sq_grad_sum = sq_grad_sum.mutable_data_ptr<acc_t>();
+    args.grad_mean = gradient_momentum > 0.0 ? grad_mean.mutable_data_ptr<acc_t>() : nullptr;
+  }
+  args.row_stride = layout.padded_numel();
+  args.element_options = make_element_options<acc_t>(1.0, gradient_momentum, 1.0);
+  args.num_tasks = static_cast<int>(task_weights.numel());
+  args.has_outputs = has_outputs;
+  args.accumulate = accumulate;
+  return args;
+}
+
+void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels, Tensor chunk_map,
+                std::optional<Tensor> grad_scale, Tensor task_weights, Tensor found_nonfinite, Tensor sq_grad_sum,
+                Tensor grad_mean, double gradient_momentum, bool accumulate) {
+  const ParamLayout layout = read_param_layout(param_numels);
+  const int64_t num_tasks = task_weights.numel();
+  check_num_tasks(num_tasks);
+  check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, task_weights);
+  check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, task_weights);
+  check_element_options(1.0, gradient_momentum);
+  const bool has_state = sq_grad_sum.numel() > 0;
+  if (has_state) {
+    check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
+    STD_TORCH_CHECK(sq_grad_sum.size(0) == num_tasks, "Expected `sq_grad_sum` to have ", num_tasks, " rows, but got ",
+                    sq_grad_sum.size(0), ".");
+    check_same_device(sq_grad_sum, "sq_grad_sum", task_weights);
+  }
+  const LaunchScope scope(task_weights);
+  TaskGrads grads = read_task_grads(std::move(task_grads), layout, num_tasks, task_weights);
+  if (has_state) {
+    check_state_holds(grads, sq_grad_sum);
+  }
+  STD_TORCH_CHECK(outputs.empty() || static_cast<int64_t>(outputs.size()) == layout.num_tensors(),
+                  "Expected `outputs` to hold ", layout.num_tensors(), " tensors or none, but got ", outputs.size(), ".");
+  CommonType common;
+  if (has_state) {
+    common.add_state(sq_grad_sum.scalar_type());
+  }
+  add_types(common, grads);
+  for (size_t index = 0; index < outputs.size(); ++index) {
+    const Tensor& output = outputs[index];
+    STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(), "Expected `outputs` ", index,
+                    " to be contiguous with ", layout.numels[index], " elements, but got ", output.numel(), ".");
+    check_same_device(output, "outputs", task_weights);
+    const GradType type = grad_type_of(output);
+    const bool exceeds_state = has_state && type == kFloat64 && sq_grad_sum.scalar_type() == ScalarType::Float;
+    if (output.numel() > 0 && !exceeds_state) {
+      common.add(type);
+    }
+  }
+  if (layout.padded_numel() == 0 || (outputs.empty() && !has_state)) {
+    return;
+  }
+  convert_grads(grads, common.get());
+
+  // An output of another type than the launch's is written to a copy in that type first, then rounded once.
+  std::vector<Tensor> targets = outputs;
+  std::vector<const void*> pointers = grads.data;
+  for (Tensor& target : targets) {
+    if (target.numel() > 0 && target.scalar_type() != kScalarTypes[common.get()]) {
+      target = torch::stable::to(target, kScalarTypes[common.get()]);
+    }
+    pointers.push_back(target.numel() > 0 ? target.mutable_data_ptr() : nullptr);
+  }
+  const DevicePointers tensors(std::move(pointers), task_weights, scope);
+  const auto args_as = [&](auto zero) {
+    return make_args<decltype(zero)>(layout, chunk_map, grad_scale, task_weights, found_nonfinite, sq_grad_sum,
+                                     grad_mean, gradient_momentum, !outputs.empty(), accumulate);
+  };
+  cudaError_t status = cudaSuccess;
+  switch (common.get()) {
+    case kFloat64:
+      status = launch_combine<double>(args_as(0.0), tensors.get(), scope);
+      break;
+    case kFloat32:
+      status = launch_combine<float>(args_as(0.0F), tensors.get(), scope);
+      break;
+    case kBFloat16:
+      status = launch_combine<__nv_bfloat16>(args_as(0.0F), tensors.get(), scope);
+      break;
+    default:
+      status = launch_combine<__half>(args_as(0.0F), tensors.get(), scope);
+      break;
+  }
+  check_cuda(status, "The launch of combine_");
+  for (size_t index = 0; index < outputs.size(); ++index) {
+    if (targets[index].get() != outputs[index].get()) {
+      torch::stable::copy_(outputs[index], targets[index]);
+    }
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) { m.impl("combine_", TORCH_BOX(&combine_op)); }
+
+}  // namespace excessmtl::cuda

@@ -1,0 +1,36 @@
+// The compiled launches of the fused step, one file per gradient type so that they compile side by side.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "fused_step.cuh"
+#include "launch.cuh"
+
+namespace excessmtl::cuda {
+
+// Defined for <double, double>, <float, float>, <__nv_bfloat16, float> and <__half, float>.
+template <typename grad_t, typename acc_t>
+cudaError_t launch_fused_step(bool sqrt_fisher, bool has_momentum, dim3 grid, cudaStream_t stream,
+                              const StepArgs<acc_t>& args, const TensorPointers& grads);
+
+template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum>
+inline cudaError_t launch_fused_step_as(dim3 grid, cudaStream_t stream, const StepArgs<acc_t>& args,
+                                        const TensorPointers& grads) {
+  return launch_with_table(fused_step_kernel<grad_t, acc_t, kSqrtFisher, kMomentum, kSmallTable>,
+                           fused_step_kernel<grad_t, acc_t, kSqrtFisher, kMomentum, kLargeTable>, grid, stream, args,
+                           grads);
+}
+
+#define EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(grad_t, acc_t)                                                          \
+  template <>                                                                                                      \
+  cudaError_t launch_fused_step<grad_t, acc_t>(bool sqrt_fisher, bool has_momentum, dim3 grid, cudaStream_t stream, \
+                                               const StepArgs<acc_t>& args, const TensorPointers& grads) {         \
+    if (sqrt_fisher) {                                                                                             \
+      return has_momentum ? launch_fused_step_as<grad_t, acc_t, true, true>(grid, stream, args, grads)             \
+                          : launch_fused_step_as<grad_t, acc_t, true, false>(grid, stream, args, grads);           \
+    }                                                                                                              \
+    return has_momentum ? launch_fused_step_as<grad_t, acc_t, false, true>(grid, stream, args, grads)              \
+                        : launch_fused_step_as<grad_t, acc_t, false, false>(grid, stream, args, grads);            \
+  }
+
+}  // namespace excessmtl::cuda

@@ -1,0 +1,72 @@
+// From a kernel and its arguments to a launch, without torch: which pointer table, and the launch itself.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "launch_config.cuh"
+#include "pointer_table.cuh"
+
+namespace excessmtl::cuda {
+
+// Where a launch finds its tensors. in_device_memory is set when they do not fit into the arguments; `pointers` lie on the host.
+struct TensorPointers {
+  const void* const* pointers;
+  int64_t count;
+  const unsigned long long* in_device_memory;
+
+  static bool fits_arguments(int64_t count) { return count <= kLargeTable; }
+};
+
+template <typename... Params>
+inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, unsigned threads, cudaStream_t stream,
+                          const Params&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads, 1, 1);
+  config.stream = stream;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
+  const cudaError_t latest = cudaGetLastError();  // cleared, so that it is not blamed on someone else's next call
+  return status != cudaSuccess ? status : latest;
+}
+
+template <int kCapacity>
+inline PointerTable<kCapacity> make_table(const TensorPointers& tensors) {
+  PointerTable<kCapacity> table;
+  table.in_device_memory = tensors.in_device_memory;
+  if (tensors.in_device_memory == nullptr) {
+    std::copy_n(tensors.pointers, tensors.count, table.data);
+  }
+  return table;
+}
+
+// Launches the instantiation whose table fits: small_kernel up to kSmallTable pointers and for tables in device memory, else
+// large_kernel.
+template <class Args>
+inline cudaError_t launch_with_table(void (*small_kernel)(Args, PointerTable<kSmallTable>),
+                                     void (*large_kernel)(Args, PointerTable<kLargeTable>), dim3 grid,
+                                     cudaStream_t stream, const Args& args, const TensorPointers& tensors) {
+  if (tensors.in_device_memory != nullptr || tensors.count <= kSmallTable) {
+    return launch(small_kernel, grid, kThreads, stream, args, make_table<kSmallTable>(tensors));
+  }
+  return launch(large_kernel, grid, kThreads, stream, args, make_table<kLargeTable>(tensors));
+}
+
+// Fills a table in device memory, kLargeTable pointers per launch.
+inline cudaError_t write_pointer_table(const void* const* pointers, int64_t count, unsigned long long* in_device_memory,
+                                       cudaStream_t stream) {
+  for (int64_t first = 0; first < count; first += kLargeTable) {
+    const int piece = static_cast<int>(std::min<int64_t>(kLargeTable, count - first));
+    const auto table = make_table<kLargeTable>({pointers + first, piece, nullptr});
+    const cudaError_t status = launch(write_pointer_table_kernel<kLargeTable>, dim3((piece + kThreads - 1) / kThreads),
+                                      kThreads, stream, table, piece, in_device_memory + first);
+    if (status != cudaSuccess) {
+      return status;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace excessmtl::cuda

@@ -1,0 +1,49 @@
+// The fixed numbers of every launch, each with its reason. Kernels and host code read them here.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace excessmtl::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kThreads = 256;  // 8 warps: a block sum of two short trees, and 8 blocks fill an SM of 2,048 threads
+constexpr int kWarps = kThreads / kWarpSize;
+
+// At least 4 blocks per SM: 64 registers per thread, 1,024 threads. With four 16-byte loads of gradient and four of state in
+// flight per thread that is 128 KiB per SM; an H100 needs about 20 KiB (3.35 TB/s x 0.7 us / 132) to keep its memory busy.
+// Twice the registers for float64: its root and division are long code, and 64 would spill.
+template <typename acc_t>
+constexpr int kMinBlocksPerSm = sizeof(acc_t) == sizeof(double) ? 2 : 4;
+
+// The grid stops growing at 8 blocks per SM, the most that fit: blocks then walk over several chunks each, and take one ticket.
+constexpr int kMaxBlocksPerSm = 8;
+
+// 16 bytes of gradient and of state per thread and access, the widest there is; several of them before the first use.
+// Momentum reads a third stream: half as many keep it within 64 registers.
+template <bool kMomentum>
+constexpr int kVectorsInFlight = kMomentum ? 2 : 4;
+
+// Shorter slices of a chunk go to one warp each: below 8 accesses per lane a whole block would mostly idle.
+constexpr int kMinBlockSliceNumel = 1024;
+
+constexpr int kMaxTasks = 512;  // a bit per task travels in the arguments; two tasks per thread in the last block
+
+// Pointer tables in the arguments: classic 4 KiB of kernel parameters, and the 32,764 bytes of sm_70+ since CUDA 12.1.
+// kArgumentBytes is left for everything else.
+constexpr int kArgumentBytes = 504;
+constexpr int kSmallTable = (4096 - 8 - kArgumentBytes) / 8;    // 448 pointers
+constexpr int kLargeTable = (32764 - 12 - kArgumentBytes) / 8;  // 4,031 pointers
+
+// Blocks per task: enough to fill the GPU, and no more than there are chunks.
+inline dim3 grid_of(int64_t num_chunks, int64_t num_tasks, int num_sms) {
+  const int64_t resident = static_cast<int64_t>(num_sms) * kMaxBlocksPerSm;
+  int64_t blocks = resident / num_tasks > 0 ? resident / num_tasks : 1;
+  if (blocks > num_chunks) {
+    blocks = num_chunks;
+  }
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(num_tasks), 1);
+}
+
+}  // namespace excessmtl::cuda

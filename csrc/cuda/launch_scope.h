@@ -1,0 +1,49 @@
+// Device, stream and errors of an op: the only place that asks torch about CUDA.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+
+namespace excessmtl::cuda {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, what, " failed: ", cudaGetErrorString(status), ".");
+}
+
+// While it lives, the device of a tensor is the current one, and `stream` is torch's current stream there.
+class LaunchScope {
+ public:
+#if defined(__CUDACC__)
+  explicit LaunchScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+    const int32_t device = tensor.get_device_index();
+    // This library carries a CUDA runtime of its own (static), which has to hear of the device too.
+    check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+    stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
+#else
+    // A symbol of libtorch_cuda: a build for these versions needs a CUDA build of torch.
+    void* handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
+    stream = static_cast<cudaStream_t>(handle);
+#endif
+  }
+#else
+  // The tests' host build runs the ops on CPU tensors: no device to choose.
+  explicit LaunchScope(const torch::stable::Tensor&) : num_sms(simt::num_sms()) {}
+#endif
+
+  cudaStream_t stream = nullptr;
+  int num_sms = 0;
+
+ private:
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+}  // namespace excessmtl::cuda
