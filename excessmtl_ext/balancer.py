@@ -325,6 +325,7 @@ class Balancer(nn.Module):
         ``.backward()`` nothing changes.
         """
         roots = gradients.loss_roots(losses, self.num_tasks)
+        gradients.check_device(roots, self._bound_parameters()[0].device)
         values = gradients.loss_values(losses, self.task_weights)
         total = (
             self.task_weights * values.nan_to_num(0.0)
@@ -479,6 +480,8 @@ class Balancer(nn.Module):
         tasks = sorted(stream.log_weights)
         with torch.no_grad():
             self._stream_finish(tasks, stream.losses)
+            self._num_calls += 1
+            self._raise_if_nonfinite()
             # Every present task's log-weight moved by one common constant when it was normalised.
             shift = self.log_task_weights[tasks[0]] - stream.log_weights[tasks[0]]
             share = (stream.running_log_max + shift - self.log_task_weights.logsumexp(0)).exp()
@@ -508,8 +511,6 @@ class Balancer(nn.Module):
             _assign(shared, outputs)
             for heads in stream.heads:
                 heads.add(self.task_weights)
-            self._num_calls += 1
-            self._raise_if_nonfinite()
 
     # ---- inside
 
@@ -580,9 +581,10 @@ class Balancer(nn.Module):
         try:
             return function(*args)
         except RuntimeError as error:
-            message = str(error).split("\n", 1)[0]
-            if message.startswith("Expected `"):
-                raise ValueError(message) from None
+            # torch puts the place in the C++ source before the message.
+            _, expected, rest = str(error).split("\n", 1)[0].partition("Expected `")
+            if expected:
+                raise ValueError(expected + rest) from None
             raise
 
     def _prepare(self, task_grads: list[Tensor]) -> None:

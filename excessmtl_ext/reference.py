@@ -41,6 +41,33 @@ def _task_grads_of(task_grads: Sequence[Tensor], task: int, num_tensors: int) ->
     return task_grads[task * num_tensors : (task + 1) * num_tensors]
 
 
+def check_task_grads(
+    task_grads: Sequence[Tensor], param_numels: Tensor, num_tasks: int, state: Tensor
+) -> None:
+    """What the compiled ops check, in their words; ``state`` is the tensor that must hold the gradients' precision."""
+    numels = param_numels.tolist()
+    if len(task_grads) != num_tasks * len(numels):
+        raise RuntimeError(
+            f"Expected `task_grads` to hold {num_tasks} tasks x {len(numels)} parameters = {num_tasks * len(numels)} "
+            f"tensors, but got {len(task_grads)}."
+        )
+    for k, grad in enumerate(task_grads):
+        task, index = divmod(k, len(numels))
+        if grad.numel() not in (0, numels[index]):
+            raise RuntimeError(
+                f"Expected `task_grads` of task {task}, parameter {index} to have {numels[index]} elements, but got "
+                f"{grad.numel()}."
+            )
+        if grad.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise RuntimeError(
+                f"Expected `task_grads` of float64, float32, bfloat16 or float16, but got {grad.dtype}."
+            )
+        if grad.dtype == torch.float64 and state.dtype == torch.float32 and grad.numel() > 0:
+            raise RuntimeError(
+                "Expected `sq_grad_sum` of float64 for float64 gradients, but got float32."
+            )
+
+
 def _present_tasks(task_grads: Sequence[Tensor], num_tasks: int, num_tensors: int) -> list[int]:
     return [
         task
@@ -78,6 +105,7 @@ def fused_step_(
 ) -> None:
     """One step: Fisher diagonal, excess risks, baseline, weights. A non-finite step changes only S and m."""
     num_tasks = task_weights.numel()
+    check_task_grads(task_grads, param_numels, num_tasks, sq_grad_sum)
     tasks = _present_tasks(task_grads, num_tasks, param_numels.numel())
     num_params = int(param_numels.sum())
     found_nonfinite.zero_()
@@ -144,6 +172,7 @@ def accumulate_excess_risk_(
 
     with n = m under momentum b, else g, and h(S) = sqrt(S + eps) or S + eps.
     """
+    check_task_grads(task_grads, param_numels, sq_grad_sum.shape[0], sq_grad_sum)
     largest = torch.finfo(sq_grad_sum.dtype).max
     num_tensors = param_numels.numel()
     for task in _present_tasks(task_grads, sq_grad_sum.shape[0], num_tensors):

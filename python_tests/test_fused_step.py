@@ -1,0 +1,490 @@
+"""The compiled ops against their twins in reference.py, in float64 and under every condition the contract names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from _asserts import assert_equal_bits, assert_states_close
+from _inputs import DTYPES, PARAM_NUMELS, make_task_grads
+
+from excessmtl_ext import _extension, reference
+from excessmtl_ext import functional as F
+from excessmtl_ext.functional import ParamLayout, StepOptions, StepState, init_state
+
+pytestmark = pytest.mark.skipif(
+    not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"
+)
+
+OPTIONS = {
+    "default": StepOptions(robust_step_size=0.3),
+    "linear": StepOptions(fisher="linear", robust_step_size=0.3),
+    "momentum": StepOptions(fisher="linear", gradient_momentum=0.9, robust_step_size=0.3),
+    "sqrt_momentum": StepOptions(gradient_momentum=0.98, robust_step_size=0.3),
+    "warmup": StepOptions(num_warmup_steps=2, robust_step_size=0.3),
+    "raw": StepOptions(relative=False, robust_step_size=1e-3),
+    "floor": StepOptions(min_weight=0.05, weight_total=3.0, robust_step_size=0.3),
+}
+
+
+def run_reference(grads, layout, state, options, scale=None):
+    """The twin in float64, on the values that the op was given."""
+    reference.fused_step_(
+        [grad.double() for grad in grads],
+        layout.param_numels,
+        layout.chunk_map(torch.device("cpu")),
+        scale,
+        *state,
+        sqrt_fisher=options.fisher == "sqrt",
+        **F._step_keywords(options),
+    )
+
+
+def run_reference_combine(grads, outputs, layout, state, options, scale=None, accumulate=False):
+    reference.combine_(
+        [grad.double() for grad in grads],
+        outputs,
+        layout.param_numels,
+        layout.chunk_map(torch.device("cpu")),
+        scale,
+        state.task_weights,
+        state.found_nonfinite,
+        state.sq_grad_sum,
+        state.grad_mean,
+        gradient_momentum=options.gradient_momentum,
+        accumulate=accumulate,
+    )
+
+
+def states_of(num_tasks, layout, options, dtype, device="cpu") -> StepState:
+    return init_state(
+        num_tasks,
+        layout,
+        dtype=dtype,
+        device=device,
+        has_momentum=options.gradient_momentum > 0,
+        weight_total=options.weight_total,
+    )
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("numels", PARAM_NUMELS.values(), ids=PARAM_NUMELS.keys())
+def test_steps_and_combined_gradients_equal_the_reference(numels, options, dtype, device):
+    num_tasks, layout = 3, ParamLayout(numels)
+    state = states_of(num_tasks, layout, options, state_dtype(dtype), device)
+    expected = states_of(num_tasks, layout, options, torch.float64)
+    # float32 squares and sums: 4 steps of 2^-24 per element, and the fast root's 2e-7. grad_mean crosses zero: atol.
+    rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (3e-6, 5e-7)
+    for _ in range(4):
+        grads = make_task_grads(num_tasks, numels, dtype, device)
+        F.fused_step_(grads, layout, state, options)
+        run_reference([g.cpu() for g in grads], layout, expected, options)
+        assert_states_close(state, expected, rtol=rtol, atol=atol)
+        outputs = [torch.full((n,), 7.0, dtype=dtype, device=device) for n in numels]
+        wanted = [torch.zeros(n, dtype=torch.float64) for n in numels]
+        F.combine_(grads, outputs, layout, state, options)
+        run_reference_combine([g.cpu() for g in grads], wanted, layout, expected, options)
+        for output, want in zip(outputs, wanted, strict=True):
+            torch.testing.assert_close(output.cpu(), want.to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["zero_task", "huge", "tiny", "strided"])
+@pytest.mark.parametrize("num_tasks", [1, 2, 7, 64])
+def test_unusual_gradients_equal_the_reference(kind, num_tasks, device):
+    numels, options = [33, 5], StepOptions(robust_step_size=0.1)
+    layout = ParamLayout(numels)
+    state = states_of(num_tasks, layout, options, torch.float32, device)
+    expected = states_of(num_tasks, layout, options, torch.float64)
+    for _ in range(3):
+        grads = make_task_grads(num_tasks, numels, torch.float32, device, kind)
+        F.fused_step_(grads, layout, state, options)
+        run_reference([g.cpu() for g in grads], layout, expected, options)
+    assert_states_close(state, expected, rtol=3e-6, atol=5e-7)
+    assert state.task_weights.sum().item() == pytest.approx(1.0, abs=1e-14)
+
+
+def test_512_tasks_work_and_513_are_refused(device):
+    layout, options = ParamLayout([3]), StepOptions(robust_step_size=0.5)
+    state = states_of(512, layout, options, torch.float32, device)
+    expected = states_of(512, layout, options, torch.float64)
+    for _ in range(2):
+        grads = make_task_grads(512, [3], torch.float32, device)
+        F.fused_step_(grads, layout, state, options)
+        run_reference([g.cpu() for g in grads], layout, expected, options)
+    assert_states_close(state, expected, rtol=3e-6, atol=5e-7)
+    with pytest.raises(ValueError, match="between 1 and 512"):
+        init_state(513, layout)
+
+
+def test_gradients_of_mixed_types_work_in_one_step(device):
+    numels, options = [40, 9], StepOptions()
+    layout = ParamLayout(numels)
+    state = states_of(2, layout, options, torch.float32, device)
+    expected = states_of(2, layout, options, torch.float64)
+    grads = make_task_grads(2, numels, torch.float32, device)
+    grads[1], grads[2] = grads[1].bfloat16(), grads[2].half()
+    F.fused_step_(grads, layout, state, options)
+    run_reference([g.cpu() for g in grads], layout, expected, options)
+    assert_states_close(state, expected, rtol=3e-6, atol=5e-7)
+
+
+def test_missing_gradients_leave_their_state_alone_and_absent_tasks_keep_their_weight(device):
+    numels, options = [40, 9], StepOptions(robust_step_size=1.0, gradient_momentum=0.5)
+    layout = ParamLayout(numels)
+    state = states_of(3, layout, options, torch.float32, device)
+    expected = states_of(3, layout, options, torch.float64)
+    for kind in ("all", "all", "one parameter", "one task", "all"):
+        grads = make_task_grads(3, numels, torch.float32, device)
+        before = [tensor.clone() for tensor in state]
+        if kind == "one parameter":
+            grads[1] = grads[1].new_empty(0)
+        if kind == "one task":
+            grads[2] = grads[3] = grads[2].new_empty(0)
+        F.fused_step_(grads, layout, state, options)
+        run_reference([g.cpu() for g in grads], layout, expected, options)
+        assert_states_close(state, expected, rtol=3e-6, atol=5e-7)
+        after = dict(zip(StepState._fields, state, strict=True))
+        old = dict(zip(StepState._fields, before, strict=True))
+        if kind == "one parameter":
+            assert torch.equal(after["sq_grad_sum"][0, 64:], old["sq_grad_sum"][0, 64:])
+        if kind == "one task":
+            for name in (
+                "sq_grad_sum",
+                "grad_mean",
+                "excess_risk",
+                "num_task_steps",
+                "log_task_weights",
+            ):
+                assert torch.equal(after[name][1], old[name][1]), name
+            assert after["task_weights"][1].item() == pytest.approx(
+                old["task_weights"][1].item(), rel=1e-15
+            )
+
+
+def test_a_step_without_any_task_changes_nothing(device):
+    layout, options = ParamLayout([4]), StepOptions()
+    state = states_of(2, layout, options, torch.float32, device)
+    before = [tensor.clone() for tensor in state]
+    F.fused_step_([torch.empty(0, device=device)] * 2, layout, state, options)
+    assert_equal_bits(list(state), before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_nonfinite_step_is_counted_and_repaired(bad, momentum, device):
+    """1e30 is finite but its square is not, in float32."""
+    numels = [20_000, 7]
+    layout, options = (
+        ParamLayout(numels),
+        StepOptions(gradient_momentum=momentum, robust_step_size=0.5),
+    )
+    state = states_of(2, layout, options, torch.float32, device)
+    for _ in range(3):
+        F.fused_step_(make_task_grads(2, numels, torch.float32, device), layout, state, options)
+    before = [tensor.clone() for tensor in state]
+    grads = make_task_grads(2, numels, torch.float32, device)
+    grads[2][19_999] = bad
+    outputs = [torch.zeros(n, device=device) for n in numels]
+    F.fused_step_(grads, layout, state, options)
+    F.combine_(grads, outputs, layout, state, options)
+    assert all(bool(output.isnan().all()) for output in outputs)
+    assert state.found_nonfinite.tolist() == [False, True]
+    assert int(state.num_skipped_steps) == 1
+    for name, left, right in zip(StepState._fields, state, before, strict=True):
+        if name in ("found_nonfinite", "num_skipped_steps"):
+            continue
+        # Adding and subtracting a square rounds twice at the size of the larger one.
+        torch.testing.assert_close(
+            left, right, rtol=0, atol=5e-6 if name in ("sq_grad_sum", "grad_mean") else 0
+        )
+    F.fused_step_(make_task_grads(2, numels, torch.float32, device), layout, state, options)
+    assert not state.found_nonfinite.any()
+    assert bool(state.task_weights.isfinite().all())
+
+
+def test_fisher_diagonal_stops_at_the_largest_finite_number(device):
+    layout, options = ParamLayout([4]), StepOptions()
+    state = states_of(1, layout, options, torch.float32, device)
+    for _ in range(3):
+        F.fused_step_([torch.full((4,), 1.5e19, device=device)], layout, state, options)
+    assert bool(state.sq_grad_sum.isfinite().all())
+    assert state.sq_grad_sum[0, 0].item() == torch.finfo(torch.float32).max
+    assert int(state.num_skipped_steps) == 0
+
+
+def test_grad_scale_is_undone_exactly(device):
+    numels, options = [100], StepOptions(robust_step_size=0.5, gradient_momentum=0.9)
+    layout = ParamLayout(numels)
+    plain = states_of(2, layout, options, torch.float32, device)
+    scaled = states_of(2, layout, options, torch.float32, device)
+    scale = torch.tensor(1024.0, device=device)
+    for _ in range(3):
+        grads = make_task_grads(2, numels, torch.float32, device)
+        F.fused_step_(grads, layout, plain, options)
+        F.fused_step_([grad * 1024 for grad in grads], layout, scaled, options, scale)
+    assert_equal_bits(list(scaled), list(plain))
+    outputs, scaled_outputs = [torch.zeros(100, device=device)], [torch.zeros(100, device=device)]
+    F.combine_(grads, outputs, layout, plain, options)
+    F.combine_([grad * 1024 for grad in grads], scaled_outputs, layout, scaled, options, scale)
+    assert torch.equal(scaled_outputs[0], outputs[0] * 1024)
+
+
+def test_log_weights_neither_overflow_nor_lose_a_task(device):
+    layout, options = ParamLayout([1]), StepOptions(robust_step_size=1e6, relative=False)
+    state = states_of(2, layout, options, torch.float32, device)
+    one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
+    for grads in [(one, zero)] * 5:
+        F.fused_step_(list(grads), layout, state, options)
+    assert state.task_weights.tolist() == pytest.approx([1.0, 0.0])
+    for grads in [(zero, one)] * 20:
+        F.fused_step_(list(grads), layout, state, options)
+    assert state.task_weights.tolist() == pytest.approx([0.0, 1.0])
+    assert bool(state.log_task_weights.isfinite().all())
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine_adds_or_overwrites(accumulate, dtype, device):
+    numels, weights = [5_000, 3], torch.tensor([0.25, 0.75], dtype=torch.float64, device=device)
+    layout, grads = ParamLayout(numels), make_task_grads(2, numels, dtype, device)
+    outputs = [torch.randn(n, device=device).to(dtype) for n in numels]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = [
+        (output.to(wide) * accumulate + 0.25 * first.to(wide) + 0.75 * second.to(wide)).to(dtype)
+        for output, first, second in zip(outputs, grads[:2], grads[2:], strict=True)
+    ]
+    F.weighted_sum_(grads, outputs, layout, weights, accumulate=accumulate)
+    for output, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, want)
+
+
+def test_combine_may_write_into_a_gradient_of_the_step(device):
+    numels = [5_000, 3]
+    layout, grads = ParamLayout(numels), make_task_grads(3, numels, torch.float32, device)
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64, device=device)
+    apart = [torch.zeros(n, device=device) for n in numels]
+    F.weighted_sum_(grads, apart, layout, weights)
+    F.weighted_sum_(grads, grads[2:4], layout, weights)
+    assert_equal_bits(grads[2:4], apart)
+
+
+def test_combine_passes_over_an_output_without_elements(device):
+    layout, grads = ParamLayout([4, 4]), make_task_grads(1, [4, 4], torch.float32, device)
+    outputs = [torch.empty(0, device=device), torch.zeros(4, device=device)]
+    F.weighted_sum_(grads, outputs, layout, torch.ones(1, dtype=torch.float64, device=device))
+    assert torch.equal(outputs[1], grads[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_folding_task_by_task_equals_the_weighted_sum(dtype, device):
+    numels, log_weights = (
+        [5_000, 3, 17],
+        torch.tensor([-700.0, 3.0, 900.0, 899.0], dtype=torch.float64),
+    )
+    layout, grads = ParamLayout(numels), make_task_grads(4, numels, dtype, device)
+    wide = state_dtype(dtype)
+    total = torch.zeros(layout.padded_numel, dtype=wide, device=device)
+    log_max = torch.full((), float("-inf"), dtype=torch.float64, device=device)
+    for task in range(4):
+        row = grads[3 * task : 3 * task + 3]
+        F.fold_(row, layout, log_weights[task].to(device), total, log_max)
+    assert log_max.item() == 900.0
+    for index, part in enumerate(F.segments(total, layout.param_numels)):
+        expected = sum(
+            torch.exp(log_weights[task] - 900.0).item() * grads[3 * task + index].double()
+            for task in range(4)
+        )
+        torch.testing.assert_close(part.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_three_parts_equal_the_fused_step(device):
+    numels, options = (
+        [20_000, 7],
+        StepOptions(robust_step_size=0.5, gradient_momentum=0.9, fisher="linear"),
+    )
+    layout = ParamLayout(numels)
+    fused = states_of(3, layout, options, torch.float32, device)
+    parts = states_of(3, layout, options, torch.float32, device)
+    for _ in range(3):
+        grads = make_task_grads(3, numels, torch.float32, device)
+        F.fused_step_(grads, layout, fused, options)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        F.accumulate_excess_risk_(
+            grads, layout, parts.sq_grad_sum, parts.grad_mean, sums, parts.ticket, options
+        )
+        F.update_task_risks_(sums, [0, 1, 2], layout, parts, options)
+        F.update_task_weights_([0, 1, 2], parts, options)
+    assert_equal_bits(list(parts), list(fused))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_bits_for_any_number_of_threads(dtype):
+    numels, options = [100_003, 1, 50_000], StepOptions(robust_step_size=0.5, gradient_momentum=0.9)
+    layout = ParamLayout(numels)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            generator = torch.Generator().manual_seed(3)
+            state = states_of(3, layout, options, torch.float32)
+            outputs = [torch.zeros(n, dtype=dtype) for n in numels]
+            for _ in range(2):
+                grads = [
+                    torch.randn(n, generator=generator).to(dtype) for _ in range(3) for n in numels
+                ]
+                F.fused_step_(grads, layout, state, options)
+                F.combine_(grads, outputs, layout, state, options, accumulate=True)
+            results.append([*state, *outputs])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_equal_bits(other, results[0])
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_every_cpu_path_passes_this_file(capability):
+    """The narrower paths of this machine, each in a process of its own since the choice is made once."""
+    if os.environ.get("EXCESSMTL_CPU_CAPABILITY"):
+        pytest.skip("this is that process")
+    environment = {**os.environ, "EXCESSMTL_CPU_CAPABILITY": capability}
+    code = "from excessmtl_ext import functional; print(functional.cpu_capability())"
+    chosen = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if chosen != capability:
+        pytest.skip(f"this machine has no {capability}")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
+         "-k", "reference or fold or combine or nonfinite or scale"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def sample_args(device: torch.device, momentum: float = 0.9):
+    layout = ParamLayout([40, 9])
+    options = StepOptions(gradient_momentum=momentum)
+    state = states_of(2, layout, options, torch.float32, device)
+    grads = make_task_grads(2, [40, 9], torch.float32, device)
+    keywords = {"sqrt_fisher": True, **F._step_keywords(options)}
+    return layout, options, state, grads, keywords
+
+
+OPS = [
+    "fused_step_",
+    "accumulate_excess_risk_",
+    "update_task_risks_",
+    "update_task_weights_",
+    "combine_",
+    "fold_",
+]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_passes_opcheck(name, device):
+    """Schema, fake kernel, autograd registration, and the op under torch.compile with dynamic shapes."""
+    layout, options, state, grads, keywords = sample_args(device)
+    plan = (layout.param_numels, layout.chunk_map(device))
+    weights = {
+        k: keywords[k]
+        for k in ("robust_step_size", "num_warmup_steps", "min_weight", "weight_total")
+    }
+    args, kwargs = {
+        "fused_step_": ((grads, *plan, None, *state), keywords),
+        "accumulate_excess_risk_": (
+            (grads, *plan, None, state.sq_grad_sum, state.grad_mean, state.excess_risk, state.ticket),
+            {"sqrt_fisher": True, "eps": options.eps, "gradient_momentum": 0.9},
+        ),
+        "update_task_risks_": (
+            (torch.ones_like(state.excess_risk), [0, 1], *state[2:5], state.num_steps, state.num_task_steps,
+             state.found_nonfinite),
+            {"gradient_momentum": 0.9, "num_warmup_steps": 1, "relative": True, "raw_risk_scale": 1.0},
+        ),
+        "update_task_weights_": (
+            ([0, 1], state.relative_excess_risk, state.log_task_weights, state.task_weights, state.num_steps,
+             state.num_skipped_steps, state.found_nonfinite),
+            weights,
+        ),
+        "combine_": (
+            (grads, [torch.zeros(40, device=device), torch.zeros(9, device=device)], *plan, None, state.task_weights,
+             state.found_nonfinite, state.sq_grad_sum, state.grad_mean),
+            {"gradient_momentum": 0.9, "accumulate": True},
+        ),
+        "fold_": (
+            (grads[:2], *plan, torch.zeros((), dtype=torch.float64, device=device),
+             torch.zeros(layout.padded_numel, device=device),
+             torch.zeros((), dtype=torch.float64, device=device)),
+            {},
+        ),
+    }[name]  # fmt: skip
+    torch.library.opcheck(getattr(torch.ops.excessmtl_ext, name).default, args, kwargs)
+
+
+def test_compiled_step_has_no_graph_break_and_equals_eager(device):
+    layout, options, eager, grads, _ = sample_args(device)
+    compiled = StepState(*[tensor.clone() for tensor in eager])
+    outputs = [[torch.zeros(40, device=device), torch.zeros(9, device=device)] for _ in range(2)]
+
+    def step(grads, state, outputs):
+        F.fused_step_([grad * 2 for grad in grads], layout, state, options)
+        F.combine_(grads, outputs, layout, state, options)
+        return state.task_weights * 2
+
+    expected = step(grads, eager, outputs[0])
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(grads, compiled, outputs[1])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_equal_bits(list(compiled), list(eager))
+    assert_equal_bits(outputs[1], outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a["grads"].pop(), "2 tasks x 2 parameters = 4 tensors, but got 3"),
+        (lambda a: a["grads"].__setitem__(1, torch.zeros(8)), "task 0, parameter 1 to have 9 elements, but got 8"),
+        (lambda a: a["grads"].__setitem__(1, torch.zeros(9, dtype=torch.int32)), "float64, float32, bfloat16 or float16"),
+        (lambda a: a["grads"].__setitem__(1, torch.zeros(9, dtype=torch.float64)), "`sq_grad_sum` of float64"),
+        (lambda a: a.update(options=a["options"]._replace(eps=-1.0)), "`eps` >="),
+        (lambda a: a.update(options=a["options"]._replace(robust_step_size=-1.0)), "`robust_step_size` > 0, but got -1"),
+        (lambda a: a.update(options=a["options"]._replace(min_weight=0.6)), "`min_weight` between 0 and 1 / num_tasks"),
+        (lambda a: a.update(options=a["options"]._replace(gradient_momentum=1.0)), "`gradient_momentum` in"),
+        (lambda a: a.update(state=a["state"]._replace(task_weights=torch.zeros(3))), "`task_weights`"),
+        (lambda a: a.update(layout=ParamLayout([40, 9, 1])), "`sq_grad_sum` of shape"),
+    ],
+)  # fmt: skip
+def test_wrong_argument_raises_and_changes_nothing(change, message):
+    layout, options, state, grads, _ = sample_args(torch.device("cpu"))
+    F.fused_step_(grads, layout, state, options)
+    before = [tensor.clone() for tensor in state]
+    arguments = {"grads": list(grads), "layout": layout, "state": state, "options": options}
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        F.fused_step_(
+            arguments["grads"], arguments["layout"], arguments["state"], arguments["options"]
+        )
+    assert_equal_bits(list(state), before)
+
+
+def test_more_than_2_to_the_31_elements_in_all():
+    """Indices beyond 32 bits: two tasks of 2^30 + 5 bfloat16 gradients each. 13 GB, so only on request."""
+    if os.environ.get("EXCESSMTL_TEST_HUGE") != "1":
+        pytest.skip("needs 13 GB of memory and a minute: set EXCESSMTL_TEST_HUGE=1")
+    numel = 2**30 + 5
+    layout, options = ParamLayout([numel]), StepOptions(robust_step_size=0.5)
+    state = states_of(2, layout, options, torch.float32)
+    grads = [torch.full((numel,), float(task + 1), dtype=torch.bfloat16) for task in range(2)]
+    for _ in range(2):
+        F.fused_step_(grads, layout, state, options)
+    assert state.sq_grad_sum[1, numel - 1].item() == 8.0
+    assert state.sq_grad_sum[0, 0].item() == 2.0
+    expected = numel * torch.tensor([1 / 2**0.5, 4 / 8**0.5], dtype=torch.float64)
+    torch.testing.assert_close(state.excess_risk, expected, rtol=1e-5, atol=0)
