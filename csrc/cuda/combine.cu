@@ -76,12 +76,15 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   add_types(common, grads);
   for (size_t index = 0; index < outputs.size(); ++index) {
     const Tensor& output = outputs[index];
+    if (output.numel() == 0) {
+      continue;  // no output wanted for this parameter
+    }
     STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(), "Expected `outputs` ", index,
                     " to be contiguous with ", layout.numels[index], " elements, but got ", output.numel(), ".");
     check_same_device(output, "outputs", task_weights);
     const GradType type = grad_type_of(output);
     const bool exceeds_state = has_state && type == kFloat64 && sq_grad_sum.scalar_type() == ScalarType::Float;
-    if (output.numel() > 0 && !exceeds_state) {
+    if (!exceeds_state) {
       common.add(type);
     }
   }

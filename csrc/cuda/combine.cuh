@@ -48,9 +48,10 @@ struct CombineColumn {
     const auto* data = static_cast<const grad_t*>(tensors[task * num_tensors + slice.segment]);
     return data != nullptr ? data + slice.in_segment : nullptr;
   }
+  // nullptr where no output is wanted for this parameter.
   __device__ __forceinline__ grad_t* output() const {
     const auto* data = static_cast<const grad_t*>(tensors[num_tasks * num_tensors + slice.segment]);
-    return const_cast<grad_t*>(data) + slice.in_segment;
+    return data != nullptr ? const_cast<grad_t*>(data) + slice.in_segment : nullptr;
   }
 };
 
@@ -65,6 +66,9 @@ __device__ __forceinline__ void combine_slice(const CombineColumn<grad_t, kCapac
   const int num_tasks = column.num_tasks;
   const int numel = column.slice.numel;
   grad_t* const output = column.output();
+  if (output == nullptr) {
+    return;
+  }
   bool is_aligned = is_aligned_for<vector_t>(output);
   for (int task = 0; task < num_tasks; ++task) {
     is_aligned = is_aligned && is_aligned_for<vector_t>(column.grad(task));  // nullptr is aligned
@@ -158,7 +162,7 @@ __device__ __forceinline__ void repair_slice(const CombineColumn<grad_t, kCapaci
       }
       __stcg(args.sq_grad_sum + position, sum);
     }
-    if (args.has_outputs) {
+    if (args.has_outputs && column.output() != nullptr) {
       __stcg(column.output() + at, GradVector<grad_t>::narrow(acc_t(NAN)));
     }
   }
