@@ -59,6 +59,11 @@ def _load_installed() -> BuildInfo:
     """Loads the library that lies beside the package, or where an editable install put it."""
     spec = importlib.util.find_spec(f"{__package__}._ops")
     if spec is None or spec.origin is None:
+        if (Path(__file__).parents[1] / "CMakeLists.txt").is_file():
+            raise _OpsUnavailable(
+                "this is the source folder, where nothing is compiled; "
+                "start Python elsewhere, or `pip install -e .`"
+            )
         raise _OpsUnavailable(
             "it was not built; `pip install --force-reinstall --no-deps .` needs a C++20 compiler"
         )

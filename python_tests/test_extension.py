@@ -43,7 +43,7 @@ def import_report(folder, **environment):
     variables |= {"PYTHONPATH": str(folder)} if folder else {}
     run = subprocess.run(
         [sys.executable, "-c", REPORT],
-        cwd=folder,
+        cwd=sys.prefix,  # not the checkout: `python -c` would import its source folder
         env=variables | environment,
         capture_output=True,
         text=True,
@@ -81,7 +81,7 @@ needs_ops = pytest.mark.skipif(
 
 
 @needs_ops
-def test_installed_ops_load_without_a_warning(tmp_path):
+def test_installed_ops_load_without_a_warning():
     report = import_report(None)
     assert report["available"]
     assert report["reason"] is None
@@ -112,6 +112,11 @@ def test_target_version_is_not_newer_than_the_torch_built_against():
 
 def test_missing_library_warns_once_and_names_the_reason(package_without_ops):
     assert_falls_back(import_report(package_without_ops.parent), "it was not built")
+
+
+def test_source_folder_is_named_as_the_reason(package_without_ops):
+    (package_without_ops.parent / "CMakeLists.txt").touch()
+    assert_falls_back(import_report(package_without_ops.parent), "this is the source folder")
 
 
 def test_damaged_library_warns_once_and_names_the_reason(package_without_ops):
