@@ -23,12 +23,12 @@ class LaunchScope {
     // This library carries a CUDA runtime of its own (static), which has to hear of the device too.
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
     check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+#if TORCH_FEATURE_VERSION >= 0x020d000000000000ULL  // 2.13; older headers have no name for it
     stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
 #else
     // A symbol of libtorch_cuda: a build for these versions needs a CUDA build of torch.
     void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
     stream = static_cast<cudaStream_t>(handle);
 #endif
   }
