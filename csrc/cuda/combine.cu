@@ -74,6 +74,7 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
     common.add_state(sq_grad_sum.scalar_type());
   }
   add_types(common, grads);
+  bool exceeds_state = false;
   for (size_t index = 0; index < outputs.size(); ++index) {
     const Tensor& output = outputs[index];
     if (output.numel() == 0) {
@@ -83,10 +84,17 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
                     " to be contiguous with ", layout.numels[index], " elements, but got ", output.numel(), ".");
     check_same_device(output, "outputs", task_weights);
     const GradType type = grad_type_of(output);
-    const bool exceeds_state = has_state && type == kFloat64 && sq_grad_sum.scalar_type() == ScalarType::Float;
-    if (!exceeds_state) {
-      common.add(type);
-    }
+    common.add(type);
+    exceeds_state = exceeds_state || (has_state && type == kFloat64 && sq_grad_sum.scalar_type() == ScalarType::Float);
+  }
+  if (exceeds_state) {
+    // float64 outputs beside float32 state: no kernel has both types, so the repair and the sum are a launch each.
+    const Tensor no_state = torch::stable::new_empty(task_weights, {num_tasks, 0});
+    combine_op(grads.tensors, {}, param_numels, chunk_map, grad_scale, task_weights, found_nonfinite, sq_grad_sum, grad_mean,
+               gradient_momentum, accumulate);
+    combine_op(grads.tensors, outputs, param_numels, chunk_map, grad_scale, task_weights, found_nonfinite, no_state,
+               no_state, gradient_momentum, accumulate);
+    return;
   }
   if (layout.padded_numel() == 0 || (outputs.empty() && !has_state)) {
     return;

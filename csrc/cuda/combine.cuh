@@ -208,6 +208,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<acc_t>)
     combine_kernel(const __grid_constant__ CombineArgs<acc_t> args,
                    const __grid_constant__ PointerTable<kCapacity> tensors) {
   CombineShared<acc_t>& shared = block_shared<CombineShared<acc_t>>();
+  args.chunks.check(args.row_stride);
   combine_chunks<grad_t, acc_t>(args, tensors, shared.task_weights, blockIdx.x, gridDim.x);
 }
 

@@ -20,7 +20,7 @@ template <typename grad_t, typename acc_t>
 cudaError_t launch_fold(const ParamChunks& chunks, const Tensor& log_weight, Tensor& running_sum,
                         const Tensor& running_log_max, const TensorPointers& grads, const LaunchScope& scope) {
   const FoldArgs<acc_t> args = {chunks, log_weight.const_data_ptr<double>(), running_log_max.const_data_ptr<double>(),
-                                running_sum.mutable_data_ptr<acc_t>()};
+                                running_sum.mutable_data_ptr<acc_t>(), running_sum.numel()};
   return launch_with_table(fold_kernel<grad_t, acc_t, kSmallTable>, fold_kernel<grad_t, acc_t, kLargeTable>,
                            grid_of(chunks.num_chunks, 1, scope.num_sms), scope.stream, args, grads);
 }

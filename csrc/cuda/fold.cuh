@@ -19,6 +19,7 @@ struct FoldArgs {
   const double* log_weight;       // of the task whose gradients these are
   const double* running_log_max;  // the largest log-weight before this task
   acc_t* running_sum;             // [padded P], 16-byte aligned
+  int64_t padded_numel;
 };
 
 // This thread's part of one slice; grad nullptr: the task has no gradient there, but the sum is rescaled all the same.
@@ -62,6 +63,7 @@ __device__ __forceinline__ void fold_slice(const grad_t* __restrict__ grad, acc_
 template <typename grad_t, typename acc_t, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<acc_t>)
     fold_kernel(const __grid_constant__ FoldArgs<acc_t> args, const __grid_constant__ PointerTable<kCapacity> grads) {
+  args.chunks.check(args.padded_numel);
   const FoldFactors factors = fold_factors(__ldg(args.log_weight), __ldg(args.running_log_max));
   const acc_t keep = static_cast<acc_t>(factors.keep);
   const acc_t add = static_cast<acc_t>(factors.add);

@@ -244,10 +244,11 @@ __device__ __forceinline__ void finish_step(const StepArgs<acc_t>& args, StepSha
 //               to take a ticket adds them in a fixed order: equal inputs give equal bits on any grid and any GPU.
 // Precondition: *ticket == 0; it is 0 again on exit. At least one task is present, and there is at least one chunk.
 template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<acc_t>)
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<acc_t, kMomentum>)
     fused_step_kernel(const __grid_constant__ StepArgs<acc_t> args,
                       const __grid_constant__ PointerTable<kCapacity> grads) {
   StepShared& shared = block_shared<StepShared>();
+  args.chunks.check(args.row_stride);
   accumulate_chunks<grad_t, acc_t, kSqrtFisher, kMomentum>(args, grads, shared.warp_values);
   if (is_last_block(args.ticket, shared.is_last)) {
     finish_step(args, shared);

@@ -11,17 +11,18 @@ constexpr int kWarpSize = 32;
 constexpr int kThreads = 256;  // 8 warps: a block sum of two short trees, and 8 blocks fill an SM of 2,048 threads
 constexpr int kWarps = kThreads / kWarpSize;
 
-// At least 4 blocks per SM: 64 registers per thread, 1,024 threads. With four 16-byte loads of gradient and four of state in
-// flight per thread that is 128 KiB per SM; an H100 needs about 20 KiB (3.35 TB/s x 0.7 us / 132) to keep its memory busy.
-// Twice the registers for float64: its root and division are long code, and 64 would spill.
-template <typename acc_t>
-constexpr int kMinBlocksPerSm = sizeof(acc_t) == sizeof(double) ? 2 : 4;
+// At least so many blocks per SM, which bounds the registers of a thread: 64 for four blocks, 80 for three (momentum carries a
+// third stream; the compiler spilled 16 bytes at 64), 128 for two (float64: its root and division are long code). Each thread of
+// the float32 step then has 128 bytes of loads in flight (96 with momentum), so an SM has 128 KiB (72 KiB); an H100 needs about
+// 20 KiB (3.35 TB/s x 0.7 us / 132) to keep its memory busy.
+template <typename acc_t, bool kMomentum = false>
+constexpr int kMinBlocksPerSm = sizeof(acc_t) == sizeof(double) ? 2 : kMomentum ? 3 : 4;
 
 // The grid stops growing at 8 blocks per SM, the most that fit: blocks then walk over several chunks each, and take one ticket.
 constexpr int kMaxBlocksPerSm = 8;
 
 // 16 bytes of gradient and of state per thread and access, the widest there is; several of them before the first use.
-// Momentum reads a third stream: half as many keep it within 64 registers.
+// Momentum reads a third stream: half as many keep it within its registers.
 template <bool kMomentum>
 constexpr int kVectorsInFlight = kMomentum ? 2 : 4;
 

@@ -33,6 +33,14 @@ struct ParamChunks {
   int64_t num_chunks;
   int64_t num_tensors;
 
+  // A map made for other parameters would send loads and stores anywhere: rather stop the launch. Called once per block.
+  __device__ __forceinline__ void check(int64_t padded_numel) const {
+    if (threadIdx.x == 0 &&
+        (__ldg(map + 1) != num_chunks || __ldg(map + 2) != num_tensors || __ldg(map + 3) != padded_numel)) {
+      __trap();
+    }
+  }
+
   // Calls visit(slice, workers) for this thread's part of every slice of the chunk: the whole block shares a long slice, one warp
   // takes a short one. A chunk inside one large parameter is one call.
   template <class Visit>
