@@ -45,7 +45,8 @@ struct LargestFinite<double> {
   static constexpr double value = 1.7976931348623157e+308;
 };
 
-// The two functions whose fast form depends on the machine. The SIMD loops bring a Math of their own over vectors.
+// The functions whose fast form depends on the machine. The SIMD loops bring a Math of their own over vectors.
+// smaller(a, b) is b where a is NaN.
 template <typename acc_t>
 struct ScalarMath;
 template <>
@@ -59,6 +60,13 @@ struct ScalarMath<float> {
 #endif
   }
   static EXCESSMTL_HOST_DEVICE float inverse(float x) { return 1.0F / x; }
+  static EXCESSMTL_HOST_DEVICE float smaller(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return fminf(a, b);
+#else
+    return a < b ? a : b;
+#endif
+  }
 };
 template <>
 struct ScalarMath<double> {
@@ -71,6 +79,13 @@ struct ScalarMath<double> {
 #endif
   }
   static EXCESSMTL_HOST_DEVICE double inverse(double x) { return 1.0 / x; }
+  static EXCESSMTL_HOST_DEVICE double smaller(double a, double b) {
+#if defined(__CUDA_ARCH__)
+    return fmin(a, b);
+#else
+    return a < b ? a : b;
+#endif
+  }
 };
 
 // Eqs. 6-7 for one coordinate (V: a scalar, or a vector of coordinates): adds g^2 to the Fisher diagonal, moves the running
@@ -83,8 +98,8 @@ EXCESSMTL_HOST_DEVICE V accumulate_excess_risk(V scaled_grad, V& sq_grad_sum, V&
   constexpr typename Math::acc_t kLargest = LargestFinite<typename Math::acc_t>::value;
   const V grad = scaled_grad * options.inverse_scale;
   const V sq_grad = grad * grad;
-  const V sum = sq_grad_sum + (sq_grad <= kLargest ? sq_grad : V{});
-  sq_grad_sum = sum <= kLargest ? sum : V{} + kLargest;
+  const V sum = sq_grad <= kLargest ? sq_grad_sum + sq_grad : sq_grad_sum;
+  sq_grad_sum = Math::smaller(sum, V{} + kLargest);
   V numerator = sq_grad;
   if constexpr (kMomentum) {
     const V mean = grad_mean * options.momentum + grad * options.one_minus_momentum;

@@ -66,6 +66,7 @@ inline const Capability& capability() {
     const bool supported[] = {
         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"),
+        // GCC 12 cannot ask for F16C, but every processor with AVX2 has it.
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true};
 #else
     const bool supported[] = {false, false, true};

@@ -88,7 +88,8 @@ void combine(const TaskGrads& grads, const ParamLayout& layout, const std::vecto
       alignas(64) acc_t tile[kTileNumel];
       for (int64_t begin = 0; begin < count; begin += kTileNumel) {
         const int64_t size = std::min(kTileNumel, count - begin);
-        std::fill(tile, tile + size, acc_t(0));
+        // Whole vectors: fold moves the last one whole, and what stands behind the sum must be a number.
+        std::fill(tile, tile + (size + kSegmentAlignment - 1) / kSegmentAlignment * kSegmentAlignment, acc_t(0));
         for (int64_t task = 0; task < grads.num_tasks(); ++task) {
           const int64_t k = task * layout.num_tensors() + segment;
           if (grads.data[k] != nullptr) {

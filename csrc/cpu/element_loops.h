@@ -13,7 +13,8 @@ namespace excessmtl::cpu {
 // The order of GradType in param_layout.h; a test reads both.
 constexpr int kNumElementTypes = 4;
 
-// One row of functions per gradient type. n may be any number; pointers need no alignment.
+// One row of functions per gradient type. n may be any number; pointers need no alignment. State (and the sum of fold) must be
+// readable and writable up to the next multiple of kSegmentAlignment elements: the last vector is moved whole.
 template <typename acc_t>
 struct ElementLoops {
   // Adds n coordinates to the state and returns their share of the excess risk. grad_mean is not read without momentum.
