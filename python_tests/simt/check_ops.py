@@ -1,0 +1,494 @@
+"""Calls the CUDA ops on CPU tensors, over simt.h, and compares them with the reference. Run by test_cuda_simt.py.
+
+usage: check_ops.py LIBRARY
+
+Prints one JSON object: the name of every check, and "" or what went wrong. A process of its own,
+since the library takes the names that the installed ops have.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import math
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_NUMEL = 4096
+NUMELS = [5000, 7, 0, 33, 1023, 1024, 2500, 1]
+OPTIONS: dict[str, Any] = {
+    "sqrt_fisher": True,
+    "eps": 1e-7,
+    "gradient_momentum": 0.0,
+    "robust_step_size": 0.3,
+    "num_warmup_steps": 1,
+    "relative": True,
+    "min_weight": 0.0,
+    "weight_total": 1.0,
+}
+MOMENTUM = {"gradient_momentum": 0.9, "sqrt_fisher": False}
+
+
+def load_reference() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "excessmtl_ext" / "reference.py"
+    spec = importlib.util.spec_from_file_location("reference", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = load_reference()
+library: Any = None
+
+
+def chunk_map(numels: list[int], chunk_numel: int = CHUNK_NUMEL) -> Tensor:
+    ends = torch.tensor([reference.padded_numel(n) for n in numels], dtype=torch.int64).cumsum(0)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+    starts = torch.arange(-(-int(offsets[-1]) // chunk_numel)) * chunk_numel
+    head = torch.tensor([chunk_numel, len(starts), len(numels), int(offsets[-1])])
+    first_segments = torch.searchsorted(ends, starts, right=True)
+    return torch.cat([head, offsets, torch.tensor(numels, dtype=torch.int64), first_segments])
+
+
+class Pair:
+    """The same step state twice: one half for the CUDA ops, the other for the reference."""
+
+    def __init__(self, num_tasks: int, numels: list[int], acc: torch.dtype, **options: Any) -> None:
+        self.num_tasks, self.numels = num_tasks, numels
+        self.options = OPTIONS | options
+        self.param_numels = torch.tensor(numels, dtype=torch.int64)
+        self.chunk_map = chunk_map(numels)
+        padded = sum(reference.padded_numel(n) for n in numels)
+        momentum = self.options["gradient_momentum"] > 0
+        vector = {"dtype": torch.float64}
+        total = self.options["weight_total"]
+        ours = {
+            "sq_grad_sum": torch.zeros(num_tasks, padded, dtype=acc),
+            "grad_mean": torch.zeros(num_tasks, padded if momentum else 0, dtype=acc),
+            "excess_risk": torch.zeros(num_tasks, **vector),
+            "relative_excess_risk": torch.zeros(num_tasks, **vector),
+            "baseline_excess_risk": torch.zeros(num_tasks, **vector),
+            "log_task_weights": torch.full((num_tasks,), -math.log(num_tasks), **vector),
+            "task_weights": torch.full((num_tasks,), total / num_tasks, **vector),
+            "num_steps": torch.zeros((), dtype=torch.int64),
+            "num_task_steps": torch.zeros(num_tasks, dtype=torch.int64),
+            "num_skipped_steps": torch.zeros((), dtype=torch.int64),
+            "found_nonfinite": torch.zeros(num_tasks, dtype=torch.bool),
+            "ticket": torch.zeros(1, dtype=torch.int32),
+        }
+        self.states = (ours, {name: tensor.clone() for name, tensor in ours.items()})
+
+    def sides(self):
+        return zip((torch.ops.excessmtl_ext, reference), self.states, strict=True)
+
+    def grads(self, dtype: torch.dtype | list[torch.dtype], step: int) -> list[Tensor]:
+        dtypes = dtype if isinstance(dtype, list) else [dtype]
+        return [
+            (torch.randn(n) * (1 + 0.5 * ((task * 7 + 3 * step) % 5))).to(
+                dtypes[(task + k) % len(dtypes)]
+            )
+            for task in range(self.num_tasks)
+            for k, n in enumerate(self.numels)
+        ]
+
+    def step(self, grads: list[Tensor], grad_scale: Tensor | None = None) -> None:
+        for ops, state in self.sides():
+            ops.fused_step_(
+                grads,
+                self.param_numels,
+                self.chunk_map,
+                grad_scale,
+                *state.values(),
+                **self.options,
+            )
+
+    def combine(
+        self,
+        grads: list[Tensor],
+        dtype: torch.dtype,
+        *,
+        accumulate: bool = False,
+        in_place: bool = False,
+        grad_scale: Tensor | None = None,
+        with_outputs: bool = True,
+        with_state: bool = True,
+    ) -> None:
+        results = []
+        for ops, state in self.sides():
+            mine = [grad.clone() for grad in grads] if in_place else grads
+            outputs = (
+                [torch.full((n,), 0.5, dtype=dtype) for n in self.numels] if with_outputs else []
+            )
+            if in_place:
+                outputs = [mine[k] for k in range(len(self.numels))]
+            rows = (state["sq_grad_sum"], state["grad_mean"])
+            if not with_state:
+                rows = (torch.empty(self.num_tasks, 0), torch.empty(self.num_tasks, 0))
+            ops.combine_(
+                mine, outputs, self.param_numels, self.chunk_map, grad_scale, state["task_weights"],
+                state["found_nonfinite"], *rows,
+                gradient_momentum=self.options["gradient_momentum"] if with_state else 0.0,
+                accumulate=accumulate,
+            )  # fmt: skip
+            results.append(outputs)
+        for ours, theirs in zip(*results, strict=True):
+            # Two orders of addition may round a 16-bit result to neighbours; weights are no better than the state.
+            tolerance = {
+                torch.float64: 1e-11,
+                torch.float32: 1e-5,
+                torch.float16: 2e-3,
+                torch.bfloat16: 1.6e-2,
+            }
+            rtol = max(tolerance[ours.dtype], tolerance[self.states[0]["sq_grad_sum"].dtype])
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol, equal_nan=True)
+
+    def compare(self) -> None:
+        ours, theirs = self.states
+        rtol = 1e-11 if ours["sq_grad_sum"].dtype == torch.float64 else 2e-5
+        for name, tensor in ours.items():
+            torch.testing.assert_close(
+                tensor,
+                theirs[name],
+                rtol=rtol,
+                atol=rtol,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+
+def acc_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def check_every_dtype_and_fisher() -> None:
+    for dtype in DTYPES:
+        for options in (
+            {},
+            MOMENTUM,
+            {"gradient_momentum": 0.5},
+            {"sqrt_fisher": False, "relative": False},
+        ):
+            pair = Pair(3, NUMELS, acc_of(dtype), **options)
+            for step in range(3):
+                grads = pair.grads(dtype, step)
+                pair.step(grads)
+                pair.compare()
+                pair.combine(grads, dtype, accumulate=step == 1)
+
+
+def check_task_counts() -> None:
+    for num_tasks in (1, 2, 7, 64, 512):
+        pair = Pair(num_tasks, [40, 3], torch.float32, min_weight=0.1 / num_tasks, weight_total=3.0)
+        for step in range(3):
+            grads = pair.grads(torch.float32, step)
+            pair.step(grads)
+            pair.combine(grads, torch.float32)
+        pair.compare()
+
+
+def check_mixed_dtypes_take_the_widest() -> None:
+    for dtypes, acc in (
+        ([torch.bfloat16, torch.float32], torch.float32),
+        ([torch.bfloat16, torch.float16], torch.float32),
+        ([torch.float64, torch.float32, torch.float16], torch.float64),
+        ([torch.float32], torch.float64),
+    ):
+        pair = Pair(3, NUMELS, acc, **MOMENTUM)
+        for step in range(3):
+            grads = pair.grads(dtypes, step)
+            pair.step(grads)
+            for output in DTYPES:
+                pair.combine(grads, output, accumulate=True)
+        pair.compare()
+
+
+def check_strided_and_unaligned_gradients() -> None:
+    pair = Pair(3, NUMELS, torch.float32)
+    for step in range(2):
+        grads = pair.grads(torch.float32, step)
+        strided = [torch.stack([grad, grad], dim=1)[:, 0] for grad in grads]
+        shifted = [
+            torch.cat([grad.new_zeros(k % 4), grad])[k % 4 :] for k, grad in enumerate(grads)
+        ]
+        for variant in (strided, shifted):
+            pair.step(variant)
+            pair.combine(variant, torch.float32)
+    pair.compare()
+
+
+def check_absent_tensors_and_tasks() -> None:
+    for options in ({}, MOMENTUM):
+        pair = Pair(4, NUMELS, torch.float32, **options)
+        for step in range(4):
+            grads = pair.grads(torch.float32, step)
+            for k in range(len(grads)):
+                if k // len(NUMELS) == step or k % 5 == 2:
+                    grads[k] = torch.empty(0)
+            pair.step(grads)
+            pair.compare()
+            pair.combine(grads, torch.float32, accumulate=step % 2 == 0)
+
+
+def check_no_task_at_all_launches_nothing() -> None:
+    for numels in (NUMELS, [0], []):
+        pair = Pair(2, numels, torch.float32)
+        pair.states[0]["found_nonfinite"].fill_(True)
+        pair.states[1]["found_nonfinite"].fill_(True)
+        before = library.simt_num_launches()
+        pair.step([torch.empty(0)] * (2 * len(numels)))
+        assert library.simt_num_launches() == before
+        pair.compare()
+        pair.combine([torch.empty(0)] * (2 * len(numels)), torch.float32)
+
+
+def check_nonfinite_steps_are_repaired() -> None:
+    for dtype in DTYPES:
+        for options in ({}, MOMENTUM):
+            for bad in (
+                float("inf"),
+                float("nan"),
+                1e25 if dtype == torch.float32 else float("-inf"),
+            ):
+                pair = Pair(3, NUMELS, acc_of(dtype), **options)
+                for step in range(4):
+                    grads = pair.grads(dtype, step)
+                    if step == 2:
+                        grads[len(NUMELS)][17::31] = bad
+                    pair.step(grads)
+                    pair.compare()
+                    pair.combine(grads, dtype, in_place=step % 2 == 0)
+                    pair.compare()
+                assert int(pair.states[0]["num_skipped_steps"]) == 1
+                assert bool(pair.states[0]["sq_grad_sum"].isfinite().all())
+
+
+def check_repair_without_outputs_and_outputs_without_state() -> None:
+    pair = Pair(2, NUMELS, torch.float32, **MOMENTUM)
+    grads = pair.grads(torch.float32, 0)
+    grads[0][3] = float("inf")
+    pair.step(grads)
+    pair.combine(grads, torch.float32, with_outputs=False)
+    pair.compare()
+    pair = Pair(2, NUMELS, torch.float32)
+    pair.combine(pair.grads(torch.bfloat16, 0), torch.bfloat16, with_state=False)
+
+
+def check_grad_scale() -> None:
+    for scale in (torch.tensor([1024.0]), torch.tensor(3.0, dtype=torch.float64)):
+        pair = Pair(2, NUMELS, torch.float32, **MOMENTUM)
+        for step in range(3):
+            grads = [grad * scale.float() for grad in pair.grads(torch.float32, step)]
+            if step == 1:
+                grads[0][5] = float("inf")
+            pair.step(grads, scale)
+            pair.compare()
+            pair.combine(grads, torch.float32, grad_scale=scale)
+            pair.compare()
+
+
+def check_pointer_tables_of_every_size() -> None:
+    # 448 and 4,031 pointers fit into the two sizes of arguments; combine_ carries the outputs too.
+    for num_tensors in (223, 224, 225, 447, 448, 449, 2015, 2016, 2600):
+        pair = Pair(2, [1 + k % 5 for k in range(num_tensors)], torch.float32)
+        for step in range(2):
+            grads = pair.grads(torch.float32, step)
+            pair.step(grads)
+            pair.combine(grads, torch.float32)
+        pair.compare()
+
+
+def check_outputs_left_out() -> None:
+    pair = Pair(2, NUMELS, torch.float32)
+    for step in range(3):
+        grads = pair.grads(torch.float32, step)
+        if step == 2:
+            grads[0][0] = float("nan")
+        pair.step(grads)
+        results = []
+        for ops, state in pair.sides():
+            outputs = [torch.zeros(n if k % 2 else 0) for k, n in enumerate(NUMELS)]
+            ops.combine_(
+                grads, outputs, pair.param_numels, pair.chunk_map, None, state["task_weights"],
+                state["found_nonfinite"], state["sq_grad_sum"], state["grad_mean"],
+                gradient_momentum=0.0, accumulate=False,
+            )  # fmt: skip
+            results.append(outputs)
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+        pair.compare()
+
+
+def check_one_launch_per_step_and_one_for_combine() -> None:
+    pair = Pair(7, NUMELS, torch.float32)
+    ops, state = torch.ops.excessmtl_ext, pair.states[0]
+    grads = pair.grads(torch.float32, 0)
+    before = library.simt_num_launches()
+    ops.fused_step_(grads, pair.param_numels, pair.chunk_map, None, *state.values(), **pair.options)
+    assert library.simt_num_launches() == before + 1
+    pair.combine(grads, torch.float32)
+    assert library.simt_num_launches() == before + 2
+
+
+def check_parts_equal_the_fused_step() -> None:
+    for options in ({}, MOMENTUM):
+        pair = Pair(5, NUMELS, torch.float32, **options)
+        fused, parts = pair.states
+        keywords = pair.options
+        for step in range(4):
+            grads = pair.grads(torch.float32, step)
+            if step == 2:
+                grads[0][0] = float("inf")
+            if step == 1:
+                grads[: len(NUMELS)] = [torch.empty(0)] * len(NUMELS)
+            tasks = [task for task in range(5) if step != 1 or task != 0]
+            ops = torch.ops.excessmtl_ext
+            common = (grads, pair.param_numels, pair.chunk_map, None)
+            ops.fused_step_(*common, *fused.values(), **keywords)
+            sums = torch.full((5,), -1.0, dtype=torch.float64)
+            elements = {
+                name: keywords[name] for name in ("sqrt_fisher", "eps", "gradient_momentum")
+            }
+            ops.accumulate_excess_risk_(
+                *common, parts["sq_grad_sum"], parts["grad_mean"], sums, parts["ticket"], **elements
+            )
+            assert step != 1 or float(sums[0]) == -1.0
+            parts["found_nonfinite"].zero_()
+            ops.update_task_risks_(
+                sums, tasks, *(parts[name] for name in list(parts)[2:5]), parts["num_steps"],
+                parts["num_task_steps"], parts["found_nonfinite"],
+                raw_risk_scale=1.0 if keywords["sqrt_fisher"] else 1.0 / sum(NUMELS),
+                **{name: keywords[name] for name in ("gradient_momentum", "num_warmup_steps", "relative")},
+            )  # fmt: skip
+            ops.update_task_weights_(
+                tasks, parts["relative_excess_risk"], parts["log_task_weights"], parts["task_weights"],
+                parts["num_steps"], parts["num_skipped_steps"], parts["found_nonfinite"],
+                **{n: keywords[n] for n in ("robust_step_size", "num_warmup_steps", "min_weight", "weight_total")},
+            )  # fmt: skip
+            for name, tensor in fused.items():
+                assert torch.equal(tensor, parts[name]), name
+
+
+def check_streaming_fold() -> None:
+    for dtype in DTYPES:
+        acc = acc_of(dtype)
+        pair = Pair(4, NUMELS, acc)
+        grads = pair.grads(dtype, 0)
+        padded = pair.states[0]["sq_grad_sum"].shape[1]
+        ends = []
+        for ops in (torch.ops.excessmtl_ext, reference):
+            total = torch.zeros(padded, dtype=acc)
+            log_max = torch.full((), -math.inf, dtype=torch.float64)
+            for task, log_weight in enumerate((-1.0, 3.0, 2.0, 700.0)):
+                row = grads[task * len(NUMELS) : (task + 1) * len(NUMELS)]
+                row = [
+                    torch.empty(0) if (k + task) % 3 == 0 else grad for k, grad in enumerate(row)
+                ]
+                weight = torch.tensor(log_weight, dtype=torch.float64)
+                ops.fold_(row, pair.param_numels, pair.chunk_map, weight, total, log_max)
+                ends += [total.clone(), log_max.clone()]
+        for ours, theirs in zip(ends[: len(ends) // 2], ends[len(ends) // 2 :], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def check_equal_bits_under_every_schedule() -> None:
+    first = None
+    for seed, sms in ((1, 1), (2, 3), (3, 16), (4, 100)):
+        library.simt_configure(seed, 1 + 3 * seed, 0.01, sms)
+        torch.manual_seed(5)
+        pair = Pair(3, NUMELS, torch.float32, **MOMENTUM)
+        for step in range(3):
+            pair.step(pair.grads(torch.float32, step))
+        bits = [tensor.clone() for tensor in pair.states[0].values()]
+        first = first or bits
+        assert all(torch.equal(a, b) for a, b in zip(first, bits, strict=True))
+
+
+def check_bad_arguments_change_nothing() -> None:
+    pair = Pair(2, NUMELS, torch.float32)
+    ours = pair.states[0]
+    before = {name: tensor.clone() for name, tensor in ours.items()}
+    grads = pair.grads(torch.float32, 0)
+
+    def step(
+        message: str,
+        changed_grads: list[Tensor] = grads,
+        plan: Tensor | None = None,
+        **changed: Any,
+    ) -> None:
+        state = ours | {name: value for name, value in changed.items() if name in ours}
+        options = pair.options | {
+            name: value for name, value in changed.items() if name in pair.options
+        }
+        plan = pair.chunk_map if plan is None else plan
+        try:
+            torch.ops.excessmtl_ext.fused_step_(
+                changed_grads,
+                pair.param_numels,
+                plan,
+                changed.get("grad_scale"),
+                *state.values(),
+                **options,
+            )
+        except RuntimeError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"no error about {message}")
+        for name, tensor in before.items():
+            assert torch.equal(ours[name], tensor), name
+
+    padded = ours["sq_grad_sum"].shape[1]
+    step("`task_grads`", grads[:-1])
+    step("`task_grads`", [grads[0][:-1], *grads[1:]])
+    step("`task_grads`", [grads[0].int(), *grads[1:]])
+    step("float64 gradients", [grads[0].double(), *grads[1:]])
+    step("`chunk_map`", plan=pair.chunk_map[:-9])
+    step("`chunk_map`", plan=torch.empty(0, dtype=torch.int64))
+    step("`sq_grad_sum`", sq_grad_sum=torch.zeros(2, padded - 32))
+    step("`sq_grad_sum`", sq_grad_sum=torch.zeros(2 * padded + 1)[1:].view(2, padded))
+    step("`grad_mean`", gradient_momentum=0.5)
+    step("`ticket`", ticket=torch.zeros(2, dtype=torch.int32))
+    step("`excess_risk`", excess_risk=torch.zeros(2))
+    step("`found_nonfinite`", found_nonfinite=torch.zeros(3, dtype=torch.bool))
+    step("`grad_scale`", grad_scale=torch.ones(2))
+    step("`eps`", eps=0.0)
+    step("`min_weight`", min_weight=0.6)
+
+
+CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+def main() -> None:
+    global library
+    torch.ops.load_library(sys.argv[1])
+    library = ctypes.CDLL(sys.argv[1])
+    library.simt_configure.argtypes = [
+        ctypes.c_uint64,
+        ctypes.c_uint,
+        ctypes.c_double,
+        ctypes.c_uint,
+    ]
+    library.simt_num_launches.restype = ctypes.c_uint64
+    results = {}
+    for name, check in CHECKS.items():
+        library.simt_configure(1, 4, 0.002, 2)
+        torch.manual_seed(0)
+        try:
+            check()
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
