@@ -492,7 +492,7 @@ class Balancer(nn.Module):
             if stream.plain_sum is not None:
                 factors.append(torch.full_like(share, self.weight_total * floor))
                 sums += _segments(stream.plain_sum, layout)
-            flags = self.found_nonfinite[tasks].any().expand(len(factors)).contiguous()
+            flags = self.found_nonfinite.any().expand(len(factors)).contiguous()
             shape_like = [
                 parameter if was else None
                 for parameter, was in zip(shared, stream.reached, strict=True)

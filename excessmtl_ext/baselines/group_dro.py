@@ -67,7 +67,9 @@ class GroupDRO(Balancer):
         scale: Tensor | None,
     ) -> None:
         assert losses is not None
-        index = torch.tensor(tasks, device=losses.device)
+        # A slice where all are present: an index made on the host would make a GPU wait.
+        everyone = len(tasks) == self.num_tasks
+        index = slice(None) if everyone else torch.tensor(tasks, device=losses.device)
         present = losses[index]
         self.found_nonfinite.zero_()
         self.found_nonfinite[index] = ~present.isfinite()
