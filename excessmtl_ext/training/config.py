@@ -1,0 +1,55 @@
+"""Everything that decides the numbers of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# A resumed run may read its data from elsewhere or go on for longer; anything else would make it another run.
+FREE_ON_RESUME = frozenset({"data_root", "epochs"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The values of one run, written to config.json in full.
+
+    Attributes:
+        dataset: A key of `excessmtl_ext.training.workloads.WORKLOADS`.
+        method: A key of `excessmtl_ext.training.methods.METHODS`.
+        epochs: Passes over the training data.
+        batch_size: Samples per step; the last batch of an epoch may be smaller.
+        lr: Learning rate of Adam, constant.
+        weight_decay: Of Adam, added to the gradient.
+        noise: Share of the noisy task's training labels that is corrupted.
+        seed: Decides initial parameters, splits, pairing, noise and batch order, each by a stream of its own.
+        robust_step_size: Step size of the weights; None for the method's own.
+        num_train: Training samples; None for all.
+        data_root: Folder of the data; None where the data set needs none.
+        device: Where the run computes, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        task_weight_interval: Steps between two rows of task_weights.csv.
+    """
+
+    dataset: str
+    method: str
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float = 0.0
+    noise: float = 0.0
+    seed: int = 0
+    robust_step_size: float | None = None
+    num_train: int | None = None
+    data_root: str | None = None
+    device: str = "cpu"
+    task_weight_interval: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "task_weight_interval"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"Expected `{name}` of at least 1, but got {value}.")
+        if not self.lr > 0:
+            raise ValueError(f"Expected `lr` > 0, but got {self.lr}.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"Expected `weight_decay` >= 0, but got {self.weight_decay}.")
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"Expected `noise` in [0, 1], but got {self.noise}.")

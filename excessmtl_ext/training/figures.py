@@ -1,0 +1,174 @@
+"""Figures of finished runs: the weight of the clean tasks and the accuracies over time, one colour per method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from excessmtl_ext.training.methods import METHODS
+from excessmtl_ext.training.run_record import (
+    CONFIG,
+    FINAL_METRICS,
+    METRICS,
+    TASK_WEIGHTS,
+    read_table,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DOTS_PER_INCH = 160
+GRID_COLOUR = "#DDDDDD"
+TEXT_COLOUR = "#333333"
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """What figures show of one run.
+
+    Attributes:
+        method: Key of `METHODS`.
+        epochs: Where it was evaluated.
+        clean_accuracy: Mean test accuracy of the tasks without noise.
+        noisy_accuracy: Mean test accuracy of the noisy tasks, on clean labels.
+        weight_epochs: Where its weights were noted, in epochs; from 0.
+        clean_weight: Share of the weights that the clean tasks have; equal weights at 0.
+    """
+
+    method: str
+    epochs: np.ndarray
+    clean_accuracy: np.ndarray
+    noisy_accuracy: np.ndarray
+    weight_epochs: np.ndarray
+    clean_weight: np.ndarray
+
+
+def read_run(folder: Path) -> RunCurves:
+    """Reads the curves of a finished run from its tables.
+
+    Raises:
+        FileNotFoundError: the run has not finished, or the folder holds none.
+    """
+    if not (folder / FINAL_METRICS).is_file():
+        raise FileNotFoundError(
+            f"Expected a finished run in {folder}, but it has no {FINAL_METRICS}."
+        )
+    noisy = set(json.loads((folder / FINAL_METRICS).read_text())["noisy_tasks"])
+    method = json.loads((folder / CONFIG).read_text())["method"]
+    metrics = read_table(folder / METRICS)
+    weights = read_table(folder / TASK_WEIGHTS)
+    tasks = [
+        name.removeprefix("test/").removesuffix("_accuracy")
+        for name in metrics[0]
+        if name.startswith("test/") and name.endswith("_accuracy") and name != "test/mean_accuracy"
+    ]
+    clean = [task for task in tasks if task not in noisy]
+
+    def mean_accuracy(names: Iterable[str]) -> np.ndarray:
+        columns = [[row[f"test/{name}_accuracy"] for row in metrics] for name in names]
+        return np.mean(columns, axis=0)
+
+    steps_per_epoch = metrics[0]["step"] / metrics[0]["epoch"]
+    # The tables begin after the first steps; every method begins at equal weights.
+    weight_steps = [0.0, *(row["step"] for row in weights)]
+    clean_weights = [
+        len(clean) / len(tasks),
+        *(sum(row[task] for task in clean) / sum(row[task] for task in tasks) for row in weights),
+    ]
+    return RunCurves(
+        method=method,
+        epochs=np.array([row["epoch"] for row in metrics]),
+        clean_accuracy=mean_accuracy(clean),
+        noisy_accuracy=mean_accuracy(task for task in tasks if task in noisy),
+        weight_epochs=np.array(weight_steps) / steps_per_epoch,
+        clean_weight=np.array(clean_weights),
+    )
+
+
+def draw_training(runs: Sequence[RunCurves], path: Path, *, title: str) -> None:
+    """Draws three panels over the epochs: clean weight, clean accuracy, noisy tasks' accuracy on clean test labels.
+
+    Runs of one method are drawn as their mean with a band of one standard deviation.
+
+    Args:
+        runs: At least one; runs of one method have the same length.
+        path: Where to write the PNG.
+        title: Data set, noise and number of seeds.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'Figures need matplotlib, which is not installed: pip install "excessmtl_ext[train]".',
+            name=error.name,
+        ) from error
+
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display, whatever backend the user has chosen
+    weight_axes, clean_axes, noisy_axes = figure.subplots(1, 3)
+    _draw_curves(weight_axes, runs, lambda run: (run.weight_epochs, run.clean_weight))
+    _draw_curves(clean_axes, runs, lambda run: (run.epochs, run.clean_accuracy))
+    _draw_curves(noisy_axes, runs, lambda run: (run.epochs, run.noisy_accuracy))
+
+    weight_axes.set_title("Weight of the clean task")
+    weight_axes.set_ylim(-0.02, 1.02)
+    clean_axes.set_title("Clean task: test accuracy")
+    noisy_axes.set_title("Noisy task: accuracy on clean test labels")
+    for axes in (clean_axes, noisy_axes):
+        axes.yaxis.set_major_formatter("{x:.2f}")
+    _cut_off_start(clean_axes, [run.clean_accuracy for run in runs])
+    _cut_off_start(noisy_axes, [run.noisy_accuracy for run in runs])
+    for axes in (weight_axes, clean_axes, noisy_axes):
+        axes.set_xlabel("epoch", color=TEXT_COLOUR)
+        axes.set_xlim(left=0, right=max(float(run.epochs[-1]) for run in runs))
+        axes.title.set(fontsize=10, color=TEXT_COLOUR)
+        axes.grid(color=GRID_COLOUR, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=TEXT_COLOUR, labelsize=9, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(GRID_COLOUR)
+
+    handles, labels = clean_axes.get_legend_handles_labels()
+    figure.suptitle(title, fontsize=11, color=TEXT_COLOUR, x=0.01, ha="left")
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9.5
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def _cut_off_start(axes: Axes, curves: Sequence[np.ndarray]) -> None:
+    """Starts the axis at the lowest value after a tenth of the epochs: before, all methods are about to rise."""
+    lowest = min(float(curve[len(curve) // 10 :].min()) for curve in curves)
+    highest = max(float(curve.max()) for curve in curves)
+    margin = 0.05 * max(highest - lowest, 0.02)
+    axes.set_ylim(lowest - margin, highest + margin)
+
+
+def _draw_curves(
+    axes: Axes,
+    runs: Sequence[RunCurves],
+    curve: Callable[[RunCurves], tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """Draws mean and spread per method, in the order of `METHODS`."""
+    for name, method in METHODS.items():
+        curves = [curve(run) for run in runs if run.method == name]
+        if not curves:
+            continue
+        x = curves[0][0]
+        y = np.stack([values for _, values in curves])
+        mean = y.mean(axis=0)
+        style: dict[str, Any] = {"color": method.colour}
+        axes.plot(x, mean, linewidth=1.8, label=method.label, solid_capstyle="round", **style)
+        if len(curves) > 1:
+            spread = y.std(axis=0, ddof=1)
+            axes.fill_between(x, mean - spread, mean + spread, alpha=0.18, linewidth=0, **style)

@@ -1,0 +1,176 @@
+"""The command line: runs, resumes, stops on Ctrl-C, and explains what is wrong in one message."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from excessmtl_ext.training import cli, loop
+from excessmtl_ext.training.run_record import read_table
+
+SMALL = ["--epochs", "2", "--batch-size", "64", "--num-train", "300", "--noise", "0.8"]
+
+
+def excessmtl(*arguments: str | Path) -> Result:
+    return CliRunner(env={"COLUMNS": "100"}).invoke(cli.main, [str(a) for a in arguments])
+
+
+def test_train_leaves_a_run_and_a_figure(tmp_path: Path) -> None:
+    result = excessmtl("train", "digits", "--method", "groupdro", *SMALL, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "bottom_right (noisy)" in result.output
+    assert str(tmp_path / "training.png") in result.output
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {
+        "config.json",
+        "environment.json",
+        "metrics.csv",
+        "metrics.json",
+        "task_weights.csv",
+        "training.png",
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["method"], config["noise"], config["num_train"]) == ("groupdro", 0.8, 300)
+
+
+def test_default_output_names_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert excessmtl("train", "digits", *SMALL, "--seed", "7").exit_code == 0
+    assert (tmp_path / "runs/digits/excessmtl_noise0.8_seed7/metrics.json").is_file()
+
+
+def test_a_second_run_into_the_folder_is_refused(tmp_path: Path) -> None:
+    excessmtl("train", "digits", *SMALL, "--output", tmp_path)
+    again = excessmtl("train", "digits", *SMALL, "--output", tmp_path)
+    assert again.exit_code == 1
+    assert "holds one already. Pass --resume" in again.output
+    other = excessmtl("train", "digits", *SMALL, "--output", tmp_path, "--resume", "--lr", "0.5")
+    assert other.exit_code == 1
+    assert "`lr`: 0.001 there, 0.5 here" in other.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_a_signal_saves_a_checkpoint_and_resume_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    arguments = ["train", "digits", *SMALL, "--output"]
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    assert excessmtl(*arguments, undisturbed).exit_code == 0
+
+    ordinary_step = loop._Run._train_step
+
+    def step_with_signal(self: Any, indices: Any) -> None:
+        ordinary_step(self, indices)
+        if self.step == 7:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_train_step", step_with_signal)
+        result = excessmtl(*arguments, stopped)
+    assert result.exit_code == 128 + number
+    assert "Stopped after step 7 of 10." in result.output
+    assert "--resume" in result.output
+    assert signal.getsignal(number) == before
+    assert not (stopped / "metrics.json").exists()
+
+    assert excessmtl(*arguments, stopped, "--resume").exit_code == 0
+    for name in ("metrics.csv", "task_weights.csv", "metrics.json"):
+        assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "adam"], "'adam' is not one of 'excessmtl'"),
+        (["--noise", "1.5"], "1.5 is not in the range 0<=x<=1"),
+        (["--epochs", "0"], "0 is not in the range x>=1"),
+        (["--lr", "-1"], "Expected `lr` > 0, but got -1.0"),
+        (["--device", "abacus"], "Expected `device` such as cpu"),
+        (["--robust-step-size", "-2"], "Expected `robust_step_size` > 0, but got -2.0"),
+        (["--num-train", "0"], "0 is not in the range x>=1"),
+    ],
+)
+def test_bad_values_are_explained_without_a_traceback(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = excessmtl("train", "digits", *SMALL, "--output", tmp_path / "run", *arguments)
+    assert result.exit_code in (1, 2)
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_folder_is_explained(tmp_path: Path) -> None:
+    root = tmp_path / "nowhere"
+    result = excessmtl("train", "multimnist", "--data-root", root, "--output", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "Expected `data_root` to hold MNIST" in result.output
+    assert "download=True" in result.output
+
+
+def test_demo_ends_in_a_table_and_a_figure(tmp_path: Path) -> None:
+    result = excessmtl("demo", "--output", tmp_path, "--seeds", "2", "--epochs", "1")
+    assert result.exit_code == 0, result.output
+    for label in ("ExcessMTL, recommended", "ExcessMTL, official", "Uniform", "GroupDRO"):
+        assert label in result.output
+    assert "0.500 ± 0.000" in result.output  # Uniform's weight
+    assert f"Figure: {tmp_path / 'demo.png'}" in result.output
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "uniform/seed_1/metrics.json").is_file()
+
+    refused = excessmtl("demo", "--output", tmp_path, "--seeds", "2", "--epochs", "1")
+    assert refused.exit_code == 1
+    assert "--resume" in refused.output
+    resumed = excessmtl("demo", "--output", tmp_path, "--seeds", "2", "--epochs", "1", "--resume")
+    assert resumed.exit_code == 0
+    assert result.output.splitlines()[-3:] == resumed.output.splitlines()[-3:]
+
+
+def test_without_click_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "click", None)
+    assert cli.__file__ is not None
+    spec = importlib.util.spec_from_file_location("cli_without_click", cli.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(
+        ModuleNotFoundError, match=r'needs click.*pip install "excessmtl_ext\[train\]"'
+    ):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.real_data
+def test_real_multimnist_learns_and_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = os.environ.get("EXCESSMTL_DATA")
+    if root is None:
+        pytest.skip("EXCESSMTL_DATA does not name a folder with MNIST")
+    arguments = ["train", "multimnist", "--data-root", root, "--noise", "0.8", "--epochs", "1"]
+    arguments += ["--num-train", "10000", "--batch-size", "128", "--output"]
+    assert excessmtl(*arguments, tmp_path / "undisturbed").exit_code == 0
+    (row,) = read_table(tmp_path / "undisturbed/metrics.csv")
+    assert row["test/top_left_accuracy"] > 0.5
+
+    ordinary_step = loop._Run._train_step
+
+    def step_with_ctrl_c(self: Any, indices: Any) -> None:
+        ordinary_step(self, indices)
+        if self.step == 40:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_train_step", step_with_ctrl_c)
+        assert excessmtl(*arguments, tmp_path / "stopped").exit_code == 130
+    assert excessmtl(*arguments, tmp_path / "stopped", "--resume").exit_code == 0
+    for name in ("metrics.csv", "task_weights.csv", "metrics.json"):
+        first, second = tmp_path / "undisturbed" / name, tmp_path / "stopped" / name
+        assert first.read_bytes() == second.read_bytes()

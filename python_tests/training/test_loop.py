@@ -1,0 +1,199 @@
+"""Training runs: what they write, and that an interrupted run ends with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from excessmtl_ext.training import (
+    METHODS,
+    Progress,
+    TrainConfig,
+    TrainingInterrupted,
+    loop,
+    train,
+)
+
+# 500 samples in batches of 64: 8 steps an epoch, the last one smaller. Interval 3 does not divide 8.
+CONFIG = TrainConfig(
+    dataset="digits",
+    method="excessmtl-recommended",
+    epochs=3,
+    batch_size=64,
+    lr=1e-3,
+    noise=0.8,
+    num_train=500,
+    task_weight_interval=3,
+)
+COMPARED = ("metrics.csv", "task_weights.csv", "metrics.json", "config.json")
+
+
+def read(folder: Path, names: tuple[str, ...] = COMPARED) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def stop_after(num_steps: int) -> Callable[[], bool]:
+    calls = iter(range(10**9))
+    return lambda: next(calls) >= num_steps
+
+
+def same_state(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_state(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same_state, first, second))
+    return first == second
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(tmp_path: Path, method: str) -> None:
+    config = dataclasses.replace(CONFIG, method=method)
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    train(config, undisturbed)
+    # Before the first step, within an epoch, at the end of one, right before the last step.
+    for num_steps in (0, 5, 3, 8, 7):
+        with pytest.raises(TrainingInterrupted):
+            train(config, stopped, resume=True, should_stop=stop_after(num_steps))
+    train(config, stopped, resume=True)
+    assert read(undisturbed) == read(stopped)
+    first, second = (
+        torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (undisturbed, stopped)
+    )
+    del first["seconds"], second["seconds"]
+    assert same_state(first, second)
+
+
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    train(CONFIG, undisturbed)
+    with pytest.raises(TrainingInterrupted):
+        train(CONFIG, killed, should_stop=stop_after(9))
+    shutil.copy(killed / "checkpoint.pt", tmp_path)
+    with pytest.raises(TrainingInterrupted):
+        train(CONFIG, killed, resume=True, should_stop=stop_after(10))
+    # As if the machine had died after step 19: rows are there that the last checkpoint does not know.
+    shutil.copy(tmp_path / "checkpoint.pt", killed)
+    train(CONFIG, killed, resume=True)
+    assert read(undisturbed) == read(killed)
+
+
+def test_equal_configs_give_equal_bytes_and_seeds_differ(tmp_path: Path) -> None:
+    train(CONFIG, tmp_path / "first")
+    torch.rand(3)
+    train(CONFIG, tmp_path / "second")
+    train(dataclasses.replace(CONFIG, seed=1), tmp_path / "other")
+    assert read(tmp_path / "first") == read(tmp_path / "second")
+    assert read(tmp_path / "first")["metrics.csv"] != read(tmp_path / "other")["metrics.csv"]
+
+
+def test_a_run_leaves_the_callers_generator_alone(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    train(dataclasses.replace(CONFIG, epochs=1), tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path) -> None:
+    train(CONFIG, tmp_path / "long")
+    train(dataclasses.replace(CONFIG, epochs=1), tmp_path / "extended")
+    train(CONFIG, tmp_path / "extended", resume=True)
+    assert read(tmp_path / "long") == read(tmp_path / "extended")
+    with pytest.raises(ValueError, match=r"Expected `epochs` of at least 3.*but got 2"):
+        train(dataclasses.replace(CONFIG, epochs=2), tmp_path / "extended", resume=True)
+
+
+def test_a_run_writes_what_was_promised(tmp_path: Path) -> None:
+    reported: list[Progress] = []
+    result = train(CONFIG, tmp_path, report=reported.append)
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.keys() >= {field.name for field in dataclasses.fields(TrainConfig)}
+    assert config["robust_step_size"] == 3.0  # the method's own, resolved
+    assert config["balancer"].startswith("ExcessMTL(num_tasks=2, robust_step_size=3.0")
+
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    for split, metric in (("train", "loss"), ("validation", "accuracy"), ("test", "accuracy")):
+        for task in ("top_left", "bottom_right"):
+            assert f"{split}/{task}_{metric}" in rows[0]
+
+    with (tmp_path / "task_weights.csv").open() as file:
+        weights = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in weights] == [3, 6, 9, 12, 15, 18, 21, 24]
+    for row in weights:
+        assert float(row["top_left"]) + float(row["bottom_right"]) == pytest.approx(1, abs=1e-8)
+
+    assert result == json.loads((tmp_path / "metrics.json").read_text())
+    best = max(float(row["validation/mean_accuracy"]) for row in rows)
+    assert result["selected"]["validation/mean_accuracy"] == best
+    assert result["final"]["epoch"] == 3
+    assert result["noisy_tasks"] == ["bottom_right"]
+    assert sum(result["final_task_weights"].values()) == pytest.approx(1)
+
+    assert [progress.step for progress in reported if progress.latest] >= [8]
+    assert (reported[0].step, reported[-1].step) == (0, 24)
+    assert {progress.num_steps for progress in reported} == {24}
+
+    best_model = torch.load(tmp_path / "best_model.pt", weights_only=True)
+    assert best_model["epoch"] == result["selected"]["epoch"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_non_finite_step_changes_no_parameter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordinary_losses = loop.task_losses
+    calls = iter(range(10**9))
+
+    def losses_with_a_nan(*args: Any) -> list[torch.Tensor]:
+        first, second = ordinary_losses(*args)
+        return [first * float("nan") if next(calls) == 4 else first, second]
+
+    monkeypatch.setattr(loop, "task_losses", losses_with_a_nan)
+    result = train(CONFIG, tmp_path)
+    assert result["num_skipped_steps"] == 1
+    assert all(value == value for value in result["final"].values())
+    assert result["final"]["validation/top_left_accuracy"] > 0.2
+
+
+def test_a_diverged_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary_losses = loop.task_losses
+    monkeypatch.setattr(
+        loop, "task_losses", lambda *args: [loss * float("inf") for loss in ordinary_losses(*args)]
+    )
+    with pytest.raises(FloatingPointError, match=r"no step of epoch 1 had any.*smaller --lr"):
+        train(CONFIG, tmp_path)
+
+
+def test_an_unknown_data_set_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected `dataset` to be one of multimnist, digits"):
+        train(dataclasses.replace(CONFIG, dataset="cifar"), tmp_path)
+
+
+def test_a_device_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected `device` such as cpu"):
+        train(dataclasses.replace(CONFIG, device="abacus"), tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"finds no CUDA device\. Pass --device cpu"):
+            train(dataclasses.replace(CONFIG, device="cuda"), tmp_path)
+
+
+def test_resume_on_cuda_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    config = dataclasses.replace(CONFIG, device="cuda")
+    train(config, tmp_path / "undisturbed")
+    with pytest.raises(TrainingInterrupted):
+        train(config, tmp_path / "stopped", should_stop=stop_after(11))
+    train(config, tmp_path / "stopped", resume=True)
+    assert read(tmp_path / "undisturbed") == read(tmp_path / "stopped")

@@ -1,0 +1,51 @@
+"""Every method of the registry builds, under one convention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from excessmtl_ext import ExcessMTL
+from excessmtl_ext.training import METHODS, make_balancer
+
+
+def parameters() -> list[torch.Tensor]:
+    return [torch.zeros(3, requires_grad=True)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_follows_one_convention(method: str) -> None:
+    balancer = make_balancer(method, parameters(), num_tasks=3)
+    assert balancer.head_weighting == "none"
+    assert balancer.weight_scale == "simplex"
+    assert balancer.task_weights.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_no_two_methods_look_alike() -> None:
+    assert len({method.colour for method in METHODS.values()}) == len(METHODS)
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+
+
+def test_excessmtl_alone_means_its_defaults() -> None:
+    balancer = make_balancer("excessmtl", parameters(), num_tasks=2)
+    assert repr(balancer) == repr(ExcessMTL(parameters(), num_tasks=2))
+
+
+def test_recommended_is_the_preset() -> None:
+    balancer = make_balancer("excessmtl-recommended", parameters(), num_tasks=2)
+    assert repr(balancer) == repr(ExcessMTL.from_preset("recommended", parameters(), num_tasks=2))
+
+
+def test_step_size_reaches_the_balancer() -> None:
+    balancer = make_balancer("groupdro", parameters(), num_tasks=2, robust_step_size=0.5)
+    assert "robust_step_size=0.5" in repr(balancer)
+
+
+def test_a_step_size_that_nothing_uses_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Expected no `robust_step_size` with method 'uniform'"):
+        make_balancer("uniform", parameters(), num_tasks=2, robust_step_size=0.5)
+
+
+def test_an_unknown_method_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"Expected `method` to be one of excessmtl, .*'adam'"):
+        make_balancer("adam", parameters(), num_tasks=2)
