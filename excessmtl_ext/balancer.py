@@ -6,7 +6,7 @@ everything else is here.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -63,7 +63,7 @@ class _Stream:
     heads: list[gradients.HeadGrads] = field(default_factory=list)
 
 
-class Balancer(nn.Module):
+class Balancer(nn.Module, ABC):
     """Base of all balancing methods.
 
     ``backward(losses)`` fills ``.grad`` of the shared parameters with the weighted sum of the task
@@ -249,6 +249,7 @@ class Balancer(nn.Module):
 
     # ---- what a method defines
 
+    @abstractmethod
     def _update(
         self,
         task_grads: list[Tensor] | None,
@@ -257,7 +258,6 @@ class Balancer(nn.Module):
         scale: Tensor | None,
     ) -> None:
         """Moves the weights by one step; ``task_grads``: T * L, empty where there is none; ``losses``: [T]."""
-        raise NotImplementedError
 
     @abstractmethod
     def _stream_task(
