@@ -1,0 +1,243 @@
+"""How every benchmark of this project takes time: interleaved samples in one process, medians, spread.
+
+Two calls that are compared run in turn, round after round, so that whatever else the machine does
+meets both. A ratio is the median over rounds of the ratio within a round; a quotient of two medians
+would compare different moments.
+
+Cache states:
+
+- ``"warm"``: an untimed call, then several timed ones in a row; a sample is their mean.
+- ``"cold"``: before each timed call a buffer larger than the last-level cache is written.
+- ``"streaming"``: the data is much larger than the caches, so every call is cold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+CacheState = Literal["warm", "cold", "streaming"]
+
+MIN_SAMPLE_S = 5e-4
+"""A warm sample lasts at least this long: far above the clock's resolution, below a time slice."""
+
+CPU_FLUSH_BYTES = 256 << 20
+"""Written before a cold call on the CPU: larger than the cache that a few cores share."""
+
+DEFAULT_CUDA_FLUSH_BYTES = 256 << 20
+"""Above twice the L2 of an H100 (50 MiB); takes 0.1 ms, in which the host queues the timed call."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one call, in seconds, in the order of the rounds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def min_s(self) -> float:
+        return min(self.samples)
+
+    def quartiles_s(self) -> tuple[float, float]:
+        return quartiles(self.samples)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and quartiles over rounds of one call's time divided by another's."""
+
+    median: float
+    low: float
+    high: float
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Lower and upper quartile; both the value itself where there is one only."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def ratio(numerator: Timing, denominator: Timing) -> Ratio:
+    """Compares two calls round by round."""
+    ratios = [a / b for a, b in zip(numerator.samples, denominator.samples, strict=True)]
+    return Ratio(statistics.median(ratios), *quartiles(ratios))
+
+
+def best_ratio(numerator: Timing, denominator: Timing) -> float:
+    """Fastest sample over fastest sample: what is left of a ratio when other processes stall both."""
+    return numerator.min_s / denominator.min_s
+
+
+class Stopwatch:
+    """Times calls on one device. On CUDA by events behind a flush, so that the host's launch cost hides where it can.
+
+    Args:
+        device: Where the calls work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        flush_bytes = CPU_FLUSH_BYTES
+        if device.type == "cuda":
+            l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+            flush_bytes = max(DEFAULT_CUDA_FLUSH_BYTES, 2 * l2_bytes)
+        self._flush_numel = flush_bytes // 4
+        self._flush_buffer: torch.Tensor | None = None  # made on the first cold call
+
+    def flush(self) -> None:
+        """Writes a buffer larger than the last-level cache."""
+        if self._flush_buffer is None:
+            self._flush_buffer = torch.zeros(self._flush_numel, device=self.device)
+        self._flush_buffer.add_(1.0)
+
+    def seconds(self, call: Callable[[], object], calls: int) -> float:
+        """Mean time of ``calls`` calls in a row."""
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e-3 / calls
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - begin) / calls
+
+    def sample(self, call: Callable[[], object], calls: int, cache: CacheState) -> float:
+        """One sample in the given cache state."""
+        if cache == "warm":
+            call()
+            return self.seconds(call, calls)
+        if cache == "cold" or self.device.type == "cuda":
+            self.flush()
+        return self.seconds(call, 1)
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]],
+    stopwatch: Stopwatch,
+    *,
+    cache: CacheState,
+    budget_s: float,
+    min_rounds: int = 5,
+    max_rounds: int = 101,
+) -> dict[str, Timing]:
+    """Times several calls in turn until the budget is spent.
+
+    Args:
+        calls: Name to call. Each changes its own state only, and costs the same whenever it runs.
+        stopwatch: Of the device the calls work on.
+        cache: See the head of this file.
+        budget_s: Wall clock for all calls together, warm-up not counted.
+        min_rounds: Rounds whatever the budget.
+        max_rounds: Rounds at most.
+
+    Returns:
+        Name to timing, all with equally many samples.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(2):  # compiles, faults pages in, starts threads
+            call()
+        once = min(stopwatch.seconds(call, 1) for _ in range(3))
+        repeats[name] = max(1, math.ceil(MIN_SAMPLE_S / max(once, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    deadline = time.perf_counter() + budget_s
+    names = list(calls)
+    for round_index in range(max_rounds):
+        if round_index >= min_rounds and time.perf_counter() > deadline:
+            break
+        for name in names:
+            samples[name].append(stopwatch.sample(calls[name], repeats[name], cache))
+        names.reverse()  # nobody always follows the same neighbour
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+# ---- conditions ---------------------------------------------------------------------------------
+
+
+def _output_of(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """Model of the processor as the operating system names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache of CPU 0 as Linux tells it; 32 MiB where it does not."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes) or 32 << 20
+
+
+def load_average() -> list[float]:
+    """Runnable processes over the last 1, 5 and 15 minutes, our own included; empty where unknown."""
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Everything a reader needs to judge a number: hardware, versions, commit, threads."""
+    from excessmtl_ext import _extension, functional
+
+    facts: dict[str, Any] = {
+        "device": str(device),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "cpu_capability": functional.cpu_capability(),
+        "last_level_cache_mib": last_level_cache_bytes() / (1 << 20),
+        "num_threads": torch.get_num_threads(),
+        "load_average": load_average(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "ops": asdict(_extension.build_info) if _extension.build_info is not None else None,
+        "commit": _output_of("git", "rev-parse", "HEAD") or "unknown",
+        "is_dirty": bool(_output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "command": " ".join(["python", *(Path(part).name for part in sys.argv)]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_mib": properties.total_memory >> 20,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+    return facts
