@@ -357,7 +357,7 @@ def make_plans(device: torch.device, *, quick: bool, use_compile: bool) -> list[
 
     largest = 2_000_000_000 if is_cuda else 100_000_000
     sizes = [size for power in range(4, 10) for size in (10**power, 2 * 10**power, 5 * 10**power)]
-    momentum = {"gradient_momentum": 0.98}
+    momentum: dict[str, Any] = {"gradient_momentum": 0.98}
     half, brain, double = torch.float16, torch.bfloat16, torch.float64
     shapes_numel = 4_000_000
     shapes = [
