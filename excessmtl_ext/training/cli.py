@@ -158,7 +158,11 @@ for _dataset, _workload in WORKLOADS.items():
     help="Folder for the runs and the figure.",
 )
 @click.option(
-    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs per method."
+    "--seeds",
+    type=click.IntRange(1),
+    default=demo_runs.NUM_SEEDS,
+    show_default=True,
+    help="Runs per method.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Per run.  [default: 30]")
 @click.option("--resume", is_flag=True, help="Go on with a demo that was stopped.")

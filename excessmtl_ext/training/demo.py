@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from excessmtl_ext.training.config import TrainConfig
 from excessmtl_ext.training.loop import Progress, train
@@ -16,6 +19,7 @@ from excessmtl_ext.training.workloads import find_workload
 
 DATASET = "digits"
 NOISE = 0.8
+NUM_SEEDS = 5
 DEMO_METHODS = ("excessmtl-recommended", "excessmtl-official", "uniform", "groupdro")
 
 
@@ -98,14 +102,15 @@ def run_demo(
         TrainingInterrupted: ``should_stop`` returned True.
         FileExistsError: there are runs and ``resume`` is False.
     """
-    for number, (config, folder) in enumerate(runs):
-        train(
-            config,
-            folder,
-            resume=resume,
-            report=partial(report, number),
-            should_stop=should_stop,
-        )
+    with _one_thread():
+        for number, (config, folder) in enumerate(runs):
+            train(
+                config,
+                folder,
+                resume=resume,
+                report=partial(report, number),
+                should_stop=should_stop,
+            )
     return [
         summarise_method(method, [folder for config, folder in runs if config.method == method])
         for method in DEMO_METHODS
@@ -128,3 +133,18 @@ def summarise_method(method: str, folders: list[Path]) -> MethodSummary:
         Statistic.of(noisy_accuracies),
         Statistic.of(clean_weights),
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Computes on one thread.
+
+    Layers of 32 are too small to share: a second thread gains nothing on an idle machine and, where the other core
+    is busy, makes every one of a thousand steps wait for it (15 times slower on two cores with a compiler running).
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
