@@ -76,7 +76,7 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
   using grad_vector_t = typename GradVector<grad_t>::vector_t;
   using state_vector_t = typename StateVector<acc_t>::vector_t;
   constexpr int kWidth = StateVector<acc_t>::kWidth;
-  constexpr int kBatch = kVectorsInFlight<kMomentum>;
+  constexpr int kBatch = kVectorsInFlight;
   acc_t risk = acc_t(0);
   int done = 0;
   if (is_aligned_for<grad_vector_t>(grad)) {
@@ -106,6 +106,7 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
         }
       }
     }
+#pragma unroll 1  // fewer vectors than a batch are left
     for (; at < num_vectors; at += kStride) {
       state_vector_t sum = __ldcs(sum_vectors + at);
       state_vector_t mean;

@@ -13,18 +13,17 @@ constexpr int kWarps = kThreads / kWarpSize;
 
 // At least so many blocks per SM, which bounds the registers of a thread: 64 for four blocks, 80 for three (momentum carries a
 // third stream; the compiler spilled 16 bytes at 64), 128 for two (float64: its root and division are long code). Each thread of
-// the float32 step then has 128 bytes of loads in flight (96 with momentum), so an SM has 128 KiB (72 KiB); an H100 needs about
-// 20 KiB (3.35 TB/s x 0.7 us / 132) to keep its memory busy.
+// the float32 step has at least 64 bytes of loads in flight (bench/sass_gate.py), so an SM has 64 KiB, or 48 KiB with momentum; an
+// H100 needs about 20 KiB (3.35 TB/s x 0.7 us / 132) to keep its memory busy.
 template <typename acc_t, bool kMomentum = false>
 constexpr int kMinBlocksPerSm = sizeof(acc_t) == sizeof(double) ? 2 : kMomentum ? 3 : 4;
 
 // The grid stops growing at 8 blocks per SM, the most that fit: blocks then walk over several chunks each, and take one ticket.
 constexpr int kMaxBlocksPerSm = 8;
 
-// 16 bytes of gradient and of state per thread and access, the widest there is; several of them before the first use.
-// Momentum reads a third stream: half as many keep it within its registers.
-template <bool kMomentum>
-constexpr int kVectorsInFlight = kMomentum ? 2 : 4;
+// 16 bytes of gradient and of state per thread and access, the widest there is; two of each before the first use. With four the
+// compiler, short of registers, moved half of the loads behind the first uses.
+constexpr int kVectorsInFlight = 2;
 
 // Shorter slices of a chunk go to one warp each: below 8 accesses per lane a whole block would mostly idle.
 constexpr int kMinBlockSliceNumel = 1024;
