@@ -1,0 +1,361 @@
+"""Plants one-line faults into copies of the CUDA kernels, and shows that the host runs of test_cuda_simt.py catch each.
+
+A fault that survives is a hole in those tests. Faults that only memory ordering can show run under ThreadSanitizer.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from simt import build
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str
+    line: str
+    """Found exactly once in the file."""
+    planted: str
+    threads: bool = False
+    """Seen by one OS thread per CUDA thread under ThreadSanitizer, not by the fibers."""
+
+
+FAULTS = [
+    # block_sum.cuh
+    Fault(
+        "no barrier before the warp sums are overwritten",
+        "block_sum.cuh",
+        "  __syncthreads();  // another warp may still read warp_values of the call before\n",
+        "",
+    ),
+    Fault(
+        "no barrier before the warp sums are read",
+        "block_sum.cuh",
+        "    warp_values[threadIdx.x / kWarpSize] = value;\n  }\n  __syncthreads();\n",
+        "    warp_values[threadIdx.x / kWarpSize] = value;\n  }\n",
+    ),
+    Fault(
+        "shuffle over half a warp",
+        "block_sum.cuh",
+        "int distance = kWarpSize / 2; distance > 0",
+        "int distance = kWarpSize / 4; distance > 0",
+    ),
+    Fault(
+        "shuffle from the wrong lane",
+        "block_sum.cuh",
+        "__shfl_xor_sync(kFullWarp, value, distance)",
+        "__shfl_xor_sync(kFullWarp, value, distance == 4 ? 2 : distance)",
+    ),
+    Fault(
+        "shuffle names half of the lanes",
+        "block_sum.cuh",
+        "kFullWarp = 0xffffffffU",
+        "kFullWarp = 0x0000ffffU",
+    ),
+    Fault(
+        "last warp left out of the block sum",
+        "block_sum.cuh",
+        "for (int warp = 0; warp < kWarps; ++warp)",
+        "for (int warp = 0; warp < kWarps - 1; ++warp)",
+    ),
+    Fault(
+        "wrong lane writes the warp sum",
+        "block_sum.cuh",
+        "  value = warp_reduce<Operation>(value);\n",
+        "  if (threadIdx.x % kWarpSize != 31) value = warp_reduce<Operation>(value);\n",
+    ),
+    # fused_step.cuh: the ticket
+    Fault(
+        "ticket does not wrap",
+        "fused_step.cuh",
+        "atomicInc(ticket, last);",
+        "atomicInc(ticket, 0xffffffffU);",
+    ),
+    Fault(
+        "the last block but one finishes",
+        "fused_step.cuh",
+        "shared_verdict = ticket_number == last;",
+        "shared_verdict = ticket_number + 1 == last;",
+    ),
+    Fault(
+        "grid counted without its tasks",
+        "fused_step.cuh",
+        "gridDim.x * gridDim.y - 1",
+        "gridDim.x - 1",
+    ),
+    Fault(
+        "no barrier after the verdict",
+        "fused_step.cuh",
+        "    shared_verdict = ticket_number == last;\n  }\n  __syncthreads();\n",
+        "    shared_verdict = ticket_number == last;\n  }\n",
+    ),
+    Fault(
+        "no fence before the ticket",
+        "fused_step.cuh",
+        "    __threadfence();                                    // release",
+        "    // release",
+        threads=True,
+    ),
+    Fault(
+        "no fence after the ticket",
+        "fused_step.cuh",
+        "    __threadfence();                                    // acquire",
+        "    // acquire",
+        threads=True,
+    ),
+    Fault(
+        "ticket counted without an atomic",
+        "fused_step.cuh",
+        "atomicInc(ticket, last);",
+        "*ticket; *ticket = *ticket == last ? 0 : *ticket + 1;",
+        threads=True,
+    ),
+    # fused_step.cuh: the sums
+    Fault(
+        "partials read through the read-only path",
+        "fused_step.cuh",
+        "sum += __ldcg(row + chunk);",
+        "sum += __ldg(row + chunk);",
+    ),
+    Fault(
+        "partial of one chunk not written",
+        "fused_step.cuh",
+        "    if (threadIdx.x == 0) {\n      __stcg(args.partials",
+        "    if (threadIdx.x == 1 && chunk != 1) {\n      __stcg(args.partials",
+    ),
+    Fault(
+        "no barrier after the sums of the partials",
+        "fused_step.cuh",
+        "      part_sums[item] = sum;\n    }\n  }\n  __syncthreads();\n",
+        "      part_sums[item] = sum;\n    }\n  }\n",
+    ),
+    Fault(
+        "chunks past the first round left out",
+        "fused_step.cuh",
+        "chunk < num_chunks; chunk += parts * kWarpSize",
+        "chunk < num_chunks && chunk < 64; chunk += parts * kWarpSize",
+    ),
+    Fault(
+        "wrong stride from task to task",
+        "fused_step.cuh",
+        "const int64_t row = task * args.row_stride;",
+        "const int64_t row = task * (args.row_stride - 32);",
+    ),
+    Fault(
+        "gradients of the wrong task",
+        "fused_step.cuh",
+        "task * args.chunks.num_tensors;",
+        "task * (args.chunks.num_tensors - 1);",
+    ),
+    # fused_step.cuh: the slices
+    Fault(
+        "tail left out",
+        "fused_step.cuh",
+        "  for (int at = done + index; at < numel; at += kStride) {\n    acc_t sum = __ldcs",
+        "  for (int at = done + index; at < numel && done == 0; at += kStride) {\n    acc_t sum = __ldcs",
+    ),
+    Fault(
+        "vector loop one vector too long",
+        "fused_step.cuh",
+        "    const int num_vectors = numel / kWidth;\n    int at = index;",
+        "    const int num_vectors = (numel + kWidth - 1) / kWidth;\n    int at = index;",
+    ),
+    Fault(
+        "batch of loads runs past the end",
+        "fused_step.cuh",
+        "at + (kBatch - 1) * kStride < num_vectors",
+        "at + (kBatch - 2) * kStride < num_vectors",
+    ),
+    Fault(
+        "alignment test inverted",
+        "element_access.cuh",
+        "% sizeof(vector_t) == 0;",
+        "% sizeof(vector_t) != 0;",
+    ),
+    Fault(
+        "alignment tested for 8 bytes of 16",
+        "element_access.cuh",
+        "% sizeof(vector_t) == 0;",
+        "% (sizeof(vector_t) / 4) == 0;",
+    ),
+    Fault(
+        "gradient written into the wrong lane of the vector",
+        "element_access.cuh",
+        "make_float4(in[0], in[1], in[2], in[3])",
+        "make_float4(in[0], in[1], in[3], in[2])",
+    ),
+    # param_chunks.cuh
+    Fault(
+        "last segment of a chunk left out",
+        "param_chunks.cuh",
+        "if (offset >= end)",
+        "if (offset + 32 >= end)",
+    ),
+    Fault(
+        "short slices of one warp left out",
+        "param_chunks.cuh",
+        "segment % kWarps == warp",
+        "segment % (kWarps + 1) == warp",
+    ),
+    Fault(
+        "long slices walked by one warp's stride",
+        "param_chunks.cuh",
+        "visit(slice, Workers<kThreads>{static_cast<int>(threadIdx.x)});",
+        "visit(slice, Workers<kThreads>{lane});",
+    ),
+    # task_update.cuh
+    Fault(
+        "flag of an absent task survives",
+        "task_update.cuh",
+        "      state.found_nonfinite[task] = false;\n",
+        "",
+    ),
+    Fault(
+        "a thread decides on its own task alone",
+        "task_update.cuh",
+        "if (__syncthreads_or(found) != 0)",
+        "if (found)",
+    ),
+    Fault(
+        "tasks past the first 256 left out",
+        "task_update.cuh",
+        "    state.task_weights[task] = scaled",
+        "    if (task < kThreads) state.task_weights[task] = scaled",
+    ),
+    Fault(
+        "absent tasks lose their mass",
+        "task_update.cuh",
+        "(moved(task) - log_total) + log_mass;",
+        "moved(task) - log_total;",
+    ),
+    Fault(
+        "step counted before every thread has read the count",
+        "task_update.cuh",
+        "  const int64_t num_steps = *state.num_steps;\n  if (num_steps >= options.num_warmup_steps) {\n",
+        "  if (threadIdx.x == 0) *state.num_steps += 1;\n"
+        "  const int64_t num_steps = *state.num_steps - (threadIdx.x == 0);\n"
+        "  if (num_steps >= options.num_warmup_steps) {\n",
+    ),
+    # ../excess_risk_math.h
+    Fault(
+        "baseline overwritten in every step",
+        "../excess_risk_math.h",
+        "} else if (baseline == 0.0) {",
+        "} else {",
+    ),
+    # combine.cuh
+    Fault(
+        "output overwritten before the state is repaired",
+        "combine.cuh",
+        "  for (int at = index; at < column.slice.numel; at += kStride) {\n    for (int task = 0; args",
+        "  for (int at = index; at < column.slice.numel; at += kStride) {\n"
+        "    if (args.has_outputs && column.output() != nullptr)"
+        " __stcg(column.output() + at, GradVector<grad_t>::narrow(acc_t(NAN)));\n"
+        "    for (int task = 0; args",
+    ),
+    Fault(
+        "gradients read through the read-only path although outputs may be gradients",
+        "combine.cuh",
+        "loaded[k] = __ldcg(grad_vectors",
+        "loaded[k] = __ldg(grad_vectors",
+    ),
+    Fault(
+        "weights not waited for",
+        "combine.cuh",
+        "const bool repairs = __syncthreads_or(found) != 0;",
+        "const bool repairs = found;",
+    ),
+    Fault(
+        "alignment of the output not looked at",
+        "combine.cuh",
+        "bool is_aligned = is_aligned_for<vector_t>(output);",
+        "bool is_aligned = true;",
+    ),
+    Fault(
+        "accumulate forgotten in the tail",
+        "combine.cuh",
+        "    if (accumulate) {\n      sum += GradVector",
+        "    if (accumulate && done == 0) {\n      sum += GradVector",
+    ),
+    # pointer_table.cuh, fold.cuh, launch.cuh
+    Fault(
+        "last block of the pointer table writes too much",
+        "pointer_table.cuh",
+        "if (index < count)",
+        "if (index <= count)",
+    ),
+    Fault(
+        "second piece of the pointer table goes to the start",
+        "launch.cuh",
+        "in_device_memory + first);",
+        "in_device_memory);",
+    ),
+    Fault(
+        "sum not rescaled where the task has no gradient",
+        "fold.cuh",
+        " * add : sum);",
+        " * add : __ldcg(running_sum + at));",
+    ),
+]
+
+
+def caught_by(fault: Fault, directory: Path) -> str:
+    """What the planted fault made the test program say, or "" where it passed."""
+    csrc = directory / "csrc"
+    shutil.copytree(build.CSRC, csrc, ignore=shutil.ignore_patterns("cpu"))
+    source = csrc / "cuda" / fault.file
+    text = source.read_text()
+    assert text.count(fault.line) == 1, (
+        f"{fault.name}: the line to change is not there exactly once"
+    )
+    source.write_text(text.replace(fault.line, fault.planted))
+    program = directory / "kernel_cases"
+    build.compile_cases(program, csrc, threads=fault.threads, only_float32=True)
+    try:
+        result = subprocess.run(
+            [program, "1" if fault.threads else "2"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    except subprocess.TimeoutExpired:
+        return "does not end"
+    if result.returncode == 0:
+        return ""
+    report = [line for line in (result.stderr + result.stdout).splitlines() if line.strip("= ")]
+    return report[0] if report else f"exit status {result.returncode}"
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | Exception]:
+    build.compiler()
+
+    def judge(fault: Fault) -> str | Exception:
+        directory = tmp_path_factory.mktemp("fault")
+        try:
+            return caught_by(fault, directory)
+        except Exception as error:
+            return error
+        finally:
+            shutil.rmtree(directory)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip([fault.name for fault in FAULTS], pool.map(judge, FAULTS), strict=True))
+
+
+@pytest.mark.parametrize("name", [fault.name for fault in FAULTS])
+def test_planted_fault_is_caught(verdicts: dict[str, str | Exception], name: str) -> None:
+    verdict = verdicts[name]
+    if isinstance(verdict, Exception):
+        raise verdict
+    print(verdict)
+    assert verdict != "", f"nothing noticed: {name}"
