@@ -123,8 +123,6 @@ def draw_training(runs: Sequence[RunCurves], path: Path, *, title: str) -> None:
     weight_axes.set_ylim(-0.02, 1.02)
     clean_axes.set_title("Clean task: test accuracy")
     noisy_axes.set_title("Noisy task: accuracy on clean test labels")
-    for axes in (clean_axes, noisy_axes):
-        axes.yaxis.set_major_formatter("{x:.2f}")
     _cut_off_start(clean_axes, [run.clean_accuracy for run in runs])
     _cut_off_start(noisy_axes, [run.noisy_accuracy for run in runs])
     for axes in (weight_axes, clean_axes, noisy_axes):
