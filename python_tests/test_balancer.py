@@ -395,7 +395,7 @@ def test_unknown_or_incomplete_preset_raises():
         ValueError, match="`preset` to be one of 'paper', 'official', 'recommended'"
     ):
         ExcessMTL.from_preset("best", num_tasks=2)
-    with pytest.raises(ValueError, match="`num_warmup_steps` with preset='paper'.*3 \\* len"):
+    with pytest.raises(ValueError, match=r"`num_warmup_steps` with preset='paper'.*3 \* len"):
         ExcessMTL.from_preset("paper", num_tasks=2)
     assert ExcessMTL.from_preset("paper", num_tasks=2, num_warmup_steps=30).fisher == "linear"
 

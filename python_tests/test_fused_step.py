@@ -451,10 +451,10 @@ def test_compiled_step_has_no_graph_break_and_equals_eager(device):
     [
         (lambda a: a["grads"].pop(), "2 tasks x 2 parameters = 4 tensors, but got 3"),
         (lambda a: a["grads"].__setitem__(1, torch.zeros(8)), "task 0, parameter 1 to have 9 elements, but got 8"),
-        (lambda a: a["grads"].__setitem__(1, torch.zeros(9, dtype=torch.int32)), "float64, float32, bfloat16 or float16"),
+        (lambda a: a["grads"].__setitem__(1, torch.zeros(9, dtype=torch.int32)), "float32, bfloat16 or float16"),
         (lambda a: a["grads"].__setitem__(1, torch.zeros(9, dtype=torch.float64)), "`sq_grad_sum` of float64"),
         (lambda a: a.update(options=a["options"]._replace(eps=-1.0)), "`eps` >="),
-        (lambda a: a.update(options=a["options"]._replace(robust_step_size=-1.0)), "`robust_step_size` > 0, but got -1"),
+        (lambda a: a.update(options=a["options"]._replace(robust_step_size=-1.0)), "`robust_step_size` > 0, but got"),
         (lambda a: a.update(options=a["options"]._replace(min_weight=0.6)), "`min_weight` between 0 and 1 / num_tasks"),
         (lambda a: a.update(options=a["options"]._replace(gradient_momentum=1.0)), "`gradient_momentum` in"),
         (lambda a: a.update(state=a["state"]._replace(task_weights=torch.zeros(3))), "`task_weights`"),
