@@ -21,17 +21,20 @@ namespace excessmtl {
 // What the element formulas need besides the element. acc_t: float, or double for float64 gradients.
 template <typename acc_t>
 struct ElementOptions {
-  acc_t eps;                 // added to the Fisher diagonal (inside the root when there is one), > 0
-  acc_t momentum;            // b of grad_mean = b grad_mean + (1 - b) g; 0 switches it off
-  acc_t one_minus_momentum;  // rounded once from double: 1 - b loses digits in float when b is near 1
-  acc_t inverse_momentum;    // 1 / b, for the repair; 0 when b is 0
-  acc_t inverse_scale;       // 1 / grad_scale (GradScaler), else 1
+  // Added to the Fisher diagonal (inside the root when there is one), > 0.
+  acc_t eps;
+  acc_t momentum;  // b of grad_mean = b grad_mean + (1 - b) g; 0 switches it off
+  // Rounded once from double: 1 - b loses digits in float when b is near 1.
+  acc_t one_minus_momentum;
+  acc_t inverse_momentum;  // 1 / b, for the repair; 0 when b is 0
+  acc_t inverse_scale;     // 1 / grad_scale (GradScaler), else 1
 };
 
 template <typename acc_t>
 inline ElementOptions<acc_t> make_element_options(double eps, double momentum, double grad_scale) {
   return {static_cast<acc_t>(eps), static_cast<acc_t>(momentum), static_cast<acc_t>(1.0 - momentum),
-          static_cast<acc_t>(momentum > 0.0 ? 1.0 / momentum : 0.0), static_cast<acc_t>(1.0 / grad_scale)};
+          static_cast<acc_t>(momentum > 0.0 ? 1.0 / momentum : 0.0),
+          static_cast<acc_t>(1.0 / grad_scale)};
 }
 
 template <typename acc_t>
@@ -93,8 +96,9 @@ struct ScalarMath<double> {
 // A square that is not finite never enters the state; it makes the returned share non-finite, which the sum then carries.
 // S stops at the largest finite number, so that no later step divides by infinity.
 template <class Math, bool kSqrtFisher, bool kMomentum, typename V>
-EXCESSMTL_HOST_DEVICE V accumulate_excess_risk(V scaled_grad, V& sq_grad_sum, V& grad_mean,
-                                               const ElementOptions<typename Math::acc_t>& options) {
+EXCESSMTL_HOST_DEVICE V
+accumulate_excess_risk(V scaled_grad, V& sq_grad_sum, V& grad_mean,
+                       const ElementOptions<typename Math::acc_t>& options) {
   constexpr typename Math::acc_t kLargest = LargestFinite<typename Math::acc_t>::value;
   const V grad = scaled_grad * options.inverse_scale;
   const V sq_grad = grad * grad;
@@ -104,7 +108,8 @@ EXCESSMTL_HOST_DEVICE V accumulate_excess_risk(V scaled_grad, V& sq_grad_sum, V&
   if constexpr (kMomentum) {
     const V mean = grad_mean * options.momentum + grad * options.one_minus_momentum;
     grad_mean = sq_grad <= kLargest ? mean : grad_mean;
-    numerator = grad_mean * grad_mean + (sq_grad - sq_grad);  // the difference is 0, or NaN where sq_grad is not finite
+    // The difference is 0, or NaN where sq_grad is not finite.
+    numerator = grad_mean * grad_mean + (sq_grad - sq_grad);
   }
   const V fisher = sq_grad_sum + options.eps;
   if constexpr (kSqrtFisher) {
@@ -136,10 +141,11 @@ struct TaskOptions {
   double momentum;           // b, for the bias correction of grad_mean
   int64_t num_warmup_steps;  // steps with resting weights whose mean risk is the baseline
   bool relative;             // divide by the baseline
-  double raw_risk_scale;     // factor of the risk when not relative: 1, or 1 / P for the linear Fisher
-  double robust_step_size;   // eta_alpha
-  double min_weight;         // floor f, at most 1 / T
-  double weight_total;       // what the weights sum to
+  // Factor of the risk when not relative: 1, or 1 / P for the linear Fisher.
+  double raw_risk_scale;
+  double robust_step_size;  // eta_alpha
+  double min_weight;        // floor f, at most 1 / T
+  double weight_total;      // what the weights sum to
 };
 
 // Keeps the exponent finite when a baseline is vanishingly small: E / B <= 1e100 still orders the tasks.
@@ -154,8 +160,10 @@ struct TaskRisk {
 
 // The risk of one task from the sum over its coordinates. grad_mean starts at zero, so m / (1 - b^t) is the mean and the sum of
 // its squares carries the factor squared. The baseline is the mean over the warm-up, or the task's first non-zero risk after it.
-EXCESSMTL_HOST_DEVICE TaskRisk updated_task_risk(double excess_risk_sum, double baseline_excess_risk, int64_t num_steps,
-                                                 int64_t num_task_steps, const TaskOptions& options) {
+EXCESSMTL_HOST_DEVICE TaskRisk updated_task_risk(double excess_risk_sum,
+                                                 double baseline_excess_risk, int64_t num_steps,
+                                                 int64_t num_task_steps,
+                                                 const TaskOptions& options) {
   const int64_t t = num_task_steps + 1;
   double excess_risk = excess_risk_sum;
   if (options.momentum > 0.0) {
@@ -176,8 +184,8 @@ EXCESSMTL_HOST_DEVICE TaskRisk updated_task_risk(double excess_risk_sum, double 
 }
 
 // Eq. 9 before normalisation, as a log-weight. Weights rest during the warm-up.
-EXCESSMTL_HOST_DEVICE double moved_log_weight(double log_task_weight, double relative_excess_risk, int64_t num_steps,
-                                              const TaskOptions& options) {
+EXCESSMTL_HOST_DEVICE double moved_log_weight(double log_task_weight, double relative_excess_risk,
+                                              int64_t num_steps, const TaskOptions& options) {
   if (num_steps < options.num_warmup_steps) {
     return log_task_weight;
   }
@@ -186,7 +194,8 @@ EXCESSMTL_HOST_DEVICE double moved_log_weight(double log_task_weight, double rel
 }
 
 // The weight of one task from its share exp(l - max) / sum exp(l - max) of the simplex.
-EXCESSMTL_HOST_DEVICE double scaled_task_weight(double share, int64_t num_tasks, const TaskOptions& options) {
+EXCESSMTL_HOST_DEVICE double scaled_task_weight(double share, int64_t num_tasks,
+                                                const TaskOptions& options) {
   return options.weight_total *
          ((1.0 - static_cast<double>(num_tasks) * options.min_weight) * share + options.min_weight);
 }

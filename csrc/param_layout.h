@@ -39,7 +39,8 @@ struct ParamLayout {
 
 inline ParamLayout read_param_layout(const Tensor& param_numels) {
   check_dtype(param_numels, "param_numels", ScalarType::Long);
-  STD_TORCH_CHECK(param_numels.is_cpu(), "Expected `param_numels` on the CPU: the launch is planned on the host.");
+  STD_TORCH_CHECK(param_numels.is_cpu(),
+                  "Expected `param_numels` on the CPU: the launch is planned on the host.");
   STD_TORCH_CHECK(param_numels.dim() == 1 && param_numels.is_contiguous(),
                   "Expected `param_numels` to be a contiguous vector.");
   ParamLayout layout;
@@ -73,28 +74,32 @@ inline GradType grad_type_of(const Tensor& grad) {
     case ScalarType::Half:
       return kFloat16;
     default:
-      STD_TORCH_CHECK(false, "Expected `task_grads` of float64, float32, bfloat16 or float16, but got ",
+      STD_TORCH_CHECK(false,
+                      "Expected `task_grads` of float64, float32, bfloat16 or float16, but got ",
                       torch::headeronly::toString(grad.scalar_type()), ".");
   }
 }
 
 // One step's gradients: task-major pointers into contiguous tensors, nullptr where a task has none.
 struct TaskGrads {
-  std::vector<Tensor> tensors;     // keeps the contiguous copies of strided gradients alive
-  std::vector<const void*> data;   // [T * L]
-  std::vector<GradType> types;     // [T * L]
-  std::vector<uint8_t> is_present; // [T]: the task has a gradient for at least one parameter
+  std::vector<Tensor> tensors;      // keeps the contiguous copies of strided gradients alive
+  std::vector<const void*> data;    // [T * L]
+  std::vector<GradType> types;      // [T * L]
+  std::vector<uint8_t> is_present;  // [T]: the task has a gradient for at least one parameter
 
   int64_t num_tasks() const { return static_cast<int64_t>(is_present.size()); }
-  bool any_present() const { return std::find(is_present.begin(), is_present.end(), 1) != is_present.end(); }
+  bool any_present() const {
+    return std::find(is_present.begin(), is_present.end(), 1) != is_present.end();
+  }
 };
 
 // acc_type: the type of the state, or Undefined where there is none. `like`: a tensor on the device of the step.
-inline TaskGrads read_task_grads(std::vector<Tensor> task_grads, const ParamLayout& layout, int64_t num_tasks,
-                                 const Tensor& like) {
+inline TaskGrads read_task_grads(std::vector<Tensor> task_grads, const ParamLayout& layout,
+                                 int64_t num_tasks, const Tensor& like) {
   const int64_t num_tensors = layout.num_tensors();
-  STD_TORCH_CHECK(static_cast<int64_t>(task_grads.size()) == num_tasks * num_tensors, "Expected `task_grads` to hold ",
-                  num_tasks, " tasks x ", num_tensors, " parameters = ", num_tasks * num_tensors, " tensors, but got ",
+  STD_TORCH_CHECK(static_cast<int64_t>(task_grads.size()) == num_tasks * num_tensors,
+                  "Expected `task_grads` to hold ", num_tasks, " tasks x ", num_tensors,
+                  " parameters = ", num_tasks * num_tensors, " tensors, but got ",
                   task_grads.size(), ".");
   TaskGrads grads;
   grads.tensors = std::move(task_grads);
@@ -109,8 +114,9 @@ inline TaskGrads read_task_grads(std::vector<Tensor> task_grads, const ParamLayo
       if (numel == 0) {
         continue;
       }
-      STD_TORCH_CHECK(numel == layout.numels[index], "Expected `task_grads` of task ", task, ", parameter ", index,
-                      " to have ", layout.numels[index], " elements, but got ", numel, ".");
+      STD_TORCH_CHECK(numel == layout.numels[index], "Expected `task_grads` of task ", task,
+                      ", parameter ", index, " to have ", layout.numels[index],
+                      " elements, but got ", numel, ".");
       check_same_device(grad, "task_grads", like);
       grads.types[k] = grad_type_of(grad);
       if (!grad.is_contiguous()) {
@@ -124,15 +130,18 @@ inline TaskGrads read_task_grads(std::vector<Tensor> task_grads, const ParamLayo
 }
 
 // State rows [R, padded P] in the accumulation type; grad_mean has no columns when momentum is off.
-inline void check_state(const Tensor& sq_grad_sum, const Tensor& grad_mean, const ParamLayout& layout,
-                        bool has_momentum) {
+inline void check_state(const Tensor& sq_grad_sum, const Tensor& grad_mean,
+                        const ParamLayout& layout, bool has_momentum) {
   const ScalarType type = sq_grad_sum.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "Expected `sq_grad_sum` of float32 or float64, but got ", torch::headeronly::toString(type), ".");
-  check_matrix(sq_grad_sum, "sq_grad_sum", sq_grad_sum.dim() == 2 ? sq_grad_sum.size(0) : -1, layout.padded_numel());
+                  "Expected `sq_grad_sum` of float32 or float64, but got ",
+                  torch::headeronly::toString(type), ".");
+  check_matrix(sq_grad_sum, "sq_grad_sum", sq_grad_sum.dim() == 2 ? sq_grad_sum.size(0) : -1,
+               layout.padded_numel());
   check_dtype(grad_mean, "grad_mean", type);
   check_same_device(grad_mean, "grad_mean", sq_grad_sum);
-  check_matrix(grad_mean, "grad_mean", sq_grad_sum.size(0), has_momentum ? layout.padded_numel() : 0);
+  check_matrix(grad_mean, "grad_mean", sq_grad_sum.size(0),
+               has_momentum ? layout.padded_numel() : 0);
 }
 
 // float32 state would lose what float64 gradients carry.

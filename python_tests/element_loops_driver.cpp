@@ -2,8 +2,6 @@
 // which compiles it together with csrc/cpu/element_loops_*.cpp, also for processors that only an emulator has.
 //
 // Prints one line per instruction set; exits with 1 when a value is off, after naming the first ones.
-#include "cpu/element_loops.h"
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,25 +11,30 @@
 #include <string>
 #include <vector>
 
+#include "cpu/element_loops.h"
+
 namespace excessmtl::cpu {
 namespace {
 
 enum Type { kFloat64, kFloat32, kBFloat16, kFloat16 };  // the order of GradType in param_layout.h
 constexpr const char* kTypeNames[] = {"float64", "float32", "bfloat16", "float16"};
-constexpr double kTypeLargest[] = {1.7976931348623157e308, 3.4028234663852886e38, 3.3895313892515355e38, 65504.0};
+constexpr double kTypeLargest[] = {1.7976931348623157e308, 3.4028234663852886e38,
+                                   3.3895313892515355e38, 65504.0};
 
 constexpr int64_t kPadding = 32;  // kSegmentAlignment: what the loops may touch behind the end
 // Nothing, every tail of every vector width, one block of the sums and its neighbours, several blocks.
-const std::vector<int64_t> kSizes = {0,  1,  2,  3,  4,  5,  6,  7,  8,   9,   10,  11,   12,   13,   14,   15,   16,  17, 18,
-                                     19, 20, 21, 22, 23, 24, 25, 26, 27,  28,  29,  30,   31,   32,   33,   47,   48,  49, 63,
-                                     64, 65, 66, 79, 95, 96, 97, 99, 127, 128, 129, 1000, 4095, 4096, 4097, 4111, 10007};
+const std::vector<int64_t> kSizes = {
+    0,  1,  2,  3,  4,  5,  6,  7,  8,   9,   10,  11,   12,   13,   14,   15,   16,   17, 18,
+    19, 20, 21, 22, 23, 24, 25, 26, 27,  28,  29,  30,   31,   32,   33,   47,   48,   49, 63,
+    64, 65, 66, 79, 95, 96, 97, 99, 127, 128, 129, 1000, 4095, 4096, 4097, 4111, 10007};
 // Near 1, with some not finite, or over the whole range of the type: squares that vanish in the state, and that fill it.
 enum Content { kOrdinary, kNonFinite, kExtreme };
 
 int64_t num_values = 0;
 int64_t num_faults = 0;
 
-void expect_near(double actual, double expected, double tolerance, const std::string& what, int64_t n, int64_t k) {
+void expect_near(double actual, double expected, double tolerance, const std::string& what,
+                 int64_t n, int64_t k) {
   ++num_values;
   const bool is_right = std::isfinite(expected) ? std::fabs(actual - expected) <= tolerance
                         : std::isnan(expected)  ? std::isnan(actual)
@@ -45,9 +48,11 @@ void expect_near(double actual, double expected, double tolerance, const std::st
 double value_of_half(uint16_t bits) {
   const int exponent = bits >> 10 & 0x1f;
   const int fraction = bits & 0x3ff;
-  double magnitude = std::ldexp(exponent == 0 ? fraction : fraction + 1024, (exponent == 0 ? 1 : exponent) - 25);
+  double magnitude =
+      std::ldexp(exponent == 0 ? fraction : fraction + 1024, (exponent == 0 ? 1 : exponent) - 25);
   if (exponent == 31) {
-    magnitude = fraction == 0 ? std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
+    magnitude = fraction == 0 ? std::numeric_limits<double>::infinity()
+                              : std::numeric_limits<double>::quiet_NaN();
   }
   return bits >> 15 ? -magnitude : magnitude;
 }
@@ -127,13 +132,18 @@ Grads random_grads(Type type, int64_t n, Content content, std::mt19937_64& rando
   const double decades = type == kFloat16 ? 4.5 : type == kFloat64 ? 150.0 : 19.0;
   for (int64_t k = 0; k < n; ++k) {
     const int64_t kind = static_cast<int64_t>(random() % 8);
-    double value = content == kExtreme ? normal(random) * std::pow(10.0, decades * exponent(random)) : normal(random);
+    double value = content == kExtreme ? normal(random) * std::pow(10.0, decades * exponent(random))
+                                       : normal(random);
     value = kind == 0 ? 0.0 : value;
     if (content == kNonFinite && kind <= 2) {
       const double infinity = std::numeric_limits<double>::infinity();
-      value = kind == 0 ? std::numeric_limits<double>::quiet_NaN() : kind == 1 ? infinity : -infinity;
+      value = kind == 0   ? std::numeric_limits<double>::quiet_NaN()
+              : kind == 1 ? infinity
+                          : -infinity;
     }
-    grads.set(k, std::isfinite(value) ? std::fmax(-kTypeLargest[type], std::fmin(value, kTypeLargest[type])) : value);
+    grads.set(k, std::isfinite(value)
+                     ? std::fmax(-kTypeLargest[type], std::fmin(value, kTypeLargest[type]))
+                     : value);
   }
   return grads;
 }
@@ -142,7 +152,8 @@ Grads random_grads(Type type, int64_t n, Content content, std::mt19937_64& rando
 template <typename acc_t>
 std::vector<acc_t> random_state(int64_t n, bool is_signed, std::mt19937_64& random) {
   std::normal_distribution<double> normal;
-  std::vector<acc_t> state(static_cast<size_t>((n + kPadding - 1) / kPadding * kPadding), acc_t(1e3));
+  std::vector<acc_t> state(static_cast<size_t>((n + kPadding - 1) / kPadding * kPadding),
+                           acc_t(1e3));
   for (int64_t k = 0; k < n; ++k) {
     const double value = k % 7 == 0 ? 0.0 : normal(random);
     state[static_cast<size_t>(k)] = static_cast<acc_t>(is_signed ? value : value * value);
@@ -151,37 +162,45 @@ std::vector<acc_t> random_state(int64_t n, bool is_signed, std::mt19937_64& rand
 }
 
 template <typename acc_t>
-void check_accumulate_and_repair(const ElementLoops<acc_t>& loops, const char* name, Type type, bool sqrt_fisher,
-                                 bool has_momentum, Content content, std::mt19937_64& random) {
+void check_accumulate_and_repair(const ElementLoops<acc_t>& loops, const char* name, Type type,
+                                 bool sqrt_fisher, bool has_momentum, Content content,
+                                 std::mt19937_64& random) {
   constexpr double kUnit = std::numeric_limits<acc_t>::epsilon();  // one rounding is half of it
   constexpr double kLargest = std::numeric_limits<acc_t>::max();
-  constexpr double kSmallest = std::numeric_limits<acc_t>::min();  // results below it have fewer digits, or none
+  constexpr double kSmallest =
+      std::numeric_limits<acc_t>::min();  // results below it have fewer digits, or none
   const double momentum = has_momentum ? 0.98 : 0.0;
   const double scale = content == kExtreme ? 1.0 : 3.0;
   const ElementOptions<acc_t> options = make_element_options<acc_t>(1e-7, momentum, scale);
-  const std::string what = std::string(name) + (sizeof(acc_t) == 4 ? ", float32 state, " : ", float64 state, ") +
+  const std::string what = std::string(name) +
+                           (sizeof(acc_t) == 4 ? ", float32 state, " : ", float64 state, ") +
                            kTypeNames[type] + (sqrt_fisher ? ", sqrt" : ", linear") +
                            (has_momentum ? ", momentum" : "") +
-                           (content == kNonFinite ? ", not finite" : content == kExtreme ? ", extreme" : "");
+                           (content == kNonFinite ? ", not finite"
+                            : content == kExtreme ? ", extreme"
+                                                  : "");
   for (const int64_t n : kSizes) {
     const Grads grads = random_grads(type, n, content, random);
     std::vector<acc_t> sums = random_state<acc_t>(n, false, random);
     std::vector<acc_t> means = random_state<acc_t>(n, true, random);
     for (size_t at = 3; content == kExtreme && at < static_cast<size_t>(n); at += 5) {
-      sums[at] = std::numeric_limits<acc_t>::max();  // full: it stays there, and no infinity divides
+      sums[at] =
+          std::numeric_limits<acc_t>::max();  // full: it stays there, and no infinity divides
     }
     const std::vector<acc_t> sums_before = sums;
     const std::vector<acc_t> means_before = means;
     const double risk = loops.accumulate[type][sqrt_fisher][has_momentum](
         grads.data(), sums.data(), has_momentum ? means.data() : nullptr, n, options);
 
-    long double exact_risk = 0.0;  // thousands of roundings in double would be the larger error of the two
+    long double exact_risk =
+        0.0;  // thousands of roundings in double would be the larger error of the two
     bool is_finite = true;
     for (int64_t k = 0; k < n; ++k) {
       const size_t at = static_cast<size_t>(k);
       const double grad = grads.value(k) / scale;
       // The square in the accumulation type says whether the element counts.
-      const bool is_counted = static_cast<acc_t>(grad) * static_cast<acc_t>(grad) <= std::numeric_limits<acc_t>::max();
+      const bool is_counted =
+          static_cast<acc_t>(grad) * static_cast<acc_t>(grad) <= std::numeric_limits<acc_t>::max();
       const double sq_grad = is_counted ? grad * grad : 0.0;
       const double sum = std::fmin(sums_before[at] + sq_grad, kLargest);
       expect_near(sums[at], sum, 4 * kUnit * sum + kSmallest, what + ", sq_grad_sum", n, k);
@@ -192,7 +211,8 @@ void check_accumulate_and_repair(const ElementLoops<acc_t>& loops, const char* n
         const double mean = is_counted ? kept + added : means_before[at];
         const double magnitude = is_counted ? std::fabs(kept) + std::fabs(added) : 0.0;
         expect_near(means[at], mean, 4 * kUnit * magnitude + kSmallest, what + ", grad_mean", n, k);
-        numerator = static_cast<double>(means[at]) * means[at];  // as rounded: a mean near 0 has no digits to compare
+        numerator = static_cast<double>(means[at]) *
+                    means[at];  // as rounded: a mean near 0 has no digits to compare
       }
       const double fisher = sums[at] + 1e-7;
       exact_risk += numerator / (sqrt_fisher ? std::sqrt(fisher) : fisher);
@@ -200,30 +220,37 @@ void check_accumulate_and_repair(const ElementLoops<acc_t>& loops, const char* n
     }
     const double expected_risk = static_cast<double>(exact_risk);
     // The shares are positive: the sum is as exact as they are, but for up to 512 additions per lane, whose errors wander.
-    const double tolerance = (n <= 129 ? 16 : 64) * kUnit * expected_risk + static_cast<double>(n) * kSmallest * 1e4;
+    const double tolerance =
+        (n <= 129 ? 16 : 64) * kUnit * expected_risk + static_cast<double>(n) * kSmallest * 1e4;
     if (is_finite) {
       expect_near(risk, expected_risk, tolerance, what + ", excess risk", n, -1);
     } else {
-      expect_near(std::isfinite(risk) ? 1.0 : 0.0, 0.0, 0.0, what + ", excess risk is finite", n, -1);
+      expect_near(std::isfinite(risk) ? 1.0 : 0.0, 0.0, 0.0, what + ", excess risk is finite", n,
+                  -1);
     }
 
     if (content == kExtreme) {
       continue;  // what a sum has lost to rounding or to its ceiling no repair brings back
     }
     std::vector<acc_t> repaired = sums;
-    loops.repair[type][has_momentum](grads.data(), repaired.data(), has_momentum ? means.data() : nullptr, n, options);
+    loops.repair[type][has_momentum](grads.data(), repaired.data(),
+                                     has_momentum ? means.data() : nullptr, n, options);
     for (int64_t k = 0; k < n; ++k) {
       const size_t at = static_cast<size_t>(k);
-      expect_near(repaired[at], sums_before[at], 4 * kUnit * sums[at], what + ", repaired sq_grad_sum", n, k);
+      expect_near(repaired[at], sums_before[at], 4 * kUnit * sums[at],
+                  what + ", repaired sq_grad_sum", n, k);
       const double grad = grads.value(k) / scale;
-      const double size = std::fabs(means_before[at]) + (std::isfinite(grad) ? std::fabs(grad) : 0.0);
-      expect_near(means[at], means_before[at], 8 * kUnit * size, what + ", repaired grad_mean", n, k);
+      const double size =
+          std::fabs(means_before[at]) + (std::isfinite(grad) ? std::fabs(grad) : 0.0);
+      expect_near(means[at], means_before[at], 8 * kUnit * size, what + ", repaired grad_mean", n,
+                  k);
     }
   }
 }
 
 template <typename acc_t>
-void check_fold(const ElementLoops<acc_t>& loops, const char* name, Type type, std::mt19937_64& random) {
+void check_fold(const ElementLoops<acc_t>& loops, const char* name, Type type,
+                std::mt19937_64& random) {
   constexpr double kUnit = std::numeric_limits<acc_t>::epsilon();
   const std::string what = std::string(name) + ", fold of " + kTypeNames[type];
   for (const int64_t n : kSizes) {
@@ -234,10 +261,12 @@ void check_fold(const ElementLoops<acc_t>& loops, const char* name, Type type, s
     for (int64_t k = 0; k < n; ++k) {
       const double kept = 0.75 * before[static_cast<size_t>(k)];
       const double added = 0.5 * grads.value(k);
-      expect_near(sums[static_cast<size_t>(k)], kept + added, 2 * kUnit * (std::fabs(kept) + std::fabs(added)), what, n, k);
+      expect_near(sums[static_cast<size_t>(k)], kept + added,
+                  2 * kUnit * (std::fabs(kept) + std::fabs(added)), what, n, k);
     }
   }
-  if (type == kBFloat16 || type == kFloat16) {  // every number of 16 bits, subnormal ones too, arrives unrounded
+  if (type == kBFloat16 ||
+      type == kFloat16) {  // every number of 16 bits, subnormal ones too, arrives unrounded
     constexpr int64_t kCount = 1 << 16;
     Grads all(type, kCount);
     std::vector<acc_t> sums(kCount, acc_t(0));
@@ -246,7 +275,8 @@ void check_fold(const ElementLoops<acc_t>& loops, const char* name, Type type, s
     }
     loops.fold[type](all.data(), acc_t(1), acc_t(1), sums.data(), kCount);
     for (int64_t k = 0; k < kCount; ++k) {
-      expect_near(sums[static_cast<size_t>(k)], all.value(k), 0.0, what + ", all bit patterns", kCount, k);
+      expect_near(sums[static_cast<size_t>(k)], all.value(k), 0.0, what + ", all bit patterns",
+                  kCount, k);
     }
   }
 }
@@ -261,7 +291,8 @@ void check_loops(const ElementLoops<acc_t>& loops, const char* name) {
     for (const bool sqrt_fisher : {false, true}) {
       for (const bool has_momentum : {false, true}) {
         for (const Content content : {kOrdinary, kNonFinite, kExtreme}) {
-          check_accumulate_and_repair(loops, name, type, sqrt_fisher, has_momentum, content, random);
+          check_accumulate_and_repair(loops, name, type, sqrt_fisher, has_momentum, content,
+                                      random);
         }
       }
     }
@@ -274,7 +305,8 @@ bool runs_here(const char* name) {  // as chunks.h chooses
   __builtin_cpu_init();
   if (std::strcmp(name, "avx512") == 0) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma");
   }
   if (std::strcmp(name, "avx2") == 0) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -288,7 +320,8 @@ bool runs_here(const char* name) {  // as chunks.h chooses
 
 int main() {
   using namespace excessmtl::cpu;
-  for (const Capability* capability : {default_capability(), avx2_capability(), avx512_capability()}) {
+  for (const Capability* capability :
+       {default_capability(), avx2_capability(), avx512_capability()}) {
     if (capability == nullptr) {
       continue;
     }
@@ -300,8 +333,8 @@ int main() {
     num_faults = 0;
     check_loops(*capability->float_loops, capability->name);
     check_loops(*capability->double_loops, capability->name);
-    std::printf("%s: %lld of %lld values off\n", capability->name, static_cast<long long>(num_faults),
-                static_cast<long long>(num_values));
+    std::printf("%s: %lld of %lld values off\n", capability->name,
+                static_cast<long long>(num_faults), static_cast<long long>(num_values));
     if (num_faults != 0) {
       return 1;
     }

@@ -100,15 +100,15 @@ FAULTS = [
     Fault(
         "no fence before the ticket",
         "fused_step.cuh",
-        "    __threadfence();                                    // release",
-        "    // release",
+        "    __threadfence();\n    // Wraps to 0",
+        "    // Wraps to 0",
         threads=True,
     ),
     Fault(
         "no fence after the ticket",
         "fused_step.cuh",
-        "    __threadfence();                                    // acquire",
-        "    // acquire",
+        "that lets the block read on.\n    __threadfence();\n",
+        "that lets the block read on.\n",
         threads=True,
     ),
     Fault(
@@ -140,8 +140,8 @@ FAULTS = [
     Fault(
         "chunks past the first round left out",
         "fused_step.cuh",
-        "chunk < num_chunks; chunk += parts * kWarpSize",
-        "chunk < num_chunks && chunk < 64; chunk += parts * kWarpSize",
+        "chunk < num_chunks;\n         chunk += parts * kWarpSize",
+        "chunk < num_chunks && chunk < 64;\n         chunk += parts * kWarpSize",
     ),
     Fault(
         "wrong stride from task to task",
@@ -227,8 +227,8 @@ FAULTS = [
     Fault(
         "tasks past the first 256 left out",
         "task_update.cuh",
-        "    state.task_weights[task] = scaled",
-        "    if (task < kThreads) state.task_weights[task] = scaled",
+        "    state.task_weights[task] =\n        scaled",
+        "    if (task < kThreads) state.task_weights[task] =\n        scaled",
     ),
     Fault(
         "absent tasks lose their mass",

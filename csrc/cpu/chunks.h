@@ -41,8 +41,8 @@ template <class F>
 void for_each_slice(const ParamLayout& layout, int64_t chunk, const F& f) {
   const int64_t begin = chunk * kChunkNumel;
   const int64_t end = std::min(begin + kChunkNumel, layout.padded_numel());
-  for (int64_t segment = layout.segment_at(begin); segment < layout.num_tensors() && layout.offsets[segment] < end;
-       ++segment) {
+  for (int64_t segment = layout.segment_at(begin);
+       segment < layout.num_tensors() && layout.offsets[segment] < end; ++segment) {
     const int64_t first = std::max(begin, layout.offsets[segment]);
     const int64_t last = std::min(end, layout.offsets[segment] + layout.numels[segment]);
     if (first < last) {
@@ -51,7 +51,9 @@ void for_each_slice(const ParamLayout& layout, int64_t chunk, const F& f) {
   }
 }
 
-inline int64_t element_size(GradType type) { return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2; }
+inline int64_t element_size(GradType type) {
+  return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2;
+}
 
 inline const void* advanced(const void* data, GradType type, int64_t count) {
   return static_cast<const char*>(data) + count * element_size(type);
@@ -64,8 +66,9 @@ inline const Capability& capability() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool supported[] = {
-        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"),
+        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("fma"),
         // GCC 12 cannot ask for F16C, but every processor with AVX2 has it.
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true};
 #else

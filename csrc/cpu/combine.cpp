@@ -28,7 +28,8 @@ uint16_t to_bfloat16_bits(float value) {
   if ((bits & 0x7fffffffU) > 0x7f800000U) {
     return 0x7fc0U;  // NaN: rounding could carry its mantissa into infinity
   }
-  return static_cast<uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16);  // to nearest, ties to even
+  // To nearest, ties to even.
+  return static_cast<uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16);
 }
 
 uint16_t to_float16_bits(float value) {
@@ -52,10 +53,12 @@ void write_tile(const acc_t* tile, void* output, GradType type, int64_t count, b
   switch (type) {
     case kFloat64:
       return write(
-          static_cast<double*>(output), [](double v) { return v; }, [](auto v) { return static_cast<double>(v); });
+          static_cast<double*>(output), [](double v) { return v; },
+          [](auto v) { return static_cast<double>(v); });
     case kFloat32:
       return write(
-          static_cast<float*>(output), [](float v) { return v; }, [](auto v) { return static_cast<float>(v); });
+          static_cast<float*>(output), [](float v) { return v; },
+          [](auto v) { return static_cast<float>(v); });
     case kBFloat16:
       return write(
           static_cast<uint16_t*>(output),
@@ -77,37 +80,47 @@ void write_tile(const acc_t* tile, void* output, GradType type, int64_t count, b
 // ---- the two phases ---------------------------------------------------------------------------------------------------
 
 template <typename acc_t>
-void combine(const TaskGrads& grads, const ParamLayout& layout, const std::vector<void*>& output_data,
-             const std::vector<GradType>& output_types, const double* task_weights, bool accumulate) {
+void combine(const TaskGrads& grads, const ParamLayout& layout,
+             const std::vector<void*>& output_data, const std::vector<GradType>& output_types,
+             const double* task_weights, bool accumulate) {
   const ElementLoops<acc_t>& loops = element_loops<acc_t>();
-  for_each_item(num_chunks(layout), grads.num_tasks() * std::min(layout.padded_numel(), kChunkNumel), [&](int64_t chunk) {
-    for_each_slice(layout, chunk, [&](int64_t segment, int64_t in_segment, int64_t /*position*/, int64_t count) {
-      if (output_data[segment] == nullptr) {
-        return;
-      }
-      alignas(64) acc_t tile[kTileNumel];
-      for (int64_t begin = 0; begin < count; begin += kTileNumel) {
-        const int64_t size = std::min(kTileNumel, count - begin);
-        // Whole vectors: fold moves the last one whole, and what stands behind the sum must be a number.
-        std::fill(tile, tile + (size + kSegmentAlignment - 1) / kSegmentAlignment * kSegmentAlignment, acc_t(0));
-        for (int64_t task = 0; task < grads.num_tasks(); ++task) {
-          const int64_t k = task * layout.num_tensors() + segment;
-          if (grads.data[k] != nullptr) {
-            loops.fold[grads.types[k]](advanced(grads.data[k], grads.types[k], in_segment + begin), acc_t(1),
-                                       static_cast<acc_t>(task_weights[task]), tile, size);
-          }
-        }
-        // The gradients of this tile are read by now, so an output may be one of them.
-        char* output = static_cast<char*>(output_data[segment]) + (in_segment + begin) * element_size(output_types[segment]);
-        write_tile(tile, output, output_types[segment], size, accumulate);
-      }
-    });
-  });
+  for_each_item(
+      num_chunks(layout), grads.num_tasks() * std::min(layout.padded_numel(), kChunkNumel),
+      [&](int64_t chunk) {
+        for_each_slice(
+            layout, chunk,
+            [&](int64_t segment, int64_t in_segment, int64_t /*position*/, int64_t count) {
+              if (output_data[segment] == nullptr) {
+                return;
+              }
+              alignas(64) acc_t tile[kTileNumel];
+              for (int64_t begin = 0; begin < count; begin += kTileNumel) {
+                const int64_t size = std::min(kTileNumel, count - begin);
+                // Whole vectors: fold moves the last one whole, and what stands behind the sum must be a number.
+                std::fill(
+                    tile,
+                    tile + (size + kSegmentAlignment - 1) / kSegmentAlignment * kSegmentAlignment,
+                    acc_t(0));
+                for (int64_t task = 0; task < grads.num_tasks(); ++task) {
+                  const int64_t k = task * layout.num_tensors() + segment;
+                  if (grads.data[k] != nullptr) {
+                    loops.fold[grads.types[k]](
+                        advanced(grads.data[k], grads.types[k], in_segment + begin), acc_t(1),
+                        static_cast<acc_t>(task_weights[task]), tile, size);
+                  }
+                }
+                // The gradients of this tile are read by now, so an output may be one of them.
+                char* output = static_cast<char*>(output_data[segment]) +
+                               (in_segment + begin) * element_size(output_types[segment]);
+                write_tile(tile, output, output_types[segment], size, accumulate);
+              }
+            });
+      });
 }
 
 template <typename acc_t>
-void repair(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_sum, Tensor& grad_mean,
-            const ElementOptions<acc_t>& options) {
+void repair(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_sum,
+            Tensor& grad_mean, const ElementOptions<acc_t>& options) {
   const ElementLoops<acc_t>& loops = element_loops<acc_t>();
   const bool has_momentum = options.momentum > acc_t(0);
   const int64_t stride = layout.padded_numel();
@@ -116,20 +129,23 @@ void repair(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_s
   acc_t* means = has_momentum ? grad_mean.mutable_data_ptr<acc_t>() : nullptr;
   for_each_item(grads.num_tasks() * chunks, std::min(stride, kChunkNumel), [&](int64_t item) {
     const int64_t task = item / chunks;
-    for_each_slice(layout, item % chunks, [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
-      const int64_t k = task * layout.num_tensors() + segment;
-      if (grads.data[k] != nullptr) {
-        const int64_t at = task * stride + position;
-        loops.repair[grads.types[k]][has_momentum](advanced(grads.data[k], grads.types[k], in_segment), sums + at,
-                                                   has_momentum ? means + at : nullptr, count, options);
-      }
-    });
+    for_each_slice(layout, item % chunks,
+                   [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
+                     const int64_t k = task * layout.num_tensors() + segment;
+                     if (grads.data[k] != nullptr) {
+                       const int64_t at = task * stride + position;
+                       loops.repair[grads.types[k]][has_momentum](
+                           advanced(grads.data[k], grads.types[k], in_segment), sums + at,
+                           has_momentum ? means + at : nullptr, count, options);
+                     }
+                   });
   });
 }
 
-void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels, Tensor /*chunk_map*/,
-                std::optional<Tensor> grad_scale, Tensor task_weights, Tensor found_nonfinite, Tensor sq_grad_sum,
-                Tensor grad_mean, double gradient_momentum, bool accumulate) {
+void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels,
+                Tensor /*chunk_map*/, std::optional<Tensor> grad_scale, Tensor task_weights,
+                Tensor found_nonfinite, Tensor sq_grad_sum, Tensor grad_mean,
+                double gradient_momentum, bool accumulate) {
   const ParamLayout layout = read_param_layout(param_numels);
   const int64_t num_tasks = task_weights.numel();
   check_num_tasks(num_tasks);
@@ -139,8 +155,8 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   const bool has_state = sq_grad_sum.numel() > 0;
   if (has_state) {
     check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
-    STD_TORCH_CHECK(sq_grad_sum.size(0) == num_tasks, "Expected `sq_grad_sum` to have ", num_tasks, " rows, but got ",
-                    sq_grad_sum.size(0), ".");
+    STD_TORCH_CHECK(sq_grad_sum.size(0) == num_tasks, "Expected `sq_grad_sum` to have ", num_tasks,
+                    " rows, but got ", sq_grad_sum.size(0), ".");
     check_same_device(sq_grad_sum, "sq_grad_sum", task_weights);
   }
   const double scale = read_grad_scale(grad_scale);
@@ -149,7 +165,8 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
     check_state_holds(grads, sq_grad_sum);
   }
   STD_TORCH_CHECK(outputs.empty() || static_cast<int64_t>(outputs.size()) == layout.num_tensors(),
-                  "Expected `outputs` to hold ", layout.num_tensors(), " tensors or none, but got ", outputs.size(), ".");
+                  "Expected `outputs` to hold ", layout.num_tensors(), " tensors or none, but got ",
+                  outputs.size(), ".");
   std::vector<void*> output_data(outputs.size(), nullptr);
   std::vector<GradType> output_types(outputs.size());
   bool needs_double = false;
@@ -158,8 +175,9 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
     if (output.numel() == 0) {
       continue;  // no output wanted for this parameter
     }
-    STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(), "Expected `outputs` ", index,
-                    " to be contiguous with ", layout.numels[index], " elements, but got ", output.numel(), ".");
+    STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(),
+                    "Expected `outputs` ", index, " to be contiguous with ", layout.numels[index],
+                    " elements, but got ", output.numel(), ".");
     check_same_device(output, "outputs", task_weights);
     output_types[index] = grad_type_of(output);
     output_data[index] = output.mutable_data_ptr();
@@ -172,9 +190,11 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   const bool* flags = found_nonfinite.const_data_ptr<bool>();
   if (std::find(flags, flags + num_tasks, true) != flags + num_tasks) {
     if (has_state && sq_grad_sum.scalar_type() == ScalarType::Double) {
-      repair(grads, layout, sq_grad_sum, grad_mean, make_element_options<double>(1.0, gradient_momentum, scale));
+      repair(grads, layout, sq_grad_sum, grad_mean,
+             make_element_options<double>(1.0, gradient_momentum, scale));
     } else if (has_state) {
-      repair(grads, layout, sq_grad_sum, grad_mean, make_element_options<float>(1.0, gradient_momentum, scale));
+      repair(grads, layout, sq_grad_sum, grad_mean,
+             make_element_options<float>(1.0, gradient_momentum, scale));
     }
     for (Tensor& output : outputs) {
       torch::stable::fill_(output, std::numeric_limits<double>::quiet_NaN());
@@ -193,31 +213,37 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
 }
 
 template <typename acc_t>
-void fold(const TaskGrads& grads, const ParamLayout& layout, Tensor& running_sum, const FoldFactors& factors) {
+void fold(const TaskGrads& grads, const ParamLayout& layout, Tensor& running_sum,
+          const FoldFactors& factors) {
   const ElementLoops<acc_t>& loops = element_loops<acc_t>();
   acc_t* sums = running_sum.mutable_data_ptr<acc_t>();
   const acc_t keep = static_cast<acc_t>(factors.keep);
   const acc_t add = static_cast<acc_t>(factors.add);
-  for_each_item(num_chunks(layout), std::min(layout.padded_numel(), kChunkNumel), [&](int64_t chunk) {
-    for_each_slice(layout, chunk, [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
-      if (grads.data[segment] != nullptr) {
-        loops.fold[grads.types[segment]](advanced(grads.data[segment], grads.types[segment], in_segment), keep, add,
-                                         sums + position, count);
-      } else {
-        std::transform(sums + position, sums + position + count, sums + position, [keep](acc_t v) { return v * keep; });
-      }
-    });
-  });
+  for_each_item(
+      num_chunks(layout), std::min(layout.padded_numel(), kChunkNumel), [&](int64_t chunk) {
+        for_each_slice(layout, chunk,
+                       [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
+                         if (grads.data[segment] != nullptr) {
+                           loops.fold[grads.types[segment]](
+                               advanced(grads.data[segment], grads.types[segment], in_segment),
+                               keep, add, sums + position, count);
+                         } else {
+                           std::transform(sums + position, sums + position + count, sums + position,
+                                          [keep](acc_t v) { return v * keep; });
+                         }
+                       });
+      });
 }
 
-void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /*chunk_map*/, Tensor log_weight,
-             Tensor running_sum, Tensor running_log_max) {
+void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /*chunk_map*/,
+             Tensor log_weight, Tensor running_sum, Tensor running_log_max) {
   const ParamLayout layout = read_param_layout(param_numels);
   check_vector(log_weight, "log_weight", 1, ScalarType::Double, running_sum);
   check_vector(running_log_max, "running_log_max", 1, ScalarType::Double, running_sum);
   const ScalarType type = running_sum.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "Expected `running_sum` of float32 or float64, but got ", torch::headeronly::toString(type), ".");
+                  "Expected `running_sum` of float32 or float64, but got ",
+                  torch::headeronly::toString(type), ".");
   check_vector(running_sum, "running_sum", layout.padded_numel(), type, running_sum);
   const TaskGrads grads = read_task_grads(std::move(task_grads), layout, 1, running_sum);
   check_state_holds(grads, running_sum);

@@ -18,8 +18,9 @@ namespace {
 
 // Adds every present task's gradients to the state and writes the raw sums of those tasks to excess_risk_sum [R].
 template <typename acc_t>
-void accumulate(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_sum, Tensor& grad_mean,
-                double* excess_risk_sum, bool sqrt_fisher, const ElementOptions<acc_t>& options) {
+void accumulate(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_sum,
+                Tensor& grad_mean, double* excess_risk_sum, bool sqrt_fisher,
+                const ElementOptions<acc_t>& options) {
   const ElementLoops<acc_t>& loops = element_loops<acc_t>();
   const bool has_momentum = options.momentum > acc_t(0);
   const int64_t stride = layout.padded_numel();
@@ -33,16 +34,17 @@ void accumulate(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_gr
       return;
     }
     double partial = 0.0;
-    for_each_slice(layout, item % chunks, [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
-      const int64_t k = task * layout.num_tensors() + segment;
-      if (grads.data[k] == nullptr) {
-        return;
-      }
-      const int64_t at = task * stride + position;
-      partial += loops.accumulate[grads.types[k]][sqrt_fisher][has_momentum](
-          advanced(grads.data[k], grads.types[k], in_segment), sums + at, has_momentum ? means + at : nullptr, count,
-          options);
-    });
+    for_each_slice(layout, item % chunks,
+                   [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
+                     const int64_t k = task * layout.num_tensors() + segment;
+                     if (grads.data[k] == nullptr) {
+                       return;
+                     }
+                     const int64_t at = task * stride + position;
+                     partial += loops.accumulate[grads.types[k]][sqrt_fisher][has_momentum](
+                         advanced(grads.data[k], grads.types[k], in_segment), sums + at,
+                         has_momentum ? means + at : nullptr, count, options);
+                   });
     partials[item] = partial;
   });
   for (int64_t task = 0; task < grads.num_tasks(); ++task) {
@@ -56,8 +58,9 @@ void accumulate(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_gr
   }
 }
 
-void accumulate_any_type(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_sum, Tensor& grad_mean,
-                         double* excess_risk_sum, bool sqrt_fisher, double eps, double momentum, double grad_scale) {
+void accumulate_any_type(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_sum,
+                         Tensor& grad_mean, double* excess_risk_sum, bool sqrt_fisher, double eps,
+                         double momentum, double grad_scale) {
   if (sq_grad_sum.scalar_type() == ScalarType::Double) {
     accumulate<double>(grads, layout, sq_grad_sum, grad_mean, excess_risk_sum, sqrt_fisher,
                        make_element_options<double>(eps, momentum, grad_scale));
@@ -67,9 +70,10 @@ void accumulate_any_type(const TaskGrads& grads, const ParamLayout& layout, Tens
   }
 }
 
-void accumulate_excess_risk_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /*chunk_map*/,
-                               std::optional<Tensor> grad_scale, Tensor sq_grad_sum, Tensor grad_mean,
-                               Tensor excess_risk_sum, Tensor /*ticket*/, bool sqrt_fisher, double eps,
+void accumulate_excess_risk_op(std::vector<Tensor> task_grads, Tensor param_numels,
+                               Tensor /*chunk_map*/, std::optional<Tensor> grad_scale,
+                               Tensor sq_grad_sum, Tensor grad_mean, Tensor excess_risk_sum,
+                               Tensor /*ticket*/, bool sqrt_fisher, double eps,
                                double gradient_momentum) {
   const ParamLayout layout = read_param_layout(param_numels);
   check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
@@ -80,17 +84,19 @@ void accumulate_excess_risk_op(std::vector<Tensor> task_grads, Tensor param_nume
   const double scale = read_grad_scale(grad_scale);
   const TaskGrads grads = read_task_grads(std::move(task_grads), layout, num_tasks, sq_grad_sum);
   check_state_holds(grads, sq_grad_sum);
-  accumulate_any_type(grads, layout, sq_grad_sum, grad_mean, excess_risk_sum.mutable_data_ptr<double>(), sqrt_fisher,
-                      eps, gradient_momentum, scale);
+  accumulate_any_type(grads, layout, sq_grad_sum, grad_mean,
+                      excess_risk_sum.mutable_data_ptr<double>(), sqrt_fisher, eps,
+                      gradient_momentum, scale);
 }
 
 void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /*chunk_map*/,
-                   std::optional<Tensor> grad_scale, Tensor sq_grad_sum, Tensor grad_mean, Tensor excess_risk,
-                   Tensor relative_excess_risk, Tensor baseline_excess_risk, Tensor log_task_weights,
-                   Tensor task_weights, Tensor num_steps, Tensor num_task_steps, Tensor num_skipped_steps,
-                   Tensor found_nonfinite, Tensor /*ticket*/, bool sqrt_fisher, double eps, double gradient_momentum,
-                   double robust_step_size, int64_t num_warmup_steps, bool relative, double min_weight,
-                   double weight_total) {
+                   std::optional<Tensor> grad_scale, Tensor sq_grad_sum, Tensor grad_mean,
+                   Tensor excess_risk, Tensor relative_excess_risk, Tensor baseline_excess_risk,
+                   Tensor log_task_weights, Tensor task_weights, Tensor num_steps,
+                   Tensor num_task_steps, Tensor num_skipped_steps, Tensor found_nonfinite,
+                   Tensor /*ticket*/, bool sqrt_fisher, double eps, double gradient_momentum,
+                   double robust_step_size, int64_t num_warmup_steps, bool relative,
+                   double min_weight, double weight_total) {
   const ParamLayout layout = read_param_layout(param_numels);
   check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
   const int64_t num_tasks = sq_grad_sum.size(0);
@@ -98,8 +104,10 @@ void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /
   check_element_options(eps, gradient_momentum);
   check_weight_options(robust_step_size, min_weight, weight_total, num_tasks);
   check_vector(excess_risk, "excess_risk", num_tasks, ScalarType::Double, sq_grad_sum);
-  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double, sq_grad_sum);
-  check_vector(baseline_excess_risk, "baseline_excess_risk", num_tasks, ScalarType::Double, sq_grad_sum);
+  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double,
+               sq_grad_sum);
+  check_vector(baseline_excess_risk, "baseline_excess_risk", num_tasks, ScalarType::Double,
+               sq_grad_sum);
   check_vector(log_task_weights, "log_task_weights", num_tasks, ScalarType::Double, sq_grad_sum);
   check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, sq_grad_sum);
   check_vector(num_steps, "num_steps", 1, ScalarType::Long, sq_grad_sum);
@@ -129,9 +137,10 @@ void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /
     }
   }
   std::vector<double> excess_risk_sum(num_tasks, 0.0);
-  accumulate_any_type(grads, layout, sq_grad_sum, grad_mean, excess_risk_sum.data(), sqrt_fisher, eps,
-                      gradient_momentum, scale);
-  const double raw_risk_scale = sqrt_fisher || layout.num_params == 0 ? 1.0 : 1.0 / static_cast<double>(layout.num_params);
+  accumulate_any_type(grads, layout, sq_grad_sum, grad_mean, excess_risk_sum.data(), sqrt_fisher,
+                      eps, gradient_momentum, scale);
+  const double raw_risk_scale =
+      sqrt_fisher || layout.num_params == 0 ? 1.0 : 1.0 / static_cast<double>(layout.num_params);
   const TaskOptions options = {gradient_momentum, num_warmup_steps, relative,    raw_risk_scale,
                                robust_step_size,  min_weight,       weight_total};
   if (update_task_risks(excess_risk_sum.data(), tasks, state, options)) {

@@ -1,6 +1,4 @@
 // update_task_risks_ and update_task_weights_ on the CPU: T numbers each, one thread.
-#include "task_updates.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -8,11 +6,12 @@
 #include "../checks.h"
 #include "../param_layout.h"
 #include "chunks.h"
+#include "task_updates.h"
 
 namespace excessmtl::cpu {
 
-bool update_task_risks(const double* excess_risk_sum, const std::vector<int64_t>& tasks, const TaskState& state,
-                       const TaskOptions& options) {
+bool update_task_risks(const double* excess_risk_sum, const std::vector<int64_t>& tasks,
+                       const TaskState& state, const TaskOptions& options) {
   bool all_finite = true;
   for (const int64_t task : tasks) {
     state.found_nonfinite[task] = !std::isfinite(excess_risk_sum[task]);
@@ -22,8 +21,8 @@ bool update_task_risks(const double* excess_risk_sum, const std::vector<int64_t>
     return false;
   }
   for (const int64_t task : tasks) {
-    const TaskRisk risk = updated_task_risk(excess_risk_sum[task], state.baseline_excess_risk[task], *state.num_steps,
-                                            state.num_task_steps[task], options);
+    const TaskRisk risk = updated_task_risk(excess_risk_sum[task], state.baseline_excess_risk[task],
+                                            *state.num_steps, state.num_task_steps[task], options);
     state.excess_risk[task] = risk.excess_risk;
     state.relative_excess_risk[task] = risk.relative_excess_risk;
     state.baseline_excess_risk[task] = risk.baseline_excess_risk;
@@ -49,15 +48,16 @@ double log_sum_exp(const std::vector<int64_t>& tasks, const Value& value) {
 
 }  // namespace
 
-void update_task_weights(const std::vector<int64_t>& tasks, int64_t num_tasks, const TaskState& state,
-                         const TaskOptions& options) {
+void update_task_weights(const std::vector<int64_t>& tasks, int64_t num_tasks,
+                         const TaskState& state, const TaskOptions& options) {
   if (tasks.empty()) {
     return;
   }
   if (*state.num_steps >= options.num_warmup_steps) {
     const auto before = [&](int64_t task) { return state.log_task_weights[task]; };
     const auto moved = [&](int64_t task) {
-      return moved_log_weight(state.log_task_weights[task], state.relative_excess_risk[task], *state.num_steps, options);
+      return moved_log_weight(state.log_task_weights[task], state.relative_excess_risk[task],
+                              *state.num_steps, options);
     };
     const double log_mass = log_sum_exp(tasks, before);
     const double log_total = log_sum_exp(tasks, moved);
@@ -72,7 +72,8 @@ void update_task_weights(const std::vector<int64_t>& tasks, int64_t num_tasks, c
     total += std::exp(log_weights[task] - largest);
   }
   for (int64_t task = 0; task < num_tasks; ++task) {
-    state.task_weights[task] = scaled_task_weight(std::exp(log_weights[task] - largest) / total, num_tasks, options);
+    state.task_weights[task] =
+        scaled_task_weight(std::exp(log_weights[task] - largest) / total, num_tasks, options);
   }
   *state.num_steps += 1;
 }
@@ -80,16 +81,19 @@ void update_task_weights(const std::vector<int64_t>& tasks, int64_t num_tasks, c
 namespace {
 
 void update_task_risks_op(Tensor excess_risk_sum, std::vector<int64_t> tasks, Tensor excess_risk,
-                          Tensor relative_excess_risk, Tensor baseline_excess_risk, Tensor num_steps,
-                          Tensor num_task_steps, Tensor found_nonfinite, double gradient_momentum,
-                          int64_t num_warmup_steps, bool relative, double raw_risk_scale) {
+                          Tensor relative_excess_risk, Tensor baseline_excess_risk,
+                          Tensor num_steps, Tensor num_task_steps, Tensor found_nonfinite,
+                          double gradient_momentum, int64_t num_warmup_steps, bool relative,
+                          double raw_risk_scale) {
   const int64_t num_tasks = excess_risk.numel();
   check_num_tasks(num_tasks);
   check_tasks(tasks, num_tasks);
   check_vector(excess_risk_sum, "excess_risk_sum", num_tasks, ScalarType::Double, excess_risk);
   check_vector(excess_risk, "excess_risk", num_tasks, ScalarType::Double, excess_risk);
-  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double, excess_risk);
-  check_vector(baseline_excess_risk, "baseline_excess_risk", num_tasks, ScalarType::Double, excess_risk);
+  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double,
+               excess_risk);
+  check_vector(baseline_excess_risk, "baseline_excess_risk", num_tasks, ScalarType::Double,
+               excess_risk);
   check_vector(num_steps, "num_steps", 1, ScalarType::Long, excess_risk);
   check_vector(num_task_steps, "num_task_steps", num_tasks, ScalarType::Long, excess_risk);
   check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, excess_risk);
@@ -101,18 +105,21 @@ void update_task_risks_op(Tensor excess_risk_sum, std::vector<int64_t> tasks, Te
   state.num_steps = const_cast<int64_t*>(num_steps.const_data_ptr<int64_t>());  // only read
   state.num_task_steps = num_task_steps.mutable_data_ptr<int64_t>();
   state.found_nonfinite = found_nonfinite.mutable_data_ptr<bool>();
-  const TaskOptions options = {gradient_momentum, num_warmup_steps, relative, raw_risk_scale, 0.0, 0.0, 1.0};
+  const TaskOptions options = {
+      gradient_momentum, num_warmup_steps, relative, raw_risk_scale, 0.0, 0.0, 1.0};
   update_task_risks(excess_risk_sum.const_data_ptr<double>(), tasks, state, options);
 }
 
-void update_task_weights_op(std::vector<int64_t> tasks, Tensor relative_excess_risk, Tensor log_task_weights,
-                            Tensor task_weights, Tensor num_steps, Tensor num_skipped_steps, Tensor found_nonfinite,
+void update_task_weights_op(std::vector<int64_t> tasks, Tensor relative_excess_risk,
+                            Tensor log_task_weights, Tensor task_weights, Tensor num_steps,
+                            Tensor num_skipped_steps, Tensor found_nonfinite,
                             double robust_step_size, int64_t num_warmup_steps, double min_weight,
                             double weight_total) {
   const int64_t num_tasks = task_weights.numel();
   check_num_tasks(num_tasks);
   check_tasks(tasks, num_tasks);
-  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double, task_weights);
+  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double,
+               task_weights);
   check_vector(log_task_weights, "log_task_weights", num_tasks, ScalarType::Double, task_weights);
   check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, task_weights);
   check_vector(num_steps, "num_steps", 1, ScalarType::Long, task_weights);
@@ -127,11 +134,13 @@ void update_task_weights_op(std::vector<int64_t> tasks, Tensor relative_excess_r
     }
   }
   TaskState state{};
-  state.relative_excess_risk = const_cast<double*>(relative_excess_risk.const_data_ptr<double>());  // only read
+  // Only read.
+  state.relative_excess_risk = const_cast<double*>(relative_excess_risk.const_data_ptr<double>());
   state.log_task_weights = log_task_weights.mutable_data_ptr<double>();
   state.task_weights = task_weights.mutable_data_ptr<double>();
   state.num_steps = num_steps.mutable_data_ptr<int64_t>();
-  const TaskOptions options = {0.0, num_warmup_steps, true, 1.0, robust_step_size, min_weight, weight_total};
+  const TaskOptions options = {0.0,        num_warmup_steps, true, 1.0, robust_step_size,
+                               min_weight, weight_total};
   update_task_weights(tasks, num_tasks, state, options);
 }
 

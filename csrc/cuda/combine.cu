@@ -19,9 +19,11 @@ namespace excessmtl::cuda {
 namespace {
 
 template <typename grad_t, typename acc_t>
-cudaError_t launch_combine(const CombineArgs<acc_t>& args, const TensorPointers& tensors, const LaunchScope& scope) {
-  return launch_with_table(combine_kernel<grad_t, acc_t, kSmallTable>, combine_kernel<grad_t, acc_t, kLargeTable>,
-                           grid_of(args.chunks.num_chunks, 1, scope.num_sms), scope.stream, args, tensors);
+cudaError_t launch_combine(const CombineArgs<acc_t>& args, const TensorPointers& tensors,
+                           const LaunchScope& scope) {
+  return launch_with_table(
+      combine_kernel<grad_t, acc_t, kSmallTable>, combine_kernel<grad_t, acc_t, kLargeTable>,
+      grid_of(args.chunks.num_chunks, 1, scope.num_sms), scope.stream, args, tensors);
 }
 
 template <typename acc_t>
@@ -46,9 +48,10 @@ CombineArgs<acc_t> make_args(const ParamLayout& layout, const Tensor& chunk_map,
   return args;
 }
 
-void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels, Tensor chunk_map,
-                std::optional<Tensor> grad_scale, Tensor task_weights, Tensor found_nonfinite, Tensor sq_grad_sum,
-                Tensor grad_mean, double gradient_momentum, bool accumulate) {
+void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels,
+                Tensor chunk_map, std::optional<Tensor> grad_scale, Tensor task_weights,
+                Tensor found_nonfinite, Tensor sq_grad_sum, Tensor grad_mean,
+                double gradient_momentum, bool accumulate) {
   const ParamLayout layout = read_param_layout(param_numels);
   const int64_t num_tasks = task_weights.numel();
   check_num_tasks(num_tasks);
@@ -58,8 +61,8 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   const bool has_state = sq_grad_sum.numel() > 0;
   if (has_state) {
     check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
-    STD_TORCH_CHECK(sq_grad_sum.size(0) == num_tasks, "Expected `sq_grad_sum` to have ", num_tasks, " rows, but got ",
-                    sq_grad_sum.size(0), ".");
+    STD_TORCH_CHECK(sq_grad_sum.size(0) == num_tasks, "Expected `sq_grad_sum` to have ", num_tasks,
+                    " rows, but got ", sq_grad_sum.size(0), ".");
     check_same_device(sq_grad_sum, "sq_grad_sum", task_weights);
   }
   const LaunchScope scope(task_weights);
@@ -68,7 +71,8 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
     check_state_holds(grads, sq_grad_sum);
   }
   STD_TORCH_CHECK(outputs.empty() || static_cast<int64_t>(outputs.size()) == layout.num_tensors(),
-                  "Expected `outputs` to hold ", layout.num_tensors(), " tensors or none, but got ", outputs.size(), ".");
+                  "Expected `outputs` to hold ", layout.num_tensors(), " tensors or none, but got ",
+                  outputs.size(), ".");
   CommonType common;
   if (has_state) {
     common.add_state(sq_grad_sum.scalar_type());
@@ -80,20 +84,22 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
     if (output.numel() == 0) {
       continue;  // no output wanted for this parameter
     }
-    STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(), "Expected `outputs` ", index,
-                    " to be contiguous with ", layout.numels[index], " elements, but got ", output.numel(), ".");
+    STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(),
+                    "Expected `outputs` ", index, " to be contiguous with ", layout.numels[index],
+                    " elements, but got ", output.numel(), ".");
     check_same_device(output, "outputs", task_weights);
     const GradType type = grad_type_of(output);
     common.add(type);
-    exceeds_state = exceeds_state || (has_state && type == kFloat64 && sq_grad_sum.scalar_type() == ScalarType::Float);
+    exceeds_state = exceeds_state || (has_state && type == kFloat64 &&
+                                      sq_grad_sum.scalar_type() == ScalarType::Float);
   }
   if (exceeds_state) {
     // float64 outputs beside float32 state: no kernel has both types, so the repair and the sum are a launch each.
     const Tensor no_state = torch::stable::new_empty(task_weights, {num_tasks, 0});
-    combine_op(grads.tensors, {}, param_numels, chunk_map, grad_scale, task_weights, found_nonfinite, sq_grad_sum, grad_mean,
-               gradient_momentum, accumulate);
-    combine_op(grads.tensors, outputs, param_numels, chunk_map, grad_scale, task_weights, found_nonfinite, no_state,
-               no_state, gradient_momentum, accumulate);
+    combine_op(grads.tensors, {}, param_numels, chunk_map, grad_scale, task_weights,
+               found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum, accumulate);
+    combine_op(grads.tensors, outputs, param_numels, chunk_map, grad_scale, task_weights,
+               found_nonfinite, no_state, no_state, gradient_momentum, accumulate);
     return;
   }
   if (layout.padded_numel() == 0 || (outputs.empty() && !has_state)) {
@@ -112,8 +118,9 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   }
   const DevicePointers tensors(std::move(pointers), task_weights, scope);
   const auto args_as = [&](auto zero) {
-    return make_args<decltype(zero)>(layout, chunk_map, grad_scale, task_weights, found_nonfinite, sq_grad_sum,
-                                     grad_mean, gradient_momentum, !outputs.empty(), accumulate);
+    return make_args<decltype(zero)>(layout, chunk_map, grad_scale, task_weights, found_nonfinite,
+                                     sq_grad_sum, grad_mean, gradient_momentum, !outputs.empty(),
+                                     accumulate);
   };
   cudaError_t status = cudaSuccess;
   switch (common.get()) {

@@ -17,18 +17,19 @@ namespace excessmtl::cuda {
 template <typename acc_t>
 struct CombineArgs {
   ParamChunks chunks;
-  GradScale grad_scale;           // for the repair only: outputs keep the scale
-  const double* task_weights;     // [T]
-  const bool* found_nonfinite;    // [T]
-  acc_t* sq_grad_sum;             // [T, padded P]; nullptr: nothing to repair
-  acc_t* grad_mean;               // like sq_grad_sum; not read without momentum
-  int64_t row_stride;             // padded P
+  GradScale grad_scale;                   // for the repair only: outputs keep the scale
+  const double* task_weights;             // [T]
+  const bool* found_nonfinite;            // [T]
+  acc_t* sq_grad_sum;                     // [T, padded P]; nullptr: nothing to repair
+  acc_t* grad_mean;                       // like sq_grad_sum; not read without momentum
+  int64_t row_stride;                     // padded P
   ElementOptions<acc_t> element_options;  // inverse_scale is set on the device
   int num_tasks;
   bool has_outputs;
   bool accumulate;
 };
-static_assert(sizeof(CombineArgs<double>) <= kArgumentBytes, "The pointer tables leave kArgumentBytes for the arguments.");
+static_assert(sizeof(CombineArgs<double>) <= kArgumentBytes,
+              "The pointer tables leave kArgumentBytes for the arguments.");
 
 template <typename acc_t>
 struct CombineShared {
@@ -58,11 +59,13 @@ struct CombineColumn {
 // This thread's part of one slice of the weighted sum. An output may be one of the gradients, so gradients are read as memory
 // that changes (never through the read-only path), and each element is read by the thread that then writes it.
 template <typename grad_t, typename acc_t, int kStride, int kCapacity>
-__device__ __forceinline__ void combine_slice(const CombineColumn<grad_t, kCapacity>& column, int index,
-                                              const acc_t* task_weights, bool accumulate) {
+__device__ __forceinline__ void combine_slice(const CombineColumn<grad_t, kCapacity>& column,
+                                              int index, const acc_t* task_weights,
+                                              bool accumulate) {
   using vector_t = typename GradVector<grad_t>::vector_t;
   constexpr int kWidth = GradVector<grad_t>::kWidth;
-  constexpr int kBatch = 2;  // with 8 blocks per SM, 64 KiB in flight even where the loop over tasks waits for each load
+  // With 8 blocks per SM, 64 KiB in flight even where the loop over tasks waits for each load.
+  constexpr int kBatch = 2;
   const int num_tasks = column.num_tasks;
   const int numel = column.slice.numel;
   grad_t* const output = column.output();
@@ -140,8 +143,9 @@ __device__ __forceinline__ void combine_slice(const CombineColumn<grad_t, kCapac
 // output. Element by element, since the output may be a gradient: it is overwritten when every task has been repaired. Rare, so
 // it is written for clarity.
 template <typename grad_t, typename acc_t, int kStride, int kCapacity>
-__device__ __forceinline__ void repair_slice(const CombineColumn<grad_t, kCapacity>& column, int index,
-                                             const CombineArgs<acc_t>& args, const ElementOptions<acc_t>& options) {
+__device__ __forceinline__ void repair_slice(const CombineColumn<grad_t, kCapacity>& column,
+                                             int index, const CombineArgs<acc_t>& args,
+                                             const ElementOptions<acc_t>& options) {
   const bool has_momentum = options.momentum > acc_t(0);
   for (int at = index; at < column.slice.numel; at += kStride) {
     for (int task = 0; args.sq_grad_sum != nullptr && task < column.num_tasks; ++task) {
@@ -170,8 +174,10 @@ __device__ __forceinline__ void repair_slice(const CombineColumn<grad_t, kCapaci
 
 // This block's chunks of the weighted sum, or of the repair.
 template <typename grad_t, typename acc_t, int kCapacity>
-__device__ __forceinline__ void combine_chunks(const CombineArgs<acc_t>& args, const PointerTable<kCapacity>& tensors,
-                                               acc_t* task_weights, int64_t first_chunk, int64_t chunk_step) {
+__device__ __forceinline__ void combine_chunks(const CombineArgs<acc_t>& args,
+                                               const PointerTable<kCapacity>& tensors,
+                                               acc_t* task_weights, int64_t first_chunk,
+                                               int64_t chunk_step) {
   bool found = false;
   for (int task = static_cast<int>(threadIdx.x); task < args.num_tasks; task += kThreads) {
     task_weights[task] = static_cast<acc_t>(__ldcg(args.task_weights + task));
@@ -186,7 +192,8 @@ __device__ __forceinline__ void combine_chunks(const CombineArgs<acc_t>& args, c
   for (int64_t chunk = first_chunk; chunk < args.chunks.num_chunks; chunk += chunk_step) {
     args.chunks.visit_slices(chunk, [&](const Slice& slice, auto workers) {
       constexpr int kStride = decltype(workers)::stride;
-      const CombineColumn<grad_t, kCapacity> column = {tensors, args.chunks.num_tensors, args.num_tasks, slice};
+      const CombineColumn<grad_t, kCapacity> column = {tensors, args.chunks.num_tensors,
+                                                       args.num_tasks, slice};
       if (repairs) {
         repair_slice<grad_t, acc_t, kStride>(column, workers.index, args, options);
       } else {

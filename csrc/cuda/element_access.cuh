@@ -23,7 +23,9 @@ struct StateVector<float> {
     out[2] = v.z;
     out[3] = v.w;
   }
-  static __device__ __forceinline__ float4 pack(const float (&in)[4]) { return make_float4(in[0], in[1], in[2], in[3]); }
+  static __device__ __forceinline__ float4 pack(const float (&in)[4]) {
+    return make_float4(in[0], in[1], in[2], in[3]);
+  }
 };
 
 template <>
@@ -34,7 +36,9 @@ struct StateVector<double> {
     out[0] = v.x;
     out[1] = v.y;
   }
-  static __device__ __forceinline__ double2 pack(const double (&in)[2]) { return make_double2(in[0], in[1]); }
+  static __device__ __forceinline__ double2 pack(const double (&in)[2]) {
+    return make_double2(in[0], in[1]);
+  }
 };
 
 // Gradients: as many elements per access as the state has, whatever their size. widen is exact, narrow rounds to nearest even.
@@ -68,8 +72,9 @@ struct HalfWidthVector {
     out[3] = Conversion::from_bits(static_cast<unsigned short>(v.y >> 16));
   }
   static __device__ __forceinline__ uint2 pack(const float (&in)[4]) {
-    return make_uint2(Conversion::to_bits(in[0]) | static_cast<unsigned>(Conversion::to_bits(in[1])) << 16,
-                      Conversion::to_bits(in[2]) | static_cast<unsigned>(Conversion::to_bits(in[3])) << 16);
+    return make_uint2(
+        Conversion::to_bits(in[0]) | static_cast<unsigned>(Conversion::to_bits(in[1])) << 16,
+        Conversion::to_bits(in[2]) | static_cast<unsigned>(Conversion::to_bits(in[3])) << 16);
   }
 };
 
@@ -77,12 +82,18 @@ struct BFloat16Conversion {
   static __device__ __forceinline__ float from_bits(unsigned short bits) {
     return __uint_as_float(static_cast<unsigned>(bits) << 16);
   }
-  static __device__ __forceinline__ unsigned short to_bits(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+  static __device__ __forceinline__ unsigned short to_bits(float v) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(v));
+  }
 };
 
 struct Float16Conversion {
-  static __device__ __forceinline__ float from_bits(unsigned short bits) { return __half2float(__ushort_as_half(bits)); }
-  static __device__ __forceinline__ unsigned short to_bits(float v) { return __half_as_ushort(__float2half_rn(v)); }
+  static __device__ __forceinline__ float from_bits(unsigned short bits) {
+    return __half2float(__ushort_as_half(bits));
+  }
+  static __device__ __forceinline__ unsigned short to_bits(float v) {
+    return __half_as_ushort(__float2half_rn(v));
+  }
 };
 
 template <>
@@ -111,7 +122,8 @@ struct GradScale {
     if (data == nullptr) {
       return 1.0;
     }
-    return is_double ? __ldg(static_cast<const double*>(data)) : static_cast<double>(__ldg(static_cast<const float*>(data)));
+    return is_double ? __ldg(static_cast<const double*>(data))
+                     : static_cast<double>(__ldg(static_cast<const float*>(data)));
   }
 };
 

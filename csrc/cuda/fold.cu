@@ -18,21 +18,25 @@ namespace {
 
 template <typename grad_t, typename acc_t>
 cudaError_t launch_fold(const ParamChunks& chunks, const Tensor& log_weight, Tensor& running_sum,
-                        const Tensor& running_log_max, const TensorPointers& grads, const LaunchScope& scope) {
-  const FoldArgs<acc_t> args = {chunks, log_weight.const_data_ptr<double>(), running_log_max.const_data_ptr<double>(),
+                        const Tensor& running_log_max, const TensorPointers& grads,
+                        const LaunchScope& scope) {
+  const FoldArgs<acc_t> args = {chunks, log_weight.const_data_ptr<double>(),
+                                running_log_max.const_data_ptr<double>(),
                                 running_sum.mutable_data_ptr<acc_t>(), running_sum.numel()};
-  return launch_with_table(fold_kernel<grad_t, acc_t, kSmallTable>, fold_kernel<grad_t, acc_t, kLargeTable>,
+  return launch_with_table(fold_kernel<grad_t, acc_t, kSmallTable>,
+                           fold_kernel<grad_t, acc_t, kLargeTable>,
                            grid_of(chunks.num_chunks, 1, scope.num_sms), scope.stream, args, grads);
 }
 
-void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_map, Tensor log_weight,
-             Tensor running_sum, Tensor running_log_max) {
+void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_map,
+             Tensor log_weight, Tensor running_sum, Tensor running_log_max) {
   const ParamLayout layout = read_param_layout(param_numels);
   check_vector(log_weight, "log_weight", 1, ScalarType::Double, running_sum);
   check_vector(running_log_max, "running_log_max", 1, ScalarType::Double, running_sum);
   const ScalarType type = running_sum.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "Expected `running_sum` of float32 or float64, but got ", torch::headeronly::toString(type), ".");
+                  "Expected `running_sum` of float32 or float64, but got ",
+                  torch::headeronly::toString(type), ".");
   check_vector(running_sum, "running_sum", layout.padded_numel(), type, running_sum);
   check_state_alignment(running_sum, "running_sum");
   const LaunchScope scope(running_sum);
@@ -46,7 +50,8 @@ void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_m
   if (chunks.num_chunks > 0) {
     const DevicePointers pointers(grads.data, running_sum, scope);
     const auto launch_as = [&](auto launch) {
-      check_cuda(launch(chunks, log_weight, running_sum, running_log_max, pointers.get(), scope), "The launch of fold_");
+      check_cuda(launch(chunks, log_weight, running_sum, running_log_max, pointers.get(), scope),
+                 "The launch of fold_");
     };
     switch (common.get()) {
       case kFloat64:
@@ -63,9 +68,10 @@ void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_m
         break;
     }
   }
-  check_cuda(launch(update_log_max_kernel, dim3(1), 1, scope.stream, log_weight.const_data_ptr<double>(),
-                    running_log_max.mutable_data_ptr<double>()),
-             "The launch of fold_");
+  check_cuda(
+      launch(update_log_max_kernel, dim3(1), 1, scope.stream, log_weight.const_data_ptr<double>(),
+             running_log_max.mutable_data_ptr<double>()),
+      "The launch of fold_");
 }
 
 }  // namespace

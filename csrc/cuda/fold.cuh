@@ -24,8 +24,9 @@ struct FoldArgs {
 
 // This thread's part of one slice; grad nullptr: the task has no gradient there, but the sum is rescaled all the same.
 template <typename grad_t, typename acc_t, int kStride>
-__device__ __forceinline__ void fold_slice(const grad_t* __restrict__ grad, acc_t* __restrict__ running_sum, int numel,
-                                           int index, acc_t keep, acc_t add) {
+__device__ __forceinline__ void fold_slice(const grad_t* __restrict__ grad,
+                                           acc_t* __restrict__ running_sum, int numel, int index,
+                                           acc_t keep, acc_t add) {
   using grad_vector_t = typename GradVector<grad_t>::vector_t;
   using state_vector_t = typename StateVector<acc_t>::vector_t;
   constexpr int kWidth = StateVector<acc_t>::kWidth;
@@ -50,7 +51,8 @@ __device__ __forceinline__ void fold_slice(const grad_t* __restrict__ grad, acc_
   }
   for (int at = done + index; at < numel; at += kStride) {
     const acc_t sum = __ldcg(running_sum + at) * keep;
-    __stcg(running_sum + at, grad != nullptr ? sum + GradVector<grad_t>::widen(__ldg(grad + at)) * add : sum);
+    __stcg(running_sum + at,
+           grad != nullptr ? sum + GradVector<grad_t>::widen(__ldg(grad + at)) * add : sum);
   }
 }
 
@@ -62,7 +64,8 @@ __device__ __forceinline__ void fold_slice(const grad_t* __restrict__ grad, acc_
 // Precondition: running_log_max is still the old one: update_log_max_kernel follows on the same stream.
 template <typename grad_t, typename acc_t, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<acc_t>)
-    fold_kernel(const __grid_constant__ FoldArgs<acc_t> args, const __grid_constant__ PointerTable<kCapacity> grads) {
+    fold_kernel(const __grid_constant__ FoldArgs<acc_t> args,
+                const __grid_constant__ PointerTable<kCapacity> grads) {
   args.chunks.check(args.padded_numel);
   const FoldFactors factors = fold_factors(__ldg(args.log_weight), __ldg(args.running_log_max));
   const acc_t keep = static_cast<acc_t>(factors.keep);
@@ -70,9 +73,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<acc_t>)
   for (int64_t chunk = blockIdx.x; chunk < args.chunks.num_chunks; chunk += gridDim.x) {
     args.chunks.visit_slices(chunk, [&](const Slice& slice, auto workers) {
       const auto* data = static_cast<const grad_t*>(grads[slice.segment]);
-      fold_slice<grad_t, acc_t, decltype(workers)::stride>(data != nullptr ? data + slice.in_segment : nullptr,
-                                                           args.running_sum + slice.position, slice.numel,
-                                                           workers.index, keep, add);
+      fold_slice<grad_t, acc_t, decltype(workers)::stride>(
+          data != nullptr ? data + slice.in_segment : nullptr, args.running_sum + slice.position,
+          slice.numel, workers.index, keep, add);
     });
   }
 }

@@ -20,19 +20,21 @@ template <typename acc_t>
 struct StepArgs {
   ParamChunks chunks;
   GradScale grad_scale;
-  acc_t* sq_grad_sum;       // [T, padded P], updated in place, 16-byte aligned
-  acc_t* grad_mean;         // like sq_grad_sum; not read without momentum
-  int64_t row_stride;       // padded P
-  double* partials;         // [T, num_chunks], scratch
-  unsigned* ticket;         // 0 on entry, 0 again on exit
-  double* excess_risk_sum;  // [T]: the raw sums go here and nothing else is updated; nullptr: the whole step
+  acc_t* sq_grad_sum;  // [T, padded P], updated in place, 16-byte aligned
+  acc_t* grad_mean;    // like sq_grad_sum; not read without momentum
+  int64_t row_stride;  // padded P
+  double* partials;    // [T, num_chunks], scratch
+  unsigned* ticket;    // 0 on entry, 0 again on exit
+  // [T]: the raw sums go here and nothing else is updated; nullptr: the whole step.
+  double* excess_risk_sum;
   TaskState state;
   TaskOptions task_options;
   ElementOptions<acc_t> element_options;  // inverse_scale is set on the device
   TaskSet present;
   int num_tasks;
 };
-static_assert(sizeof(StepArgs<double>) <= kArgumentBytes, "The pointer tables leave kArgumentBytes for the arguments.");
+static_assert(sizeof(StepArgs<double>) <= kArgumentBytes,
+              "The pointer tables leave kArgumentBytes for the arguments.");
 
 struct StepShared {
   double warp_values[kWarps];
@@ -42,10 +44,10 @@ struct StepShared {
 
 // Adds one vector of gradients to the state in registers and returns its share of the excess risk.
 template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum>
-__device__ __forceinline__ acc_t accumulate_vector(const typename GradVector<grad_t>::vector_t& grad_vector,
-                                                   typename StateVector<acc_t>::vector_t& sum_vector,
-                                                   typename StateVector<acc_t>::vector_t& mean_vector,
-                                                   const ElementOptions<acc_t>& options) {
+__device__ __forceinline__ acc_t accumulate_vector(
+    const typename GradVector<grad_t>::vector_t& grad_vector,
+    typename StateVector<acc_t>::vector_t& sum_vector,
+    typename StateVector<acc_t>::vector_t& mean_vector, const ElementOptions<acc_t>& options) {
   constexpr int kWidth = StateVector<acc_t>::kWidth;
   acc_t grad[kWidth];
   acc_t sum[kWidth];
@@ -58,7 +60,8 @@ __device__ __forceinline__ acc_t accumulate_vector(const typename GradVector<gra
   acc_t risk = acc_t(0);
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    risk += accumulate_excess_risk<ScalarMath<acc_t>, kSqrtFisher, kMomentum>(grad[k], sum[k], mean[k], options);
+    risk += accumulate_excess_risk<ScalarMath<acc_t>, kSqrtFisher, kMomentum>(grad[k], sum[k],
+                                                                              mean[k], options);
   }
   sum_vector = StateVector<acc_t>::pack(sum);
   if constexpr (kMomentum) {
@@ -70,9 +73,10 @@ __device__ __forceinline__ acc_t accumulate_vector(const typename GradVector<gra
 // This thread's part of one slice. The state is read once and written once, so it streams past the caches and leaves them to
 // the gradients, which combine_ reads again.
 template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, int kStride>
-__device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ grad, acc_t* __restrict__ sq_grad_sum,
-                                                  acc_t* __restrict__ grad_mean, int numel, int index,
-                                                  const ElementOptions<acc_t>& options) {
+__device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ grad,
+                                                  acc_t* __restrict__ sq_grad_sum,
+                                                  acc_t* __restrict__ grad_mean, int numel,
+                                                  int index, const ElementOptions<acc_t>& options) {
   using grad_vector_t = typename GradVector<grad_t>::vector_t;
   using state_vector_t = typename StateVector<acc_t>::vector_t;
   constexpr int kWidth = StateVector<acc_t>::kWidth;
@@ -99,7 +103,8 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        risk += accumulate_vector<grad_t, acc_t, kSqrtFisher, kMomentum>(grads[k], sums[k], means[k], options);
+        risk += accumulate_vector<grad_t, acc_t, kSqrtFisher, kMomentum>(grads[k], sums[k],
+                                                                         means[k], options);
         __stcs(sum_vectors + at + k * kStride, sums[k]);
         if constexpr (kMomentum) {
           __stcs(mean_vectors + at + k * kStride, means[k]);
@@ -113,7 +118,8 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
       if constexpr (kMomentum) {
         mean = __ldcs(mean_vectors + at);
       }
-      risk += accumulate_vector<grad_t, acc_t, kSqrtFisher, kMomentum>(__ldg(grad_vectors + at), sum, mean, options);
+      risk += accumulate_vector<grad_t, acc_t, kSqrtFisher, kMomentum>(__ldg(grad_vectors + at),
+                                                                       sum, mean, options);
       __stcs(sum_vectors + at, sum);
       if constexpr (kMomentum) {
         __stcs(mean_vectors + at, mean);
@@ -140,7 +146,8 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
 
 // This block's chunks of its task: state updated, one partial per chunk written by thread 0.
 template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, int kCapacity>
-__device__ __forceinline__ void accumulate_chunks(const StepArgs<acc_t>& args, const PointerTable<kCapacity>& grads,
+__device__ __forceinline__ void accumulate_chunks(const StepArgs<acc_t>& args,
+                                                  const PointerTable<kCapacity>& grads,
                                                   double* warp_values) {
   const int task = static_cast<int>(blockIdx.y);
   if (!args.present.contains(task)) {
@@ -159,8 +166,8 @@ __device__ __forceinline__ void accumulate_chunks(const StepArgs<acc_t>& args, c
       }
       const int64_t at = row + slice.position;
       risk += accumulate_slice<grad_t, acc_t, kSqrtFisher, kMomentum, decltype(workers)::stride>(
-          grad + slice.in_segment, args.sq_grad_sum + at, kMomentum ? args.grad_mean + at : nullptr, slice.numel,
-          workers.index, options);
+          grad + slice.in_segment, args.sq_grad_sum + at, kMomentum ? args.grad_mean + at : nullptr,
+          slice.numel, workers.index, options);
     });
     const double partial = block_reduce<Sum>(static_cast<double>(risk), warp_values);
     if (threadIdx.x == 0) {
@@ -174,9 +181,12 @@ __device__ __forceinline__ void accumulate_chunks(const StepArgs<acc_t>& args, c
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, bool& shared_verdict) {
   if (threadIdx.x == 0) {
     const unsigned last = gridDim.x * gridDim.y - 1;
-    __threadfence();                                    // release: this block's partials come before its ticket
-    const unsigned ticket_number = atomicInc(ticket, last);  // wraps to 0: ready for the next launch
-    __threadfence();                                    // acquire: before the barrier that lets the block read on
+    // Release: this block's partials come before its ticket.
+    __threadfence();
+    // Wraps to 0: ready for the next launch.
+    const unsigned ticket_number = atomicInc(ticket, last);
+    // Acquire: before the barrier that lets the block read on.
+    __threadfence();
     shared_verdict = ticket_number == last;
   }
   __syncthreads();
@@ -184,15 +194,19 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, bool& shared_ver
 }
 
 // Warps that share one task's partials: with few tasks several, so that long sums do not wait for a single warp.
-__device__ __forceinline__ int warps_per_task(int num_tasks) { return num_tasks < kWarps ? kWarps / num_tasks : 1; }
+__device__ __forceinline__ int warps_per_task(int num_tasks) {
+  return num_tasks < kWarps ? kWarps / num_tasks : 1;
+}
 
 // Adds the partials of every present task, in an order that depends on their number and on T only, into
 // part_sums [T, warps_per_task].
-__device__ __forceinline__ void sum_partials(const double* partials, int64_t num_chunks, const TaskSet& present,
-                                             int num_tasks, double* part_sums) {
+__device__ __forceinline__ void sum_partials(const double* partials, int64_t num_chunks,
+                                             const TaskSet& present, int num_tasks,
+                                             double* part_sums) {
   const int parts = warps_per_task(num_tasks);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  for (int item = static_cast<int>(threadIdx.x) / kWarpSize; item < num_tasks * parts; item += kWarps) {
+  for (int item = static_cast<int>(threadIdx.x) / kWarpSize; item < num_tasks * parts;
+       item += kWarps) {
     const int task = item / parts;
     if (!present.contains(task)) {
       continue;
@@ -200,8 +214,10 @@ __device__ __forceinline__ void sum_partials(const double* partials, int64_t num
     const double* const row = partials + task * num_chunks;
     double sum = 0.0;
 #pragma unroll 4
-    for (int64_t chunk = item % parts * kWarpSize + lane; chunk < num_chunks; chunk += parts * kWarpSize) {
-      sum += __ldcg(row + chunk);  // from L2: another SM wrote it, and this one's L1 could hold an older value
+    for (int64_t chunk = item % parts * kWarpSize + lane; chunk < num_chunks;
+         chunk += parts * kWarpSize) {
+      // From L2: another SM wrote it, and this one's L1 could hold an older value.
+      sum += __ldcg(row + chunk);
     }
     sum = warp_reduce<Sum>(sum);
     if (lane == 0) {
@@ -214,7 +230,8 @@ __device__ __forceinline__ void sum_partials(const double* partials, int64_t num
 // The last block's work: sums, then either hands them out or completes the step.
 template <typename acc_t>
 __device__ __forceinline__ void finish_step(const StepArgs<acc_t>& args, StepShared& shared) {
-  sum_partials(args.partials, args.chunks.num_chunks, args.present, args.num_tasks, shared.part_sums);
+  sum_partials(args.partials, args.chunks.num_chunks, args.present, args.num_tasks,
+               shared.part_sums);
   const int parts = warps_per_task(args.num_tasks);
   const auto sum_of = [&](int task) {
     double sum = 0.0;
@@ -229,8 +246,10 @@ __device__ __forceinline__ void finish_step(const StepArgs<acc_t>& args, StepSha
         args.excess_risk_sum[task] = sum_of(task);
       }
     }
-  } else if (update_task_risks(sum_of, args.present, args.num_tasks, true, args.state, args.task_options)) {
-    update_task_weights(args.present, args.num_tasks, shared.warp_values, args.state, args.task_options);
+  } else if (update_task_risks(sum_of, args.present, args.num_tasks, true, args.state,
+                               args.task_options)) {
+    update_task_weights(args.present, args.num_tasks, shared.warp_values, args.state,
+                        args.task_options);
   } else if (threadIdx.x == 0) {
     *args.state.num_skipped_steps += 1;
   }

@@ -21,14 +21,15 @@ struct TensorPointers {
 };
 
 template <typename... Params>
-inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, unsigned threads, cudaStream_t stream,
-                          const Params&... args) {
+inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, unsigned threads,
+                          cudaStream_t stream, const Params&... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads, 1, 1);
   config.stream = stream;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
-  const cudaError_t latest = cudaGetLastError();  // cleared, so that it is not blamed on someone else's next call
+  // Cleared, so that it is not blamed on someone else's next call.
+  const cudaError_t latest = cudaGetLastError();
   return status != cudaSuccess ? status : latest;
 }
 
@@ -46,8 +47,9 @@ inline PointerTable<kCapacity> make_table(const TensorPointers& tensors) {
 // large_kernel.
 template <class Args>
 inline cudaError_t launch_with_table(void (*small_kernel)(Args, PointerTable<kSmallTable>),
-                                     void (*large_kernel)(Args, PointerTable<kLargeTable>), dim3 grid,
-                                     cudaStream_t stream, const Args& args, const TensorPointers& tensors) {
+                                     void (*large_kernel)(Args, PointerTable<kLargeTable>),
+                                     dim3 grid, cudaStream_t stream, const Args& args,
+                                     const TensorPointers& tensors) {
   if (tensors.in_device_memory != nullptr || tensors.count <= kSmallTable) {
     return launch(small_kernel, grid, kThreads, stream, args, make_table<kSmallTable>(tensors));
   }
@@ -55,13 +57,14 @@ inline cudaError_t launch_with_table(void (*small_kernel)(Args, PointerTable<kSm
 }
 
 // Fills a table in device memory, kLargeTable pointers per launch.
-inline cudaError_t write_pointer_table(const void* const* pointers, int64_t count, unsigned long long* in_device_memory,
-                                       cudaStream_t stream) {
+inline cudaError_t write_pointer_table(const void* const* pointers, int64_t count,
+                                       unsigned long long* in_device_memory, cudaStream_t stream) {
   for (int64_t first = 0; first < count; first += kLargeTable) {
     const int piece = static_cast<int>(std::min<int64_t>(kLargeTable, count - first));
     const auto table = make_table<kLargeTable>({pointers + first, piece, nullptr});
-    const cudaError_t status = launch(write_pointer_table_kernel<kLargeTable>, dim3((piece + kThreads - 1) / kThreads),
-                                      kThreads, stream, table, piece, in_device_memory + first);
+    const cudaError_t status =
+        launch(write_pointer_table_kernel<kLargeTable>, dim3((piece + kThreads - 1) / kThreads),
+               kThreads, stream, table, piece, in_device_memory + first);
     if (status != cudaSuccess) {
       return status;
     }

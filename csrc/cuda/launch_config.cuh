@@ -8,7 +8,8 @@
 namespace excessmtl::cuda {
 
 constexpr int kWarpSize = 32;
-constexpr int kThreads = 256;  // 8 warps: a block sum of two short trees, and 8 blocks fill an SM of 2,048 threads
+// 8 warps: a block sum of two short trees, and 8 blocks fill an SM of 2,048 threads.
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 
 // At least so many blocks per SM, which bounds the registers of a thread: 64 for four blocks, 80 for three (momentum carries a
@@ -16,7 +17,9 @@ constexpr int kWarps = kThreads / kWarpSize;
 // the float32 step has at least 64 bytes of loads in flight (bench/sass_gate.py), so an SM has 64 KiB, or 48 KiB with momentum; an
 // H100 needs about 20 KiB (3.35 TB/s x 0.7 us / 132) to keep its memory busy.
 template <typename acc_t, bool kMomentum = false>
-constexpr int kMinBlocksPerSm = sizeof(acc_t) == sizeof(double) ? 2 : kMomentum ? 3 : 4;
+constexpr int kMinBlocksPerSm = sizeof(acc_t) == sizeof(double) ? 2
+                                : kMomentum                     ? 3
+                                                                : 4;
 
 // The grid stops growing at 8 blocks per SM, the most that fit: blocks then walk over several chunks each, and take one ticket.
 constexpr int kMaxBlocksPerSm = 8;
@@ -28,7 +31,8 @@ constexpr int kVectorsInFlight = 2;
 // Shorter slices of a chunk go to one warp each: below 8 accesses per lane a whole block would mostly idle.
 constexpr int kMinBlockSliceNumel = 1024;
 
-constexpr int kMaxTasks = 512;  // a bit per task travels in the arguments; two tasks per thread in the last block
+// A bit per task travels in the arguments; two tasks per thread in the last block.
+constexpr int kMaxTasks = 512;
 
 // Pointer tables in the arguments: classic 4 KiB of kernel parameters, and the 32,764 bytes of sm_70+ since CUDA 12.1.
 // kArgumentBytes is left for everything else.

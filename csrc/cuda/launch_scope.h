@@ -22,9 +22,11 @@ class LaunchScope {
     const int32_t device = tensor.get_device_index();
     // This library carries a CUDA runtime of its own (static), which has to hear of the device too.
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
-    check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
+               "cudaDeviceGetAttribute");
 #if TORCH_FEATURE_VERSION >= 0x020d000000000000ULL  // 2.13; older headers have no name for it
-    stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
+    stream = static_cast<cudaStream_t>(
+        torch::stable::accelerator::getCurrentStream(device).nativeHandle());
 #else
     // A symbol of libtorch_cuda: a build for these versions needs a CUDA build of torch.
     void* handle = nullptr;

@@ -19,8 +19,8 @@
 
 namespace excessmtl::cuda {
 
-constexpr ScalarType kScalarTypes[kNumGradTypes] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16,
-                                                    ScalarType::Half};
+constexpr ScalarType kScalarTypes[kNumGradTypes] = {ScalarType::Double, ScalarType::Float,
+                                                    ScalarType::BFloat16, ScalarType::Half};
 
 // The one type a launch reads and writes: that of all tensors when they agree and the state does not ask for more, else the widest
 // (float64 before float32). Starts out undecided.
@@ -86,15 +86,19 @@ inline TaskSet task_set(const std::vector<int64_t>& tasks) {
 }
 
 // The map lies on the device; what the host can see of it is its size, which gives the number of chunks.
-inline ParamChunks read_chunk_map(const Tensor& chunk_map, const ParamLayout& layout, const Tensor& like) {
+inline ParamChunks read_chunk_map(const Tensor& chunk_map, const ParamLayout& layout,
+                                  const Tensor& like) {
   check_dtype(chunk_map, "chunk_map", ScalarType::Long);
   check_same_device(chunk_map, "chunk_map", like);
   const int64_t num_chunks = chunk_map.numel() - 5 - 2 * layout.num_tensors();
-  const bool fits = layout.padded_numel() == 0
-                        ? num_chunks == 0
-                        : num_chunks >= 1 && num_chunks <= layout.padded_numel() / kSegmentAlignment;
-  STD_TORCH_CHECK(chunk_map.is_contiguous() && fits, "Expected `chunk_map` to be the map made for `param_numels` of ",
-                  layout.num_tensors(), " parameters, but got one of ", chunk_map.numel(), " numbers.");
+  const bool fits =
+      layout.padded_numel() == 0
+          ? num_chunks == 0
+          : num_chunks >= 1 && num_chunks <= layout.padded_numel() / kSegmentAlignment;
+  STD_TORCH_CHECK(chunk_map.is_contiguous() && fits,
+                  "Expected `chunk_map` to be the map made for `param_numels` of ",
+                  layout.num_tensors(), " parameters, but got one of ", chunk_map.numel(),
+                  " numbers.");
   return {chunk_map.const_data_ptr<int64_t>(), num_chunks, layout.num_tensors()};
 }
 
@@ -103,14 +107,16 @@ inline GradScale read_grad_scale(const std::optional<Tensor>& grad_scale, const 
     return {nullptr, false};
   }
   const bool is_double = grad_scale->scalar_type() == ScalarType::Double;
-  check_vector(*grad_scale, "grad_scale", 1, is_double ? ScalarType::Double : ScalarType::Float, like);
+  check_vector(*grad_scale, "grad_scale", 1, is_double ? ScalarType::Double : ScalarType::Float,
+               like);
   return {grad_scale->const_data_ptr(), is_double};
 }
 
 // Every row starts on a multiple of 32 elements, so the first decides.
 inline void check_state_alignment(const Tensor& state, const char* name) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(state.const_data_ptr()) % 16 == 0, "Expected `", name,
-                  "` to start at a multiple of 16 bytes. Use a tensor of its own, or whole rows of one.");
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(state.const_data_ptr()) % 16 == 0, "Expected `", name,
+      "` to start at a multiple of 16 bytes. Use a tensor of its own, or whole rows of one.");
 }
 
 // The pointers of a launch. Owns the table in device memory when there is one: it goes back to torch's allocator, which knows the
@@ -122,8 +128,10 @@ class DevicePointers {
     const auto count = static_cast<int64_t>(pointers_.size());
     if (!TensorPointers::fits_arguments(count)) {
       table_ = torch::stable::new_empty(like, {count}, ScalarType::Long);
-      in_device_memory_ = reinterpret_cast<unsigned long long*>(table_->mutable_data_ptr<int64_t>());
-      check_cuda(write_pointer_table(pointers_.data(), count, in_device_memory_, scope.stream), "Writing the pointers");
+      in_device_memory_ =
+          reinterpret_cast<unsigned long long*>(table_->mutable_data_ptr<int64_t>());
+      check_cuda(write_pointer_table(pointers_.data(), count, in_device_memory_, scope.stream),
+                 "Writing the pointers");
     }
   }
   TensorPointers get() const {

@@ -35,8 +35,8 @@ struct ParamChunks {
 
   // A map made for other parameters would send loads and stores anywhere: rather stop the launch. Called once per block.
   __device__ __forceinline__ void check(int64_t padded_numel) const {
-    if (threadIdx.x == 0 &&
-        (__ldg(map + 1) != num_chunks || __ldg(map + 2) != num_tensors || __ldg(map + 3) != padded_numel)) {
+    if (threadIdx.x == 0 && (__ldg(map + 1) != num_chunks || __ldg(map + 2) != num_tensors ||
+                             __ldg(map + 3) != padded_numel)) {
       __trap();
     }
   }

@@ -15,7 +15,9 @@ struct PointerTable {
   const void* data[kCapacity];
 
   __device__ __forceinline__ const void* operator[](int64_t index) const {
-    return in_device_memory != nullptr ? reinterpret_cast<const void*>(__ldg(in_device_memory + index)) : data[index];
+    return in_device_memory != nullptr
+               ? reinterpret_cast<const void*>(__ldg(in_device_memory + index))
+               : data[index];
   }
 };
 

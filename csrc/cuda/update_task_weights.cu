@@ -16,16 +16,19 @@ namespace excessmtl::cuda {
 namespace {
 
 void update_task_risks_op(Tensor excess_risk_sum, std::vector<int64_t> tasks, Tensor excess_risk,
-                          Tensor relative_excess_risk, Tensor baseline_excess_risk, Tensor num_steps,
-                          Tensor num_task_steps, Tensor found_nonfinite, double gradient_momentum,
-                          int64_t num_warmup_steps, bool relative, double raw_risk_scale) {
+                          Tensor relative_excess_risk, Tensor baseline_excess_risk,
+                          Tensor num_steps, Tensor num_task_steps, Tensor found_nonfinite,
+                          double gradient_momentum, int64_t num_warmup_steps, bool relative,
+                          double raw_risk_scale) {
   const int64_t num_tasks = excess_risk.numel();
   check_num_tasks(num_tasks);
   check_tasks(tasks, num_tasks);
   check_vector(excess_risk_sum, "excess_risk_sum", num_tasks, ScalarType::Double, excess_risk);
   check_vector(excess_risk, "excess_risk", num_tasks, ScalarType::Double, excess_risk);
-  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double, excess_risk);
-  check_vector(baseline_excess_risk, "baseline_excess_risk", num_tasks, ScalarType::Double, excess_risk);
+  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double,
+               excess_risk);
+  check_vector(baseline_excess_risk, "baseline_excess_risk", num_tasks, ScalarType::Double,
+               excess_risk);
   check_vector(num_steps, "num_steps", 1, ScalarType::Long, excess_risk);
   check_vector(num_task_steps, "num_task_steps", num_tasks, ScalarType::Long, excess_risk);
   check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, excess_risk);
@@ -41,21 +44,24 @@ void update_task_risks_op(Tensor excess_risk_sum, std::vector<int64_t> tasks, Te
   state.num_steps = const_cast<int64_t*>(num_steps.const_data_ptr<int64_t>());  // only read
   state.num_task_steps = num_task_steps.mutable_data_ptr<int64_t>();
   state.found_nonfinite = found_nonfinite.mutable_data_ptr<bool>();
-  const TaskOptions options = {gradient_momentum, num_warmup_steps, relative, raw_risk_scale, 0.0, 0.0, 1.0};
+  const TaskOptions options = {
+      gradient_momentum, num_warmup_steps, relative, raw_risk_scale, 0.0, 0.0, 1.0};
   check_cuda(launch(update_task_risks_kernel, dim3(1), kThreads, scope.stream,
-                    excess_risk_sum.const_data_ptr<double>(), task_set(tasks), static_cast<int>(num_tasks), state,
-                    options),
+                    excess_risk_sum.const_data_ptr<double>(), task_set(tasks),
+                    static_cast<int>(num_tasks), state, options),
              "The launch of update_task_risks_");
 }
 
-void update_task_weights_op(std::vector<int64_t> tasks, Tensor relative_excess_risk, Tensor log_task_weights,
-                            Tensor task_weights, Tensor num_steps, Tensor num_skipped_steps, Tensor found_nonfinite,
+void update_task_weights_op(std::vector<int64_t> tasks, Tensor relative_excess_risk,
+                            Tensor log_task_weights, Tensor task_weights, Tensor num_steps,
+                            Tensor num_skipped_steps, Tensor found_nonfinite,
                             double robust_step_size, int64_t num_warmup_steps, double min_weight,
                             double weight_total) {
   const int64_t num_tasks = task_weights.numel();
   check_num_tasks(num_tasks);
   check_tasks(tasks, num_tasks);
-  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double, task_weights);
+  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double,
+               task_weights);
   check_vector(log_task_weights, "log_task_weights", num_tasks, ScalarType::Double, task_weights);
   check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, task_weights);
   check_vector(num_steps, "num_steps", 1, ScalarType::Long, task_weights);
@@ -67,13 +73,15 @@ void update_task_weights_op(std::vector<int64_t> tasks, Tensor relative_excess_r
   }
   const LaunchScope scope(task_weights);
   TaskState state = {};
-  state.relative_excess_risk = const_cast<double*>(relative_excess_risk.const_data_ptr<double>());  // only read
+  // Only read.
+  state.relative_excess_risk = const_cast<double*>(relative_excess_risk.const_data_ptr<double>());
   state.log_task_weights = log_task_weights.mutable_data_ptr<double>();
   state.task_weights = task_weights.mutable_data_ptr<double>();
   state.num_steps = num_steps.mutable_data_ptr<int64_t>();
   state.num_skipped_steps = num_skipped_steps.mutable_data_ptr<int64_t>();
   state.found_nonfinite = const_cast<bool*>(found_nonfinite.const_data_ptr<bool>());  // only read
-  const TaskOptions options = {0.0, num_warmup_steps, true, 1.0, robust_step_size, min_weight, weight_total};
+  const TaskOptions options = {0.0,        num_warmup_steps, true, 1.0, robust_step_size,
+                               min_weight, weight_total};
   check_cuda(launch(update_task_weights_kernel, dim3(1), kThreads, scope.stream, task_set(tasks),
                     static_cast<int>(num_tasks), state, options),
              "The launch of update_task_weights_");

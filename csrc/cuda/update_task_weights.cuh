@@ -16,8 +16,9 @@ namespace excessmtl::cuda {
 //
 // Grid: one block. Traffic: a few numbers per task. Determinism: tasks do not meet.
 __global__ void __launch_bounds__(kThreads, 1)
-    update_task_risks_kernel(const double* excess_risk_sum, const __grid_constant__ TaskSet tasks, int num_tasks,
-                             const __grid_constant__ TaskState state, const __grid_constant__ TaskOptions options) {
+    update_task_risks_kernel(const double* excess_risk_sum, const __grid_constant__ TaskSet tasks,
+                             int num_tasks, const __grid_constant__ TaskState state,
+                             const __grid_constant__ TaskOptions options) {
   const auto sum_of = [&](int task) { return excess_risk_sum[task]; };
   update_task_risks(sum_of, tasks, num_tasks, false, state, options);
 }
@@ -31,7 +32,8 @@ struct WeightsShared {
 // Grid: one block. Traffic: a few numbers per task. Determinism: sums over tasks in a fixed order.
 __global__ void __launch_bounds__(kThreads, 1)
     update_task_weights_kernel(const __grid_constant__ TaskSet tasks, int num_tasks,
-                               const __grid_constant__ TaskState state, const __grid_constant__ TaskOptions options) {
+                               const __grid_constant__ TaskState state,
+                               const __grid_constant__ TaskOptions options) {
   WeightsShared& shared = block_shared<WeightsShared>();
   bool found = false;
   for (int task = static_cast<int>(threadIdx.x); task < num_tasks; task += kThreads) {

@@ -90,12 +90,15 @@ inline void __stcs(T* address, T value, const simt::Site& site = simt::Site::cur
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
 
-inline void __syncthreads(const simt::Site& site = simt::Site::current()) { simt::block_barrier_or(0, site); }
+inline void __syncthreads(const simt::Site& site = simt::Site::current()) {
+  simt::block_barrier_or(0, site);
+}
 inline int __syncthreads_or(int predicate, const simt::Site& site = simt::Site::current()) {
   return simt::block_barrier_or(predicate != 0, site) != 0;
 }
 template <typename T>
-inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, const simt::Site& site = simt::Site::current()) {
+inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask,
+                         const simt::Site& site = simt::Site::current()) {
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
@@ -105,11 +108,17 @@ inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, const simt::Site
 }
 [[noreturn]] inline void __trap() { simt::fail("the kernel has stopped itself"); }
 inline void __threadfence() { simt::fence(); }
-inline unsigned atomicInc(unsigned* address, unsigned limit) { return simt::atomic_inc(address, limit); }
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  return simt::atomic_inc(address, limit);
+}
 
 // ---- runtime ---------------------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorCooperativeLaunchTooLarge = 720 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
 using cudaStream_t = void*;
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
@@ -131,19 +140,24 @@ struct cudaLaunchConfig_t {
 
 // Launches run at once, in the calling thread.
 template <typename... Params, typename... Args>
-inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
-  if (simt::count(config->gridDim) == 0 || simt::count(config->blockDim) == 0 || config->gridDim.y > 65535) {
+inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                                      Args&&... args) {
+  if (simt::count(config->gridDim) == 0 || simt::count(config->blockDim) == 0 ||
+      config->gridDim.y > 65535) {
     return cudaErrorInvalidValue;
   }
   bool is_cooperative = false;
   for (unsigned k = 0; k < config->numAttrs; ++k) {
-    is_cooperative |= config->attrs[k].id == cudaLaunchAttributeCooperative && config->attrs[k].val.cooperative != 0;
+    is_cooperative |= config->attrs[k].id == cudaLaunchAttributeCooperative &&
+                      config->attrs[k].val.cooperative != 0;
   }
   simt::run_grid(config->gridDim, config->blockDim, is_cooperative, [&] { kernel(args...); });
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t status) { return status == cudaSuccess ? "no error" : "an error"; }
+inline const char* cudaGetErrorString(cudaError_t status) {
+  return status == cudaSuccess ? "no error" : "an error";
+}
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
   return cudaSuccess;

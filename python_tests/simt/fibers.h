@@ -41,7 +41,8 @@ using Context = ucontext_t;
 inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
 #endif
 
-constexpr size_t kStackBytes = size_t{256} << 10;  // committed page by page; large argument tables are copied onto it
+constexpr size_t kStackBytes =
+    size_t{256} << 10;  // committed page by page; large argument tables are copied onto it
 constexpr size_t kSharedBytes = size_t{48} << 10;
 constexpr unsigned kLanes = 32;
 
@@ -247,7 +248,8 @@ inline void start_block(Grid& grid) {
     thread.block = block.get();
     thread.rank = rank;
     if (free_stacks().empty()) {
-      void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (stack == MAP_FAILED) {
         fail("no memory for a stack");
       }
@@ -299,7 +301,8 @@ inline unsigned choose_thread(Grid& grid, Block& block, bool by_priority) {
   return rank;
 }
 
-inline void run_grid(dim3 grid_dim, dim3 block_dim, bool cooperative, const std::function<void()>& kernel) {
+inline void run_grid(dim3 grid_dim, dim3 block_dim, bool cooperative,
+                     const std::function<void()>& kernel) {
   Config& settings = config();
   Grid grid;
   grid.grid = grid_dim;
@@ -307,11 +310,13 @@ inline void run_grid(dim3 grid_dim, dim3 block_dim, bool cooperative, const std:
   grid.cooperative = cooperative;
   grid.kernel = &kernel;
   grid.random.seed(settings.seed);
-  settings.seed = settings.seed * 6364136223846793005ULL + 1442695040888963407ULL;  // the next launch gets another schedule
+  settings.seed = settings.seed * 6364136223846793005ULL +
+                  1442695040888963407ULL;  // the next launch gets another schedule
   grid.yield_probability = settings.yield_probability;
   const bool by_priority = (grid.random() & 1U) != 0;
   const unsigned num_blocks = count(grid_dim);
-  const unsigned max_resident = cooperative ? num_blocks : 1 + static_cast<unsigned>(grid.random() % settings.max_resident);
+  const unsigned max_resident =
+      cooperative ? num_blocks : 1 + static_cast<unsigned>(grid.random() % settings.max_resident);
   for (unsigned k = 0; k < num_blocks; ++k) {
     grid.order.push_back(k);
   }
@@ -339,7 +344,8 @@ inline void run_grid(dim3 grid_dim, dim3 block_dim, bool cooperative, const std:
         priority = grid.random();
       }
     }
-    for (uint64_t burst = 1 + grid.random() % (4 * block.threads.size()); burst != 0 && block.num_ready != 0; --burst) {
+    for (uint64_t burst = 1 + grid.random() % (4 * block.threads.size());
+         burst != 0 && block.num_ready != 0; --burst) {
       active_thread = &block.threads[choose_thread(grid, block, by_priority)];
       switch_context(grid.scheduler, active_thread->context);
     }

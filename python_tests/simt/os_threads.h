@@ -29,11 +29,13 @@ class Barrier {
     if (left_.fetch_sub(1, kJoin) == 1) {
       left_.store(count_, std::memory_order_relaxed);
       phase_.fetch_add(1, kJoin);
-      syscall(SYS_futex, reinterpret_cast<unsigned*>(&phase_), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+      syscall(SYS_futex, reinterpret_cast<unsigned*>(&phase_), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr,
+              nullptr, 0);
       return;
     }
     while (phase_.load(kRead) == phase) {
-      syscall(SYS_futex, reinterpret_cast<unsigned*>(&phase_), FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
+      syscall(SYS_futex, reinterpret_cast<unsigned*>(&phase_), FUTEX_WAIT_PRIVATE, phase, nullptr,
+              nullptr, 0);
     }
   }
 
@@ -61,7 +63,7 @@ struct Thread {
   Block* block;
   unsigned rank;
   unsigned num_block_barriers = 0;
-  bool has_fenced = false;                      // since its latest atomic operation
+  bool has_fenced = false;  // since its latest atomic operation
   std::atomic<unsigned>* latest_atomic = nullptr;
 };
 
@@ -118,16 +120,19 @@ inline void fence() {
 inline void maybe_yield() {}
 inline unsigned atomic_inc(unsigned* address, unsigned limit) {
   auto* word = reinterpret_cast<std::atomic<unsigned>*>(address);
-  const auto order = active_thread->has_fenced ? std::memory_order_release : std::memory_order_relaxed;
+  const auto order =
+      active_thread->has_fenced ? std::memory_order_release : std::memory_order_relaxed;
   unsigned old = word->load(std::memory_order_relaxed);
-  while (!word->compare_exchange_weak(old, old >= limit ? 0 : old + 1, order, std::memory_order_relaxed)) {
+  while (!word->compare_exchange_weak(old, old >= limit ? 0 : old + 1, order,
+                                      std::memory_order_relaxed)) {
   }
   active_thread->has_fenced = false;
   active_thread->latest_atomic = word;
   return old;
 }
 
-inline void run_grid(dim3 grid_dim, dim3 block_dim, bool cooperative, const std::function<void()>& kernel) {
+inline void run_grid(dim3 grid_dim, dim3 block_dim, bool cooperative,
+                     const std::function<void()>& kernel) {
   const unsigned num_blocks = count(grid_dim);
   const unsigned num_threads = count(block_dim);
   Grid grid;
@@ -151,7 +156,8 @@ inline void run_grid(dim3 grid_dim, dim3 block_dim, bool cooperative, const std:
       block->index = unravel(order[k], grid_dim);
       block->barrier = std::make_unique<Barrier<true>>(num_threads);
       for (unsigned warp = 0; warp * kLanes < num_threads; ++warp) {
-        block->warp_barriers.push_back(std::make_unique<Barrier<false>>(std::min(kLanes, num_threads - warp * kLanes)));
+        block->warp_barriers.push_back(
+            std::make_unique<Barrier<false>>(std::min(kLanes, num_threads - warp * kLanes)));
       }
       block->lane_values = std::make_unique<std::atomic<uint64_t>[]>(num_threads + kLanes);
       block->shared.assign(kSharedBytes, 0xff);

@@ -44,7 +44,7 @@ using Site = std::source_location;
 
 struct Config {
   uint64_t seed = 1;
-  unsigned max_resident = 4;         // blocks alive at once, as SMs would hold them; at least 1 is drawn
+  unsigned max_resident = 4;  // blocks alive at once, as SMs would hold them; at least 1 is drawn
   double yield_probability = 0.002;  // at every access to global memory
   unsigned num_sms = 2;              // what the launch code is told
 };
@@ -108,7 +108,8 @@ class Arena {
     }
   }
 
-  void check(const void* address, size_t bytes, size_t alignment, bool is_store, bool is_read_only, const Site& site) {
+  void check(const void* address, size_t bytes, size_t alignment, bool is_store, bool is_read_only,
+             const Site& site) {
     if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
       fail("misaligned access", site);
     }
@@ -121,7 +122,8 @@ class Arena {
         fail(is_store ? "store outside every allocation" : "load outside every allocation", site);
       }
 #if !defined(SIMT_OS_THREADS)
-      if ((is_store && (flags_[k] & kReadOnlyLoaded) != 0) || (is_read_only && (flags_[k] & kWritten) != 0)) {
+      if ((is_store && (flags_[k] & kReadOnlyLoaded) != 0) ||
+          (is_read_only && (flags_[k] & kWritten) != 0)) {
         fail("memory is read through the read-only path and written in the same launch", site);
       }
       flags_[k] |= is_store ? kWritten : is_read_only ? kReadOnlyLoaded : 0;
@@ -162,7 +164,9 @@ Shared& block_shared() {
 }
 
 inline unsigned count(const dim3& d) { return d.x * d.y * d.z; }
-inline uint3 unravel(unsigned rank, const dim3& d) { return {rank % d.x, rank / d.x % d.y, rank / d.x / d.y}; }
+inline uint3 unravel(unsigned rank, const dim3& d) {
+  return {rank % d.x, rank / d.x % d.y, rank / d.x / d.y};
+}
 
 }  // namespace simt
 

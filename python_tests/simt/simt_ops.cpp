@@ -16,8 +16,12 @@
 #include "../../csrc/cuda/update_task_weights.cu"
 #include "../../csrc/ops.cpp"
 
-extern "C" __attribute__((visibility("default"))) void simt_configure(uint64_t seed, unsigned max_resident,
-                                                                      double yield_probability, unsigned num_sms) {
+extern "C" __attribute__((visibility("default"))) void simt_configure(uint64_t seed,
+                                                                      unsigned max_resident,
+                                                                      double yield_probability,
+                                                                      unsigned num_sms) {
   simt::config() = {seed, max_resident, yield_probability, num_sms};
 }
-extern "C" __attribute__((visibility("default"))) uint64_t simt_num_launches() { return simt::counters().launches; }
+extern "C" __attribute__((visibility("default"))) uint64_t simt_num_launches() {
+  return simt::counters().launches;
+}
