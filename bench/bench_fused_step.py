@@ -34,6 +34,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -677,7 +678,7 @@ def draw(results: Sequence[Measurement], path: Path, title: str) -> None:
         right.set_xscale("log")
         right.invert_yaxis()
         right.set(xlabel="ms", title=f"One step, {headline.workload.describe()}")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 150), fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
