@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from excessmtl_ext import functional, gradients
+from excessmtl_ext.arguments import check_choice, check_count, checked_parameters
 from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.gradients import Losses, Root
 
@@ -24,30 +25,6 @@ NonFinite = Literal["skip", "raise"]
 
 STATE_VERSION = 1
 """Version of what ``state_dict`` holds; raised when its meaning changes."""
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(
-            f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}."
-        )
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raises ValueError unless ``value`` is a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Expected `{name}` to be a number, but got {type(value).__name__}.")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"Expected `{name}` > 0, but got {value}.")
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Raises unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected `{name}` to be an integer, but got {type(value).__name__}.")
-    if value < least:
-        raise ValueError(f"Expected `{name}` >= {least}, but got {value}.")
 
 
 @dataclass
@@ -127,7 +104,7 @@ class Balancer(nn.Module, ABC):
         self._stream: _Stream | None = None
         self._num_calls = 0
         if shared_parameters is not None:
-            self.shared_parameters = _checked_parameters(shared_parameters)
+            self.shared_parameters = checked_parameters(shared_parameters)
             self._layout = ParamLayout([parameter.numel() for parameter in self.shared_parameters])
         device = self.shared_parameters[0].device if self.shared_parameters else torch.device("cpu")
         device = torch.device("cpu") if device.type == "meta" else device
@@ -497,7 +474,7 @@ class Balancer(nn.Module, ABC):
                 parameter if was else None
                 for parameter, was in zip(shared, stream.reached, strict=True)
             ]
-            outputs, accumulate = _outputs(
+            outputs, accumulate = gradients.combine_targets(
                 shared, [None if p is None else torch.empty_like(p) for p in shape_like]
             )
             functional.weighted_sum_(
@@ -508,7 +485,7 @@ class Balancer(nn.Module, ABC):
                 found_nonfinite=flags,
                 accumulate=accumulate,
             )
-            _assign(shared, outputs)
+            gradients.assign_grads(shared, outputs)
             for heads in stream.heads:
                 heads.add(self.task_weights)
 
@@ -570,9 +547,9 @@ class Balancer(nn.Module, ABC):
                 next((grads[index] for grads in task_grads if grads[index] is not None), None)
                 for index in range(len(shared))
             ]
-            outputs, accumulate = _outputs(shared, reached)
+            outputs, accumulate = gradients.combine_targets(shared, reached)
             self._combine(flat, outputs, scale, accumulate=accumulate)
-            _assign(shared, outputs)
+            gradients.assign_grads(shared, outputs)
             if heads is not None:
                 heads.add(self.task_weights)
 
@@ -749,46 +726,6 @@ def _flattened(grads: Sequence[Tensor | None]) -> list[Tensor]:
     return [_NO_GRAD[device] if grad is None else grad for grad in grads]
 
 
-def _checked_parameters(shared_parameters: Iterable[Tensor]) -> list[Tensor]:
-    if isinstance(shared_parameters, (Tensor, nn.Module)):
-        raise TypeError(
-            f"Expected `shared_parameters` to be parameters, as from model.encoder.parameters(), but got a "
-            f"{type(shared_parameters).__name__}."
-        )
-    parameters = list(shared_parameters)
-    if not parameters:
-        raise ValueError(
-            "Expected `shared_parameters` to hold at least one parameter, but got none. A generator such as "
-            "model.parameters() is empty once it has been read."
-        )
-    seen: dict[int, int] = {}
-    for index, parameter in enumerate(parameters):
-        if not isinstance(parameter, Tensor):
-            raise TypeError(
-                f"Expected `shared_parameters[{index}]` to be a tensor, but got {type(parameter).__name__}. "
-                "Pass .parameters(), not .named_parameters()."
-            )
-        if not parameter.is_leaf:
-            raise ValueError(
-                f"Expected `shared_parameters[{index}]` to be a leaf, but it was computed from other tensors. "
-                "Pass the parameters themselves."
-            )
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"Expected `shared_parameters[{index}]` to be real floating point, but got {parameter.dtype}."
-            )
-        if id(parameter) in seen:
-            raise ValueError(
-                f"Expected every parameter once, but `shared_parameters[{index}]` is number {seen[id(parameter)]}."
-            )
-        if parameter.device != parameters[0].device:
-            raise ValueError(
-                f"Expected `shared_parameters` on one device, but got {parameters[0].device} and {parameter.device}."
-            )
-        seen[id(parameter)] = index
-    return parameters
-
-
 def _short(sizes: Sequence[object]) -> str:
     shown = ", ".join(map(str, sizes[:6]))
     return f"[{shown}, ... ({len(sizes)} in all)]" if len(sizes) > 6 else f"[{shown}]"
@@ -806,41 +743,3 @@ def _split(row: Tensor, layout: ParamLayout) -> list[Tensor | None]:
 def _segments(flat: Tensor, layout: ParamLayout) -> list[Tensor]:
     """The parameters' parts of a flat padded vector, as views."""
     return list(functional.segments(flat, layout.param_numels))
-
-
-def _outputs(shared: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Tensor], bool]:
-    """Where the weighted sum goes: into ``.grad`` where one is, else into a gradient that is no longer needed.
-
-    ``grads``: for each parameter one of the step's own gradients, whose memory may be written, or
-    None where no task reached it.
-    """
-    outputs: list[Tensor] = []
-    accumulate = any(
-        parameter.grad is not None
-        for parameter, grad in zip(shared, grads, strict=True)
-        if grad is not None
-    )
-    for parameter, grad in zip(shared, grads, strict=True):
-        if grad is None:
-            outputs.append(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
-        elif parameter.grad is not None:
-            outputs.append(parameter.grad.contiguous())
-        elif accumulate:
-            outputs.append(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
-        else:
-            outputs.append(
-                grad
-                if grad.is_contiguous()
-                else torch.empty_like(grad, memory_format=torch.contiguous_format)
-            )
-    return outputs, accumulate
-
-
-def _assign(shared: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    for parameter, output in zip(shared, outputs, strict=True):
-        if output.numel() == 0 and parameter.numel() > 0:
-            continue  # no task reached it
-        if parameter.grad is None:
-            parameter.grad = output.view_as(parameter)
-        elif parameter.grad.data_ptr() != output.data_ptr():
-            parameter.grad.copy_(output.view_as(parameter))

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import functional
-from excessmtl_ext.balancer import (
-    Balancer,
-    HeadWeighting,
-    NonFinite,
-    WeightScale,
-    check_choice,
-    check_count,
-    check_positive,
-)
+from excessmtl_ext.arguments import check_choice, check_count, check_positive
+from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
 from excessmtl_ext.functional import Fisher, ParamLayout, StepOptions, StepState
 
 Preset = Literal["paper", "official", "recommended"]

@@ -352,3 +352,44 @@ def add_grads(
     for parameter, old, grad in zip(parameters, saved, grads, strict=True):
         if grad is not None:
             parameter.grad = grad if old is None else old.add_(grad)
+
+
+def combine_targets(
+    shared: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[list[Tensor], bool]:
+    """Where the weighted sum goes: into ``.grad`` where one is, else into a gradient that is no longer needed.
+
+    ``grads``: for each parameter one of the step's own gradients, whose memory may be written, or
+    None where no task reached it.
+    """
+    outputs: list[Tensor] = []
+    accumulate = any(
+        parameter.grad is not None
+        for parameter, grad in zip(shared, grads, strict=True)
+        if grad is not None
+    )
+    for parameter, grad in zip(shared, grads, strict=True):
+        if grad is None:
+            outputs.append(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+        elif parameter.grad is not None:
+            outputs.append(parameter.grad.contiguous())
+        elif accumulate:
+            outputs.append(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
+        else:
+            outputs.append(
+                grad
+                if grad.is_contiguous()
+                else torch.empty_like(grad, memory_format=torch.contiguous_format)
+            )
+    return outputs, accumulate
+
+
+def assign_grads(shared: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Makes the written targets of :func:`combine_targets` the ``.grad`` of their parameters."""
+    for parameter, output in zip(shared, outputs, strict=True):
+        if output.numel() == 0 and parameter.numel() > 0:
+            continue  # no task reached it
+        if parameter.grad is None:
+            parameter.grad = output.view_as(parameter)
+        elif parameter.grad.data_ptr() != output.data_ptr():
+            parameter.grad.copy_(output.view_as(parameter))

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale, check_positive
+from excessmtl_ext.arguments import check_positive
+from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
 
 
 class GroupDRO(Balancer):

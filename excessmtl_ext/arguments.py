@@ -1,0 +1,72 @@
+"""Checks of constructor arguments, with one wording: argument, what was expected, what came, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(
+            f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}."
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Expected `{name}` to be a number, but got {type(value).__name__}.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"Expected `{name}` > 0, but got {value}.")
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected `{name}` to be an integer, but got {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"Expected `{name}` >= {least}, but got {value}.")
+
+
+def checked_parameters(shared_parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The shared parameters as a list; raises when empty, repeated, no leaves or on several devices."""
+    if isinstance(shared_parameters, (Tensor, nn.Module)):
+        raise TypeError(
+            f"Expected `shared_parameters` to be parameters, as from model.encoder.parameters(), but got a "
+            f"{type(shared_parameters).__name__}."
+        )
+    parameters = list(shared_parameters)
+    if not parameters:
+        raise ValueError(
+            "Expected `shared_parameters` to hold at least one parameter, but got none. A generator such as "
+            "model.parameters() is empty once it has been read."
+        )
+    seen: dict[int, int] = {}
+    for index, parameter in enumerate(parameters):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"Expected `shared_parameters[{index}]` to be a tensor, but got {type(parameter).__name__}. "
+                "Pass .parameters(), not .named_parameters()."
+            )
+        if not parameter.is_leaf:
+            raise ValueError(
+                f"Expected `shared_parameters[{index}]` to be a leaf, but it was computed from other tensors. "
+                "Pass the parameters themselves."
+            )
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"Expected `shared_parameters[{index}]` to be real floating point, but got {parameter.dtype}."
+            )
+        if id(parameter) in seen:
+            raise ValueError(
+                f"Expected every parameter once, but `shared_parameters[{index}]` is number {seen[id(parameter)]}."
+            )
+        if parameter.device != parameters[0].device:
+            raise ValueError(
+                f"Expected `shared_parameters` on one device, but got {parameters[0].device} and {parameter.device}."
+            )
+        seen[id(parameter)] = index
+    return parameters
