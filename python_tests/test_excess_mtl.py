@@ -86,6 +86,26 @@ def test_momentum_reads_a_steady_gradient_as_risk_and_pure_noise_as_little():
     assert plain.excess_risk[0] < 2 * plain.excess_risk[1]
 
 
+def test_without_warmup_no_task_takes_all_the_weight_at_the_first_step():
+    """The first risk is its own baseline, so every task moves alike, whatever the scale of its gradient."""
+    balancer = ExcessMTL(num_tasks=3, num_warmup_steps=0, robust_step_size=1.0)
+    balancer.update_weights(torch.randn(3, 50) * torch.tensor([[1e3], [1.0], [1e-3]]))
+    assert balancer.relative_excess_risk.tolist() == [1.0] * 3
+    assert balancer.task_weights.tolist() == pytest.approx([1 / 3] * 3)
+    assert int(balancer.num_steps) == 1
+
+
+def test_half_precision_gradients_neither_overflow_nor_stall_in_the_state():
+    """300 squared is beyond float16; 2,000 equal squares summed in bfloat16 would stop at a fraction of the truth."""
+    large = ExcessMTL(num_tasks=1)
+    large.update_weights(torch.full((1, 8), 300.0, dtype=torch.float16))
+    assert large.sq_grad_sum[0, 0].item() == 90_000.0
+    long = ExcessMTL(num_tasks=1)
+    for _ in range(2_000):
+        long.update_weights(torch.ones(1, 8, dtype=torch.bfloat16))
+    assert long.sq_grad_sum[0, 0].item() == 2_000.0
+
+
 def test_equal_runs_give_equal_bits():
     results = []
     for _ in range(2):
