@@ -369,14 +369,15 @@ class Balancer(nn.Module, ABC):
             flat, tasks = self._flat_task_grads(task_grads)
         if not tasks:
             return self.task_weights
-        moves = self._moves_weights()
-        self._num_calls += 1
-        if moves:
+        if self._moves_weights():
             with torch.no_grad():
                 self._call_op(self._update, flat, values, tasks, scale)
                 if flat is not None:
                     self._combine(flat, [], scale, accumulate=False)
                 self._raise_if_nonfinite()
+        else:
+            self.found_nonfinite.zero_()
+        self._num_calls += 1
         return self.task_weights
 
     def accumulate(
@@ -457,8 +458,8 @@ class Balancer(nn.Module, ABC):
         tasks = sorted(stream.log_weights)
         with torch.no_grad():
             self._stream_finish(tasks, stream.losses)
-            self._num_calls += 1
             self._raise_if_nonfinite()
+            self._num_calls += 1
             # Every present task's log-weight moved by one common constant when it was normalised.
             shift = self.log_task_weights[tasks[0]] - stream.log_weights[tasks[0]]
             share = (stream.running_log_max + shift - self.log_task_weights.logsumexp(0)).exp()
@@ -507,6 +508,9 @@ class Balancer(nn.Module, ABC):
             with torch.no_grad():
                 if moves:
                     self._update(None, values, tasks, scale)
+                    self._raise_if_nonfinite()
+                else:
+                    self.found_nonfinite.zero_()  # the flags are those of the latest step
                 weights = self.task_weights
                 if "losses" in self.requires:
                     weights = torch.where(self.found_nonfinite.any(), float("nan"), weights)
@@ -518,7 +522,6 @@ class Balancer(nn.Module, ABC):
                 weighted_heads=weighted_heads,
                 is_uniform=self._has_uniform_weights(),
             )
-            self._raise_if_nonfinite()
         self._num_calls += 1
 
     def _step_from_task_grads(

@@ -263,6 +263,52 @@ def test_nonfinite_raise_names_the_task_and_restores_the_shared_gradient(how):
     run(problem, balancer, 1)
 
 
+def test_nonfinite_raise_of_a_loss_based_method_touches_no_gradient():
+    problem = make_problem()
+    balancer = GroupDRO(problem.encoder.parameters(), num_tasks=3, nonfinite="raise")
+    run(problem, balancer, 1)
+    kept = problem.grads()
+    losses = problem.losses()
+    losses[2] = losses[2] * float("nan")
+    with pytest.raises(FloatingPointError, match=r"task\(s\) \[2\]"):
+        balancer.backward(losses)
+    assert_equal_bits(problem.grads(), kept)
+
+
+def test_a_step_between_updates_clears_the_flags_of_the_step_before():
+    problem = make_problem()
+    balancer = MAKERS["every_second"](problem.encoder.parameters())
+    losses = problem.losses()
+    losses[1] = losses[1] * float("nan")
+    balancer.backward(losses)
+    assert balancer.found_nonfinite.tolist() == [False, True, False]
+    run(problem, balancer, 1)  # a cheap step with good gradients
+    assert not balancer.found_nonfinite.any()
+
+
+@pytest.mark.parametrize("how", ["backward", "streaming", "update_weights"])
+def test_a_step_that_raised_does_not_count_towards_update_every(how):
+    problem = make_problem()
+    balancer = ExcessMTL(
+        problem.encoder.parameters(), num_tasks=3, update_every=2, nonfinite="raise"
+    )
+    losses = problem.losses()
+    losses[1] = losses[1] * float("nan")
+    shared = [torch.full_like(p, float("nan")) for p in problem.encoder.parameters()]
+    with pytest.raises(FloatingPointError):
+        if how == "backward":
+            balancer.backward(losses)
+        elif how == "streaming":
+            for task, loss in enumerate(losses):
+                balancer.accumulate(task, loss, retain_graph=True)
+            balancer.finish()
+        else:
+            balancer.update_weights([shared] * 3)
+    problem.zero_grad()
+    balancer.backward(problem.losses())
+    assert int(balancer.num_steps) == 1  # the first call that succeeds moves the weights
+
+
 def test_update_weights_repairs_too():
     balancer = ExcessMTL(num_tasks=2, robust_step_size=1.0)
     for _ in range(2):
