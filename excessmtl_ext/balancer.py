@@ -71,6 +71,9 @@ class Balancer(nn.Module, ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     """What the weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing."""
 
+    can_stream: bool = True
+    """Whether ``accumulate`` works: not where the weight of one task depends on the gradients of the others."""
+
     log_task_weights: Tensor
     task_weights: Tensor
     num_steps: Tensor
@@ -250,6 +253,10 @@ class Balancer(nn.Module, ABC):
         """Whether this call moves the weights or only applies them."""
         return True
 
+    def _head_weights(self) -> Tensor:
+        """[T], what head gradients are multiplied by where they are weighted."""
+        return self.task_weights
+
     def _has_uniform_weights(self) -> bool:
         """Whether all weights are known to be equal without looking at them."""
         return False
@@ -399,7 +406,15 @@ class Balancer(nn.Module, ABC):
             loss: Its scalar loss.
             retain_graph: Keep the graph: needed when another task's loss shares it.
             grad_scale: Loss scale; the same for every task of a step.
+
+        Raises:
+            NotImplementedError: the method needs the gradients of all tasks at once.
         """
+        if not self.can_stream:
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot stream: the weight of one task depends on the gradients of the others, "
+                "so all must live at once. Call backward(losses), or update_weights() with your own gradients."
+            )
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
             raise ValueError(
                 f"Expected `task` between 0 and {self.num_tasks - 1}, but got {task!r}."
@@ -554,7 +569,7 @@ class Balancer(nn.Module, ABC):
             self._combine(flat, outputs, scale, accumulate=accumulate)
             gradients.assign_grads(shared, outputs)
             if heads is not None:
-                heads.add(self.task_weights)
+                heads.add(self._head_weights())
 
     def _call_op(self, function: Any, *args: Any) -> Any:
         """Calls into the ops; what they say about an argument is the caller's error, in the caller's type."""
