@@ -143,5 +143,6 @@ def make_digit_pair_data(
         train=split(train, noisy.labels),
         validation=split(validation, validation.bottom_right),
         test=split(test, test.bottom_right),
+        clean_train=split(train, train.bottom_right),
         corrupted={"bottom_right": noisy.corrupted},
     )

@@ -14,7 +14,9 @@ from excessmtl_ext.data.digit_pairs import LabelledDigits, split_digits
 def test_pairs_have_the_promised_sizes() -> None:
     data = load_digit_pairs(noise=0.8)
     assert [len(data.train), len(data.validation), len(data.test)] == [8_000, 2_000, 4_000]
-    assert data.train.batch(torch.arange(2)).inputs.shape == (2, 1, 12, 12)
+    inputs = data.train.batch(torch.arange(2)).inputs
+    assert isinstance(inputs, torch.Tensor)
+    assert inputs.shape == (2, 1, 12, 12)
     assert len(data.corrupted["bottom_right"]) == 6_400
 
 

@@ -35,7 +35,7 @@ def data_root(tmp_path: Path) -> Path:
 
 
 def parts(data: MultiTaskData) -> list[TensorSplit]:
-    splits = [data.train, data.validation, data.test]
+    splits = [data.train, data.validation, data.test, data.clean_train]
     assert all(isinstance(split, TensorSplit) for split in splits)
     return splits  # pyright: ignore[reportReturnType]
 
@@ -55,20 +55,22 @@ def test_finds_mnist_in_every_usual_layout(tmp_path: Path, layout: str) -> None:
 
 def test_splits_tasks_and_batches_have_the_promised_shapes(data_root: Path) -> None:
     data = load_multimnist(data_root, noise=0.8)
-    assert [len(split) for split in parts(data)] == [180, 20, NUM_TEST_DIGITS]
-    assert [(task.name, task.num_classes, task.is_noisy) for task in data.tasks] == [
+    assert [len(split) for split in parts(data)] == [180, 20, NUM_TEST_DIGITS, 180]
+    assert [(task.name, task.num_outputs, task.is_noisy) for task in data.tasks] == [
         ("top_left", 10, False),
         ("bottom_right", 10, True),
     ]
     inputs, targets = data.train.batch(torch.tensor([3, 1, 1]))
+    assert isinstance(inputs, torch.Tensor)
     assert inputs.shape == (3, 1, 28, 28)
     assert inputs.dtype == torch.float32
     assert torch.equal(inputs[1], inputs[2])
-    assert [target.shape for target in targets] == [(3,), (3,)]
+    assert [target is not None and target.shape for target in targets] == [(3,), (3,)]
 
 
 def test_training_inputs_are_standardised(data_root: Path) -> None:
     inputs = load_multimnist(data_root).train.batch(torch.arange(180)).inputs
+    assert isinstance(inputs, torch.Tensor)
     assert abs(float(inputs.mean())) < 1e-5
     assert abs(float(inputs.std(correction=0)) - 1) < 1e-5
 
@@ -86,6 +88,12 @@ def test_noise_is_on_the_bottom_right_training_labels_only(data_root: Path) -> N
     assert set(changed.tolist()) <= set(corrupted.tolist())
 
 
+def test_clean_train_is_train_without_noise(data_root: Path) -> None:
+    train, _, _, clean = parts(load_multimnist(data_root, noise=0.8))
+    assert same(clean, parts(load_multimnist(data_root))[0])
+    assert clean.inputs is train.inputs
+
+
 def test_the_seed_decides_everything_but_the_test_set(data_root: Path) -> None:
     first, again, other = (load_multimnist(data_root, noise=0.5, seed=seed) for seed in (0, 0, 1))
     assert all(same(a, b) for a, b in zip(parts(first), parts(again), strict=True))
@@ -93,6 +101,7 @@ def test_the_seed_decides_everything_but_the_test_set(data_root: Path) -> None:
         False,
         False,
         True,
+        False,
     ]
 
 
@@ -175,7 +184,7 @@ def test_real_mnist() -> None:
     if root is None:
         pytest.skip("EXCESSMTL_DATA does not name a folder with MNIST")
     data = load_multimnist(root, noise=0.8)
-    assert [len(split) for split in parts(data)] == [54_000, 6_000, 10_000]
+    assert [len(split) for split in parts(data)] == [54_000, 6_000, 10_000, 54_000]
     assert len(data.corrupted["bottom_right"]) == 43_200
     # Every test digit is once top-left: the label counts are those of the MNIST test set.
     counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from excessmtl_ext.data import TensorSplit
+from excessmtl_ext.data import Batch, TensorSplit
 from excessmtl_ext.data.seeding import seeded_generator
 
 
@@ -23,9 +23,39 @@ def test_batches_follow_the_device_of_the_split(device: torch.device) -> None:
         torch.tensor([[0], [4]], dtype=torch.uint8), (torch.tensor([7, 8]),), 2.0, 4.0
     )
     inputs, targets = split.to(device).batch(torch.tensor([1, 0]))
-    assert inputs.device.type == targets[0].device.type == device.type
+    assert isinstance(inputs, torch.Tensor)
+    (target,) = targets
+    assert target is not None
+    assert inputs.device.type == target.device.type == device.type
     assert inputs.flatten().tolist() == [0.5, -0.5]
-    assert targets[0].tolist() == [8, 7]
+    assert target.tolist() == [8, 7]
+
+
+def test_batches_read_every_sample_once_in_order() -> None:
+    inputs = torch.arange(7.0).view(7, 1)
+    split = TensorSplit(inputs, (torch.arange(7),))
+    batches = list(split.batches(3))
+    assert [len(batch.inputs) for batch in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat([torch.as_tensor(batch.inputs) for batch in batches]), inputs)
+    targets = [target for batch in batches for target in batch.targets if target is not None]
+    assert torch.cat(targets).tolist() == list(range(7))
+
+
+def test_standardising_a_batch_leaves_float_inputs_alone() -> None:
+    inputs = torch.tensor([[1.0], [3.0]])
+    split = TensorSplit(inputs, (torch.zeros(2),), 2.0, 0.5)
+    first, again = (split.batch(torch.arange(2)).inputs for _ in range(2))
+    assert torch.equal(torch.as_tensor(first), torch.tensor([[-2.0], [2.0]]))
+    assert torch.equal(torch.as_tensor(first), torch.as_tensor(again))
+    assert inputs.flatten().tolist() == [1.0, 3.0]
+
+
+def test_a_batch_moves_with_a_list_of_inputs_and_missing_targets(device: torch.device) -> None:
+    batch = Batch([torch.zeros(2), torch.ones(1)], [None, torch.ones(1)]).to(device)
+    assert [each.device.type for each in batch.inputs] == [device.type] * 2
+    assert batch.targets[0] is None
+    assert batch.targets[1] is not None
+    assert batch.targets[1].device.type == device.type
 
 
 def test_a_stream_depends_on_seed_and_purpose_only() -> None:
