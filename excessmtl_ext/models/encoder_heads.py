@@ -8,6 +8,9 @@ from torch import Tensor, nn
 class EncoderHeads(nn.Module):
     """Feeds one encoder's features to every task's head (hard parameter sharing).
 
+    Tasks with inputs of their own each take a pass through the encoder: their graphs have only its parameters in
+    common, and a backward pass per task goes through the encoder once each, T times in all.
+
     Args:
         encoder: Maps inputs to features. Its parameters are the shared ones, the ones a balancer is given.
         heads: One module per task, in the order of the tasks.
@@ -25,7 +28,24 @@ class EncoderHeads(nn.Module):
         self.encoder = encoder
         self.heads = nn.ModuleList(heads)
 
-    def forward(self, inputs: Tensor) -> list[Tensor]:
-        """Returns T outputs, one per head."""
+    def forward(self, inputs: Tensor | list[Tensor]) -> list[Tensor]:
+        """Returns T outputs, one per head.
+
+        Args:
+            inputs: What all tasks share, or a list of T, one for each task.
+
+        Raises:
+            ValueError: the list does not have as many inputs as there are heads.
+        """
+        if isinstance(inputs, list):
+            if len(inputs) != len(self.heads):
+                raise ValueError(
+                    f"Expected `inputs` to be a tensor or a list of {len(self.heads)}, one per head, "
+                    f"but got a list of {len(inputs)}."
+                )
+            return [
+                head(self.encoder(task_inputs))
+                for head, task_inputs in zip(self.heads, inputs, strict=True)
+            ]
         features = self.encoder(inputs)
         return [head(features) for head in self.heads]
