@@ -3,6 +3,15 @@
 from excessmtl_ext import functional, reference
 from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.baselines import GroupDRO, Uniform
+from excessmtl_ext.collapse import TaskCollapseWarning
 from excessmtl_ext.excess_mtl import ExcessMTL
 
-__all__ = ["Balancer", "ExcessMTL", "GroupDRO", "Uniform", "functional", "reference"]
+__all__ = [
+    "Balancer",
+    "ExcessMTL",
+    "GroupDRO",
+    "TaskCollapseWarning",
+    "Uniform",
+    "functional",
+    "reference",
+]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from excessmtl_ext import functional, gradients
 from excessmtl_ext.arguments import check_choice, check_count, checked_parameters
+from excessmtl_ext.collapse import effective_num_tasks
 from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.gradients import Losses, Root
 
@@ -119,6 +120,14 @@ class Balancer(nn.Module, ABC):
     def weight_total(self) -> float:
         """What the weights sum to."""
         return 1.0 if self.weight_scale == "simplex" else float(self.num_tasks)
+
+    @property
+    def effective_num_tasks(self) -> Tensor:
+        """How many equally weighted tasks the weights amount to, 1 to T, as a tensor [] on their device (no sync).
+
+        The squared sum of the weights over the sum of their squares (Kish 1965).
+        """
+        return effective_num_tasks(self.task_weights)
 
     def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
         """Every state tensor before the first step, by name."""
@@ -385,6 +394,7 @@ class Balancer(nn.Module, ABC):
         else:
             self.found_nonfinite.zero_()
         self._num_calls += 1
+        self._after_call()
         return self.task_weights
 
     def accumulate(
@@ -504,6 +514,7 @@ class Balancer(nn.Module, ABC):
             gradients.assign_grads(shared, outputs)
             for heads in stream.heads:
                 heads.add(self.task_weights)
+        self._after_call()
 
     # ---- inside
 
@@ -538,6 +549,7 @@ class Balancer(nn.Module, ABC):
                 is_uniform=self._has_uniform_weights(),
             )
         self._num_calls += 1
+        self._after_call()
 
     def _step_from_task_grads(
         self,
@@ -584,6 +596,9 @@ class Balancer(nn.Module, ABC):
 
     def _prepare(self, task_grads: list[Tensor]) -> None:
         """Sizes and places state that depends on the gradients; called before every step that uses them."""
+
+    def _after_call(self) -> None:
+        """Called at the end of every step, when state and ``.grad`` are written; must not change either."""
 
     def _min_weight(self) -> float:
         return 0.0

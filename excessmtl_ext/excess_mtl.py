@@ -11,6 +11,7 @@ from torch import Tensor
 from excessmtl_ext import functional
 from excessmtl_ext.arguments import check_choice, check_count, check_positive
 from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
+from excessmtl_ext.collapse import CollapseGuard
 from excessmtl_ext.functional import Fisher, ParamLayout, StepOptions, StepState
 
 Preset = Literal["paper", "official", "recommended"]
@@ -62,6 +63,12 @@ class ExcessMTL(Balancer):
     Raises:
         ValueError: an argument is out of range, or the gradients change shape between steps.
         TypeError: an argument has the wrong type.
+
+    Warns:
+        TaskCollapseWarning: once, when at 4 of 8 looks, one on every 50th step, there were under 1.1
+            effective tasks (``effective_num_tasks``) though another task's relative excess risk was
+            on average at least half of the heaviest one's. A look does not wait for the device and
+            changes no number.
 
     Memory: T * P state elements (twice that with momentum), each parameter padded to a multiple of
         32, held from the first step
@@ -138,6 +145,7 @@ class ExcessMTL(Balancer):
         self.relative = relative
         self.update_every = update_every
         self.min_weight = float(min_weight)
+        self._collapse_guard = CollapseGuard()
         super().__init__(
             shared_parameters,
             num_tasks=num_tasks,
@@ -273,6 +281,27 @@ class ExcessMTL(Balancer):
 
     def _min_weight(self) -> float:
         return self.min_weight
+
+    def _after_call(self) -> None:
+        self._collapse_guard.look(self._num_calls, self.task_weights, self.relative_excess_risk)
+
+    def reset(self) -> None:
+        """As for every balancer; the collapse guard may warn again."""
+        super().reset()
+        self._collapse_guard.reset()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """As for every balancer, and whether the collapse guard has warned."""
+        return {
+            **super().get_extra_state(),
+            "has_warned_of_collapse": self._collapse_guard.has_warned,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """As for every balancer; a run that has been warned is not warned again."""
+        super().set_extra_state(state)
+        self._collapse_guard.reset()
+        self._collapse_guard.has_warned = state.get("has_warned_of_collapse", False)
 
     def _stream_task(
         self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
