@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 # A resumed run may read its data from elsewhere or go on for longer; anything else would make it another run.
-FREE_ON_RESUME = frozenset({"data_root", "epochs"})
+FREE_ON_RESUME = frozenset({"data_root", "epochs", "num_workers"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +23,15 @@ class TrainConfig:
         noise: Share of the noisy task's training labels that is corrupted.
         seed: Decides initial parameters, splits, pairing, noise and batch order, each by a stream of its own.
         robust_step_size: Step size of the weights; None for the method's own.
+        method_options: Further options of the balancer, by name; they override those of the method.
         num_train: Training samples; None for all.
         data_root: Folder of the data; None where the data set needs none.
         device: Where the run computes, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         task_weight_interval: Steps between two rows of task_weights.csv.
+        task: With method ``"single-task"``, the task that is trained; None otherwise.
+        num_workers: Processes that read the training data; 0 for none. Does not change the numbers.
+        disjoint: SARCOS: drop the training rows that the test file repeats.
+        pretrained: Office-Home: start from ImageNet weights.
     """
 
     dataset: str
@@ -37,16 +43,23 @@ class TrainConfig:
     noise: float = 0.0
     seed: int = 0
     robust_step_size: float | None = None
+    method_options: dict[str, Any] = field(default_factory=dict)
     num_train: int | None = None
     data_root: str | None = None
     device: str = "cpu"
     task_weight_interval: int = 10
+    task: str | None = None
+    num_workers: int = 0
+    disjoint: bool = True
+    pretrained: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "task_weight_interval"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"Expected `{name}` of at least 1, but got {value}.")
+        if self.num_workers < 0:
+            raise ValueError(f"Expected `num_workers` of at least 0, but got {self.num_workers}.")
         if not self.lr > 0:
             raise ValueError(f"Expected `lr` > 0, but got {self.lr}.")
         if not self.weight_decay >= 0:

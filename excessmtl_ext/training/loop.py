@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from excessmtl_ext import Balancer
-from excessmtl_ext.data import MultiTaskData, Task
+from excessmtl_ext.data import Batch, MultiTaskData, Split, Task
 from excessmtl_ext.data.seeding import seeded_generator
 from excessmtl_ext.models import EncoderHeads
 from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.methods import make_balancer
+from excessmtl_ext.training.methods import METHODS, make_balancer
 from excessmtl_ext.training.metrics import evaluate, task_losses
 from excessmtl_ext.training.run_record import METRICS, TASK_WEIGHTS, TIMES, RunRecord
 from excessmtl_ext.training.workloads import find_workload
 
-SELECTION_METRIC = "validation/mean_accuracy"
+SELECTION_METRIC = "validation/mean_score"
+
+# Share of the training data that a method with validation losses (MOML) takes out of the training, with clean labels:
+# He et al. 2024, Fig. 5.
+HELD_OUT_SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +106,23 @@ class _Run:
         resume: bool,
     ) -> None:
         torch.manual_seed(config.seed)
+        self.device = device
         self.tasks: tuple[Task, ...] = data.tasks
-        self.train_split = data.train.to(device)
+        # Worker processes read from the CPU's copy; their batches are moved.
+        self.train_split = data.train if config.num_workers else data.train.to(device)
         self.validation_split = data.validation.to(device)
         self.test_split = data.test.to(device)
         # Initialised on the CPU: the same parameters on every device.
-        self.model: EncoderHeads = find_workload(config.dataset).build_model(data).to(device)
+        workload = find_workload(config.dataset)
+        self.model: EncoderHeads = workload.build_model(data, config).to(device)
         self.balancer: Balancer = make_balancer(
             config.method,
             self.model.encoder.parameters(),
             num_tasks=len(self.tasks),
             robust_step_size=config.robust_step_size,
+            task=config.task,
+            task_names=[task.name for task in self.tasks],
+            options=config.method_options,
         ).to(device)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
@@ -121,13 +132,29 @@ class _Run:
             num_train=len(self.train_split),
             robust_step_size=getattr(self.balancer, "robust_step_size", None),
         )
-        self.steps_per_epoch = -(-len(self.train_split) // config.batch_size)
+        # A task trained alone is selected by its own score: the others' heads are never trained.
+        self.selection_metric = (
+            f"validation/{config.task}_score"
+            if METHODS[config.method].requires_task
+            else SELECTION_METRIC
+        )
+        self.train_indices = torch.arange(len(self.train_split))
+        self.held_out: _HeldOut | None = None
+        if "validation_losses" in self.balancer.requires:
+            order = torch.randperm(
+                len(self.train_split), generator=seeded_generator(config.seed, "held_out")
+            )
+            num_held_out = max(1, int(HELD_OUT_SHARE * len(order)))
+            self.train_indices = order[num_held_out:].sort().values
+            self.held_out = _HeldOut(data.clean_train.to(device), order[:num_held_out], config)
+        self.steps_per_epoch = -(-len(self.train_indices) // config.batch_size)
         self.num_steps = config.epochs * self.steps_per_epoch
 
         self.step = 0
-        self.best_accuracy = -1.0
-        self.loss_sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=device)
-        self.num_samples = 0
+        self.best_score = -float("inf")
+        # Sums over the epoch, one row each: losses times samples, samples, weights, risks, relative risks.
+        self.epoch_sums = torch.zeros(5, len(self.tasks), dtype=torch.float64, device=device)
+        self.num_finite_steps = 0
         self.num_skipped_steps = 0
         self.weight_rows: list[tuple[int, Tensor]] = []
         self.seconds = 0.0
@@ -148,29 +175,45 @@ class _Run:
         report(self._progress())
         while self.step < self.num_steps:
             epoch, first_step = divmod(self.step, self.steps_per_epoch)
-            order = torch.randperm(
-                len(self.train_split),
-                generator=seeded_generator(self.config.seed, "batch_order", epoch),
-            )
-            batches = order.split(self.config.batch_size)
+            batches = self._batches(epoch, first_step)
             started = time.perf_counter()
-            for indices in batches[first_step:]:
+            for batch in batches:
                 if should_stop():
                     self.seconds += time.perf_counter() - started
                     self._save()
                     raise TrainingInterrupted(
                         f"Stopped after step {self.step} of {self.num_steps}."
                     )
-                self._train_step(indices)
+                self._train_step(batch)
                 report(self._progress())
             self.seconds += time.perf_counter() - started
             self._end_epoch(epoch + 1)
             report(self._progress())
         return self._finish()
 
-    def _train_step(self, indices: Tensor) -> None:
-        inputs, targets = self.train_split.batch(indices)
-        losses = task_losses(self.model(inputs), targets)
+    def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """Yields the batches of an epoch from ``first_step`` on, the same for any number of workers."""
+        order = torch.randperm(
+            len(self.train_indices),
+            generator=seeded_generator(self.config.seed, "batch_order", epoch),
+        )
+        indices = self.train_indices[order].split(self.config.batch_size)[first_step:]
+        if not self.config.num_workers:
+            yield from (self.train_split.batch(batch, epoch=epoch) for batch in indices)
+            return
+        loader = DataLoader(
+            _BatchesOfSplit(self.train_split, indices, epoch),
+            batch_size=None,
+            num_workers=self.config.num_workers,
+        )
+        yield from (batch.to(self.device) for batch in loader)
+
+    def _train_step(self, batch: Batch) -> None:
+        losses = task_losses(self.model(batch.inputs), batch.targets, self.tasks)
+        if self.held_out is not None:
+            clean = self.held_out.batch(self.step)
+            clean_losses = task_losses(self.model(clean.inputs), clean.targets, self.tasks)
+            self.balancer.observe_validation(clean_losses)  # type: ignore[operator]
         self.optimizer.zero_grad()
         self.balancer.backward(losses)
         self.step += 1
@@ -179,35 +222,61 @@ class _Run:
             self.num_skipped_steps += 1
         else:
             self.optimizer.step()
-            self.loss_sums += torch.stack(losses).detach() * len(indices)
-            self.num_samples += len(indices)
+            self._add_to_epoch(losses, batch.targets)
         if self.step % self.config.task_weight_interval == 0:
             self.weight_rows.append((self.step, self.balancer.task_weights.clone()))
 
+    def _add_to_epoch(
+        self, losses: Sequence[Tensor | None], targets: Sequence[Tensor | None]
+    ) -> None:
+        counts = [
+            0 if loss is None or target is None else len(target)
+            for loss, target in zip(losses, targets, strict=True)
+        ]
+        num_samples = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        zero = torch.zeros((), device=self.device)
+        values = torch.stack([zero if loss is None else loss.detach() for loss in losses])
+        rows = [values * num_samples, num_samples, self.balancer.task_weights]
+        rows += [getattr(self.balancer, name) for name in self._risk_names()]
+        for total, row in zip(self.epoch_sums, rows, strict=False):
+            total += row
+        self.num_finite_steps += 1
+
+    def _risk_names(self) -> list[str]:
+        """The risks that the balancer estimates, none for most methods."""
+        names = ("excess_risk", "relative_excess_risk")
+        return [name for name in names if hasattr(self.balancer, name)]
+
     def _end_epoch(self, epoch: int) -> None:
         """Evaluates, writes the epoch's rows, keeps the model if it is the best, and saves a checkpoint."""
-        if self.num_samples == 0:
+        if self.num_finite_steps == 0:
             raise FloatingPointError(
                 f"Expected finite gradients, but no step of epoch {epoch} had any: the run has diverged. "
                 "Start it again with a smaller --lr."
             )
-        train_losses = (self.loss_sums / self.num_samples).tolist()
+        loss_sums, num_samples, weight_sums, *risk_sums = self.epoch_sums.tolist()
         row: dict[str, float] = {"epoch": epoch, "step": self.step}
-        for task, loss in zip(self.tasks, train_losses, strict=True):
-            row[f"train/{task.name}_loss"] = loss
+        for task, total, number in zip(self.tasks, loss_sums, num_samples, strict=True):
+            row[f"train/{task.name}_loss"] = total / number if number else float("nan")
         row["train/skipped_steps"] = self.num_skipped_steps
         for name, split in (("validation", self.validation_split), ("test", self.test_split)):
             for metric, value in evaluate(self.model, split, self.tasks).items():
                 row[f"{name}/{metric}"] = value
+        weights = self.balancer.task_weights.tolist()
+        for index, task in enumerate(self.tasks):
+            row[f"balancer/{task.name}_weight"] = weights[index]
+            row[f"balancer/{task.name}_mean_weight"] = weight_sums[index] / self.num_finite_steps
+            for risk, sums in zip(self._risk_names(), risk_sums, strict=False):
+                row[f"balancer/{task.name}_{risk}"] = sums[index] / self.num_finite_steps
         self.record.append(METRICS, list(row), [list(row.values())])
         self.record.append(TIMES, ["epoch", "train_seconds"], [[epoch, self.seconds]])
         self._write_weight_rows()
-        self.loss_sums.zero_()
-        self.num_samples = self.num_skipped_steps = 0
+        self.epoch_sums.zero_()
+        self.num_finite_steps = self.num_skipped_steps = 0
         self.seconds = 0.0
         self.latest = row
-        if row[SELECTION_METRIC] > self.best_accuracy:
-            self.best_accuracy = row[SELECTION_METRIC]
+        if row[self.selection_metric] > self.best_score:
+            self.best_score = row[self.selection_metric]
             self.record.save_best_model({"epoch": epoch, "model": self.model.state_dict()})
         self._save()
 
@@ -220,10 +289,14 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         rows = self.record.read_metrics()
         # The first of equals: the cheapest model.
-        selected = max(rows, key=lambda row: (row[SELECTION_METRIC], -row["epoch"]))
+        selected = max(rows, key=lambda row: (row[self.selection_metric], -row["epoch"]))
         weights = self.balancer.task_weights.tolist()
         metrics = {
-            "selection": SELECTION_METRIC,
+            "selection": self.selection_metric,
+            "tasks": [
+                {"name": task.name, "kind": task.kind, "is_noisy": task.is_noisy}
+                for task in self.tasks
+            ],
             "selected": selected,
             "final": rows[-1],
             "final_task_weights": {
@@ -241,14 +314,14 @@ class _Run:
 
     def _save(self) -> None:
         cuda_state = None
-        if self.loss_sums.is_cuda:
-            cuda_state = torch.cuda.get_rng_state(self.loss_sums.device)
+        if self.device.type == "cuda":
+            cuda_state = torch.cuda.get_rng_state(self.device)
         self.record.save_checkpoint(
             {
                 "step": self.step,
-                "best_accuracy": self.best_accuracy,
-                "loss_sums": self.loss_sums,
-                "num_samples": self.num_samples,
+                "best_score": self.best_score,
+                "epoch_sums": self.epoch_sums,
+                "num_finite_steps": self.num_finite_steps,
                 "num_skipped_steps": self.num_skipped_steps,
                 "weight_rows": [list(row) for row in self.weight_rows],
                 "seconds": self.seconds,
@@ -268,9 +341,9 @@ class _Run:
                 f"Expected `epochs` of at least {done}, which the run in {self.record.folder} has begun, "
                 f"but got {self.config.epochs}."
             )
-        self.best_accuracy = checkpoint["best_accuracy"]
-        self.loss_sums.copy_(checkpoint["loss_sums"])
-        self.num_samples = checkpoint["num_samples"]
+        self.best_score = checkpoint["best_score"]
+        self.epoch_sums.copy_(checkpoint["epoch_sums"])
+        self.num_finite_steps = checkpoint["num_finite_steps"]
         self.num_skipped_steps = checkpoint["num_skipped_steps"]
         self.weight_rows = [(step, weights) for step, weights in checkpoint["weight_rows"]]
         self.seconds = checkpoint["seconds"]
@@ -279,7 +352,38 @@ class _Run:
         self.balancer.load_state_dict(checkpoint["balancer"])
         torch.set_rng_state(checkpoint["cpu_generator"])
         if checkpoint["cuda_generator"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_generator"], self.loss_sums.device)
+            torch.cuda.set_rng_state(checkpoint["cuda_generator"], self.device)
+
+
+class _BatchesOfSplit(Dataset[Batch]):
+    """The batches of one epoch as worker processes read them."""
+
+    def __init__(self, split: Split, indices: Sequence[Tensor], epoch: int) -> None:
+        self.split, self.indices, self.epoch = split, indices, epoch
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.split.batch(self.indices[index], epoch=self.epoch)
+
+
+class _HeldOut:
+    """Clean batches that a method sees and the optimizer does not, one per step, in a seeded order per pass."""
+
+    def __init__(self, clean_train: Split, indices: Tensor, config: TrainConfig) -> None:
+        self.clean_train, self.indices, self.seed = clean_train, indices, config.seed
+        self.batch_size = min(config.batch_size, len(indices))
+
+    def batch(self, step: int) -> Batch:
+        """Returns the batch of a step, so that a resumed run sees the same."""
+        steps_per_pass = len(self.indices) // self.batch_size
+        number, position = divmod(step, steps_per_pass)
+        order = torch.randperm(
+            len(self.indices), generator=seeded_generator(self.seed, "held_out_order", number)
+        )
+        start = position * self.batch_size
+        return self.clean_train.batch(self.indices[order[start : start + self.batch_size]])
 
 
 def _find_device(name: str) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,19 @@ class Method:
 
     Attributes:
         label: Its name in tables and figures.
-        colour: Its colour in every figure (Okabe & Ito: told apart with any colour vision).
+        colour: Its colour in every figure (after Okabe & Ito: told apart with any colour vision).
         build: Makes the balancer from the shared parameters and keyword options.
         has_step_size: Takes ``robust_step_size``.
+        tuned: A sweep chooses its step size. False where the method promises one setting for all data.
+        requires_task: Trains one task alone, named by ``task``.
     """
 
     label: str
     colour: str
     build: Callable[..., Balancer]
     has_step_size: bool = True
+    tuned: bool = True
+    requires_task: bool = False
 
 
 def _preset(name: Any) -> Callable[..., Balancer]:
@@ -39,7 +43,9 @@ def _preset(name: Any) -> Callable[..., Balancer]:
 METHODS: dict[str, Method] = {
     "excessmtl": Method("ExcessMTL", "#009E73", ExcessMTL),
     "excessmtl-official": Method("ExcessMTL, official", "#56B4E9", _preset("official")),
-    "excessmtl-recommended": Method("ExcessMTL, recommended", "#0072B2", _preset("recommended")),
+    "excessmtl-recommended": Method(
+        "ExcessMTL, recommended", "#0072B2", _preset("recommended"), tuned=False
+    ),
     "uniform": Method("Uniform", "#7F7F7F", Uniform, has_step_size=False),
     "groupdro": Method("GroupDRO", "#D55E00", GroupDRO),
 }
@@ -51,6 +57,9 @@ def make_balancer(
     *,
     num_tasks: int,
     robust_step_size: float | None = None,
+    task: str | None = None,
+    task_names: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Balancer:
     """Makes the balancer called ``method``.
 
@@ -59,21 +68,40 @@ def make_balancer(
         shared_parameters: What all tasks share, usually ``model.encoder.parameters()``.
         num_tasks: T.
         robust_step_size: Step size of the weights; None for the method's own.
+        task: With ``"single-task"``, the name of the task to train.
+        task_names: The names ``task`` is looked up in.
+        options: Further keyword options of the balancer.
 
     Raises:
-        ValueError: ``method`` is unknown, or is given a step size that it does not have.
+        ValueError: ``method`` is unknown, or is given a step size, a task or an option that it does not have, or lacks
+            its task.
     """
     if method not in METHODS:
         raise ValueError(
             f"Expected `method` to be one of {', '.join(METHODS)}, but got {method!r}."
         )
     chosen = METHODS[method]
-    options = {"num_tasks": num_tasks, **CONVENTION}
+    given: dict[str, Any] = {"num_tasks": num_tasks, **CONVENTION, **(options or {})}
     if robust_step_size is not None:
         if not chosen.has_step_size:
             raise ValueError(
-                f"Expected no `robust_step_size` with method {method!r}, whose weights never move, "
+                f"Expected no `robust_step_size` with method {method!r}, which has none, "
                 f"but got {robust_step_size}."
             )
-        options["robust_step_size"] = robust_step_size
-    return chosen.build(shared_parameters, **options)
+        given["robust_step_size"] = robust_step_size
+    if chosen.requires_task:
+        if task is None or task not in task_names:
+            raise ValueError(
+                f"Expected `task` to be one of {', '.join(task_names)} with method {method!r}, but got {task!r}."
+            )
+        given["task"] = list(task_names).index(task)
+    elif task is not None:
+        raise ValueError(
+            f"Expected no `task` with method {method!r}, which trains all tasks, but got {task!r}."
+        )
+    try:
+        return chosen.build(shared_parameters, **given)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected `method_options` that {method!r} has, but got: {error}"
+        ) from error

@@ -31,12 +31,12 @@ CHECKPOINT = "checkpoint.pt"
 BEST_MODEL = "best_model.pt"
 
 # Raised when the meaning of a checkpoint's entries changes.
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 # Enough to tell two floats of an accuracy or a float32 loss apart, without 17 digits of noise.
 _FLOAT_FORMAT = ".9g"
 
-_VERSIONS_OF = ("excessmtl-ext", "numpy", "scikit-learn")
+_VERSIONS_OF = ("excessmtl-ext", "numpy", "scikit-learn", "scipy", "torchvision", "torchjd")
 
 
 class RunRecord:

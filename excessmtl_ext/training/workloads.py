@@ -25,26 +25,36 @@ class Workload:
         epochs: Default of ``--epochs``.
         batch_size: Default of ``--batch-size``.
         lr: Default of ``--lr``.
+        weight_decay: Default of ``--weight-decay``.
+        options: Fields of `TrainConfig` that only this data set has.
     """
 
     title: str
     load: Callable[[TrainConfig], MultiTaskData]
-    build_model: Callable[[MultiTaskData], EncoderHeads]
+    build_model: Callable[[MultiTaskData, TrainConfig], EncoderHeads]
     needs_data_root: bool
     epochs: int
     batch_size: int
     lr: float
+    weight_decay: float = 0.0
+    options: tuple[str, ...] = ()
 
 
 def _num_outputs(data: MultiTaskData) -> list[int]:
-    return [task.num_classes for task in data.tasks]
+    return [task.num_outputs for task in data.tasks]
+
+
+def _data_root(config: TrainConfig) -> str:
+    if config.data_root is None:
+        raise ValueError(
+            f"Expected `data_root` to name the folder with the data of {config.dataset}, but got None."
+        )
+    return config.data_root
 
 
 def _load_multimnist(config: TrainConfig) -> MultiTaskData:
-    if config.data_root is None:
-        raise ValueError("Expected `data_root` to name the folder with MNIST, but got None.")
     return load_multimnist(
-        config.data_root, noise=config.noise, seed=config.seed, num_train=config.num_train
+        _data_root(config), noise=config.noise, seed=config.seed, num_train=config.num_train
     )
 
 
@@ -56,7 +66,7 @@ WORKLOADS: dict[str, Workload] = {
     "multimnist": Workload(
         title="MultiMNIST",
         load=_load_multimnist,
-        build_model=lambda data: lenet(_num_outputs(data)),
+        build_model=lambda data, config: lenet(_num_outputs(data)),
         needs_data_root=True,
         epochs=20,
         batch_size=256,
@@ -65,7 +75,7 @@ WORKLOADS: dict[str, Workload] = {
     "digits": Workload(
         title="Digit pairs (scikit-learn, 8 x 8)",
         load=_load_digits,
-        build_model=lambda data: mlp((1, 12, 12), _num_outputs(data), hidden=DIGITS_HIDDEN),
+        build_model=lambda data, config: mlp((1, 12, 12), _num_outputs(data), hidden=DIGITS_HIDDEN),
         needs_data_root=False,
         epochs=30,
         batch_size=256,

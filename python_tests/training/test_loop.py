@@ -21,6 +21,7 @@ from excessmtl_ext.training import (
     loop,
     train,
 )
+from excessmtl_ext.training.run_record import read_table
 
 # 500 samples in batches of 64: 8 steps an epoch, the last one smaller. Interval 3 does not divide 8.
 CONFIG = TrainConfig(
@@ -134,8 +135,8 @@ def test_a_run_writes_what_was_promised(tmp_path: Path) -> None:
         assert float(row["top_left"]) + float(row["bottom_right"]) == pytest.approx(1, abs=1e-8)
 
     assert result == json.loads((tmp_path / "metrics.json").read_text())
-    best = max(float(row["validation/mean_accuracy"]) for row in rows)
-    assert result["selected"]["validation/mean_accuracy"] == best
+    best = max(float(row["validation/mean_score"]) for row in rows)
+    assert result["selected"]["validation/mean_score"] == best
     assert result["final"]["epoch"] == 3
     assert result["noisy_tasks"] == ["bottom_right"]
     assert sum(result["final_task_weights"].values()) == pytest.approx(1)
@@ -197,3 +198,29 @@ def test_resume_on_cuda_ends_with_the_same_bytes(tmp_path: Path) -> None:
         train(config, tmp_path / "stopped", should_stop=stop_after(11))
     train(config, tmp_path / "stopped", resume=True)
     assert read(tmp_path / "undisturbed") == read(tmp_path / "stopped")
+
+
+def test_epochs_tell_the_weights_and_the_risks(tmp_path: Path) -> None:
+    train(dataclasses.replace(CONFIG, epochs=2, task_weight_interval=8), tmp_path / "run")
+    rows = read_table(tmp_path / "run" / "metrics.csv")
+    steps = read_table(tmp_path / "run" / "task_weights.csv")
+    tasks = ("top_left", "bottom_right")
+    for row, step in zip(rows, steps, strict=True):
+        assert step["step"] == row["step"]
+        for task in tasks:
+            assert row[f"balancer/{task}_weight"] == pytest.approx(step[task])
+            assert row[f"balancer/{task}_excess_risk"] > 0
+            assert 0 < row[f"balancer/{task}_relative_excess_risk"] < 1
+        # The mean is over the epoch, so it lies between the weights at its ends.
+        means = [row[f"balancer/{task}_mean_weight"] for task in tasks]
+        assert sum(means) == pytest.approx(1.0)
+    before, after = (row["balancer/top_left_weight"] for row in rows)
+    assert min(before, after) < rows[1]["balancer/top_left_mean_weight"] < max(before, after)
+
+
+def test_worker_processes_do_not_change_the_numbers(tmp_path: Path) -> None:
+    for workers in (0, 2):
+        config = dataclasses.replace(CONFIG, epochs=1, num_workers=workers)
+        train(config, tmp_path / str(workers))
+    names = ("metrics.csv", "task_weights.csv")
+    assert read(tmp_path / "0", names) == read(tmp_path / "2", names)

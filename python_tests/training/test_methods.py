@@ -13,12 +13,23 @@ def parameters() -> list[torch.Tensor]:
     return [torch.zeros(3, requires_grad=True)]
 
 
+TASKS = ("a", "b", "c")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_follows_one_convention(method: str) -> None:
-    balancer = make_balancer(method, parameters(), num_tasks=3)
+    requires_task = METHODS[method].requires_task
+    balancer = make_balancer(
+        method,
+        parameters(),
+        num_tasks=3,
+        task="b" if requires_task else None,
+        task_names=TASKS,
+    )
     assert balancer.head_weighting == "none"
     assert balancer.weight_scale == "simplex"
-    assert balancer.task_weights.tolist() == pytest.approx([1 / 3] * 3)
+    uniform = [1 / 3] * 3
+    assert balancer.task_weights.tolist() == pytest.approx([0, 1, 0] if requires_task else uniform)
 
 
 def test_no_two_methods_look_alike() -> None:
@@ -44,6 +55,24 @@ def test_step_size_reaches_the_balancer() -> None:
 def test_a_step_size_that_nothing_uses_is_an_error() -> None:
     with pytest.raises(ValueError, match="Expected no `robust_step_size` with method 'uniform'"):
         make_balancer("uniform", parameters(), num_tasks=2, robust_step_size=0.5)
+
+
+def test_options_override_those_of_the_method() -> None:
+    balancer = make_balancer(
+        "excessmtl-recommended", parameters(), num_tasks=2, options={"gradient_momentum": 0.5}
+    )
+    assert "gradient_momentum=0.5" in repr(balancer)
+    assert "fisher='linear'" in repr(balancer)
+
+
+def test_an_option_that_the_method_lacks_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"Expected `method_options` that 'uniform' has.*momentum"):
+        make_balancer("uniform", parameters(), num_tasks=2, options={"momentum": 0.5})
+
+
+def test_a_task_that_nothing_uses_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Expected no `task` with method 'uniform'"):
+        make_balancer("uniform", parameters(), num_tasks=2, task="a", task_names=("a", "b"))
 
 
 def test_an_unknown_method_is_an_error() -> None:
