@@ -1,0 +1,183 @@
+"""Which estimates the study compares, on which data, in which order."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from excessmtl_ext.data import MultiTaskData, load_multimnist
+from excessmtl_ext.data.multitask_data import TensorSplit
+from excessmtl_ext.models import mlp
+from excessmtl_ext.training.config import TrainConfig
+from excessmtl_ext.training.workloads import WORKLOADS, Workload
+
+NOISES = (0.0, 0.8)
+BATCH_SIZES = (256, 64, 1024)  # in the order of their interest: half a screen is still a result
+MOMENTA = (0.0, 0.9, 0.98, 0.99)
+WARMUP_EPOCHS = 3  # He et al. 2024, Appendix C.1
+
+# Epochs of the wide screen, and of the runs at full size; SARCOS converges slowly.
+SCREEN = {"multimnist-14px": 10, "sarcos": 15, "digits": 30}
+FULL = {"multimnist": 10, "sarcos": 60}
+NUM_TRAIN = {"multimnist-14px": 10_000, "multimnist": 20_000, "sarcos": None, "digits": None}
+
+# Five step sizes over two decades, around the size of R: with the linear Fisher R falls like 1 / t, with the root like
+# 1 / sqrt(t); a momentum numerator is smaller than the first step's baseline, the warm-up's mean is not.
+STEP_SIZES = {
+    ("sqrt", "first", False): (0.003, 0.01, 0.03, 0.1, 0.3),
+    ("sqrt", "first", True): (0.03, 0.1, 0.3, 1.0, 3.0),
+    ("sqrt", "warmup", False): (0.001, 0.003, 0.01, 0.03, 0.1),
+    ("sqrt", "warmup", True): (0.003, 0.01, 0.03, 0.1, 0.3),
+    ("sqrt", "raw", False): (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    ("sqrt", "raw", True): (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+    ("linear", "first", False): (0.1, 0.3, 1.0, 3.0, 10.0),
+    ("linear", "first", True): (0.1, 0.3, 1.0, 3.0, 10.0),
+    ("linear", "warmup", False): (0.003, 0.01, 0.03, 0.1, 0.3),
+    ("linear", "warmup", True): (0.003, 0.01, 0.03, 0.1, 0.3),
+    ("linear", "raw", False): (0.1, 0.3, 1.0, 3.0, 10.0),
+    ("linear", "raw", True): (0.1, 0.3, 1.0, 3.0, 10.0),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of the study.
+
+    Attributes:
+        stage: ``"screen"``, ``"candidates"`` or ``"full"``.
+        dataset: A workload.
+        noise: Share of corrupted labels of the noisy tasks.
+        seed: Of everything.
+        batch_size: Samples per step.
+        method: A key of METHODS, or ``"candidate"``.
+        step_size: Of the weights; None for Uniform.
+        warmup_epochs: Epochs of the baseline's warm-up; 0: the first step.
+        options: Of the balancer.
+    """
+
+    stage: str
+    dataset: str
+    noise: float
+    seed: int
+    batch_size: int
+    method: str
+    step_size: float | None = None
+    warmup_epochs: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def key(self) -> str:
+        """Returns what names this run in results and folders."""
+        options = ",".join(f"{name}={value}" for name, value in sorted(self.options.items()))
+        step = "-" if self.step_size is None else f"{self.step_size:g}"
+        return (
+            f"{self.stage}|{self.dataset}|{self.noise:g}|{self.seed}|{self.batch_size}|{self.method}|{step}|"
+            f"{self.warmup_epochs}|{options}"
+        )
+
+    def epochs(self) -> int:
+        """Returns how long it trains."""
+        return (FULL if self.stage == "full" else SCREEN)[self.dataset]
+
+    def config(self, data_root: str | None) -> TrainConfig:
+        """Returns the training run, without the warm-up, which needs the number of steps."""
+        workload = WORKLOADS[self.dataset]
+        return TrainConfig(
+            dataset=self.dataset,
+            method=self.method,
+            epochs=self.epochs(),
+            batch_size=self.batch_size,
+            lr=workload.lr,
+            weight_decay=workload.weight_decay,
+            noise=self.noise,
+            seed=self.seed,
+            robust_step_size=self.step_size,
+            method_options=json.loads(json.dumps(self.options)),
+            num_train=NUM_TRAIN[self.dataset],
+            data_root=data_root,
+        )
+
+
+def uniform_cells(stage: str, dataset: str, noises: tuple[float, ...], seeds: int) -> list[Cell]:
+    """Returns the runs that the others are measured against."""
+    batch_sizes = BATCH_SIZES if stage == "screen" else BATCH_SIZES[:1]
+    return [
+        Cell(stage, dataset, noise, seed, batch_size, "uniform")
+        for batch_size, noise, seed in itertools.product(batch_sizes, noises, range(seeds))
+    ]
+
+
+def screen_cells(dataset: str) -> Iterator[Cell]:
+    """Yields every combination of the named choices, one seed, the most telling batch size first."""
+    yield from uniform_cells("screen", dataset, NOISES, seeds=3)
+    for batch_size in BATCH_SIZES:
+        for momentum, fisher, baseline in itertools.product(
+            MOMENTA, ("linear", "sqrt"), ("first", "warmup", "raw")
+        ):
+            for step_size, noise in itertools.product(
+                STEP_SIZES[fisher, baseline, momentum > 0], NOISES
+            ):
+                yield Cell(
+                    "screen",
+                    dataset,
+                    noise,
+                    0,
+                    batch_size,
+                    "excessmtl",
+                    step_size,
+                    WARMUP_EPOCHS if baseline == "warmup" else 0,
+                    {
+                        "fisher": fisher,
+                        "gradient_momentum": momentum,
+                        "relative": baseline != "raw",
+                    },
+                )
+
+
+def candidate_cells(dataset: str) -> Iterator[Cell]:
+    """Yields the estimates that the package does not have, batch 256, two seeds."""
+    variants: list[tuple[dict[str, Any], tuple[float, ...]]] = [
+        ({"numerator": "momentum"}, (1.0, 3.0, 10.0)),
+        ({"numerator": "momentum", "decay": True}, (3.0, 10.0, 30.0, 100.0)),
+        ({"numerator": "momentum", "forgetting": 0.99}, (0.1, 0.3, 1.0, 3.0)),
+        ({"numerator": "momentum", "forgetting": 0.99, "decay": True}, (1.0, 3.0, 10.0, 30.0)),
+        ({"numerator": "debiased"}, (1.0, 3.0, 10.0, 30.0)),
+        ({"numerator": "debiased", "momentum": 0.9}, (1.0, 3.0, 10.0, 30.0)),
+        ({"numerator": "debiased", "forgetting": 0.99, "decay": True}, (1.0, 3.0, 10.0, 30.0)),
+        ({"numerator": "consecutive"}, (1.0, 3.0, 10.0, 30.0)),
+        ({"numerator": "consecutive", "fisher": "sqrt", "relative": True}, (0.03, 0.1, 0.3, 1.0)),
+    ]
+    for seed, (options, step_sizes) in itertools.product(range(2), variants):
+        for step_size, noise in itertools.product(step_sizes, NOISES):
+            yield Cell("candidates", dataset, noise, seed, 256, "candidate", step_size, 0, options)
+
+
+def _halved(split: TensorSplit) -> TensorSplit:
+    small = split.inputs.float()
+    small = small.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)).round().to(split.inputs.dtype)
+    return TensorSplit(small, split.targets, split.input_mean, split.input_std)
+
+
+def _load_small_multimnist(config: TrainConfig) -> MultiTaskData:
+    assert config.data_root is not None
+    data = load_multimnist(
+        config.data_root, noise=config.noise, seed=config.seed, num_train=config.num_train
+    )
+    splits = (data.train, data.validation, data.test, data.clean_train)
+    train, validation, test, clean_train = [_halved(split) for split in splits]  # type: ignore[arg-type]
+    return MultiTaskData(data.tasks, train, validation, test, clean_train, data.corrupted)
+
+
+WORKLOADS["multimnist-14px"] = Workload(
+    title="MultiMNIST at 14 x 14 pixels",
+    load=_load_small_multimnist,
+    build_model=lambda data, config: mlp(
+        (1, 14, 14), [task.num_outputs for task in data.tasks], hidden=(128, 80)
+    ),
+    needs_data_root=True,
+    epochs=10,
+    batch_size=256,
+    lr=1e-3,
+)
