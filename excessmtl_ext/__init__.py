@@ -2,7 +2,7 @@
 
 from excessmtl_ext import functional, reference
 from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.baselines import GroupDRO, Uniform
+from excessmtl_ext.baselines import GroupDRO, SingleTask, Uniform
 from excessmtl_ext.collapse import TaskCollapseWarning
 from excessmtl_ext.excess_mtl import ExcessMTL
 
@@ -10,6 +10,7 @@ __all__ = [
     "Balancer",
     "ExcessMTL",
     "GroupDRO",
+    "SingleTask",
     "TaskCollapseWarning",
     "Uniform",
     "functional",

@@ -34,7 +34,8 @@ class GroupDRO(Balancer):
 
     Example:
         >>> balancer = GroupDRO(num_tasks=2, robust_step_size=1.0)
-        >>> balancer.update_weights(losses=[1.0, 0.0]).tolist()  # e / (e + 1), 1 / (e + 1); doctest: +ELLIPSIS
+        >>> # e / (e + 1), 1 / (e + 1)
+        >>> balancer.update_weights(losses=[1.0, 0.0]).tolist()  # doctest: +ELLIPSIS
         [0.731..., 0.268...]
     """
 

@@ -1,0 +1,134 @@
+"""Single-task learning: one task alone, the others do not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import gradients
+from excessmtl_ext.arguments import check_count
+from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
+from excessmtl_ext.gradients import Root
+
+
+class SingleTask(Balancer):
+    r"""Trains one task alone (STL): :math:`\alpha_k = 1` for ``task``, 0 for the others. One backward pass per step.
+
+    The losses of the other tasks may be given or be None: no pass starts from them, and their heads
+    receive no gradient. A batch without the task is no step.
+
+    Args:
+        shared_parameters: What all tasks share.
+        num_tasks: T, between 1 and 512.
+        task: Index of the task that is trained.
+        weight_scale: See :class:`excessmtl_ext.Balancer`.
+        head_weighting: See :class:`excessmtl_ext.Balancer`.
+        nonfinite: Without effect, as in :class:`excessmtl_ext.Uniform`: the weights depend on
+            nothing, so a step looks at nothing.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
+
+    Example:
+        >>> SingleTask(num_tasks=3, task=1).task_weights.tolist()
+        [0.0, 1.0, 0.0]
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        shared_parameters: Iterable[Tensor] | None = None,
+        *,
+        num_tasks: int,
+        task: int,
+        weight_scale: WeightScale = "simplex",
+        head_weighting: HeadWeighting = "none",
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        check_count("num_tasks", num_tasks, 1)
+        check_count("task", task, 0)
+        if task >= num_tasks:
+            raise ValueError(f"Expected `task` between 0 and {num_tasks - 1}, but got {task}.")
+        self.task = task
+        self._has_passed_over = False
+        super().__init__(
+            shared_parameters,
+            num_tasks=num_tasks,
+            weight_scale=weight_scale,
+            head_weighting=head_weighting,
+            nonfinite=nonfinite,
+        )
+
+    def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        state = super()._initial_state(device)
+        state["task_weights"].zero_()[self.task] = self.weight_total
+        state["log_task_weights"].fill_(float("-inf"))[self.task] = 0.0
+        return state
+
+    def reset(self) -> None:
+        """Forgets everything: the state is as before the first step."""
+        self._has_passed_over = False
+        super().reset()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """See :class:`excessmtl_ext.Balancer`; with the task, so that the state of another is refused."""
+        return {**super().get_extra_state(), "task": self.task}
+
+    def _problem_with(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        problem = super()._problem_with(state_dict, prefix)
+        task = (state_dict.get(prefix + "_extra_state") or {}).get("task", self.task)
+        if problem is None and task != self.task:
+            return f"Expected the state of a SingleTask with `task` {self.task}, but got one with {task}."
+        return problem
+
+    def accumulate(
+        self,
+        task: int,
+        loss: Tensor,
+        *,
+        retain_graph: bool = False,
+        grad_scale: Tensor | float | None = None,
+    ) -> None:
+        """See :meth:`excessmtl_ext.Balancer.accumulate`; the losses of other tasks are passed over."""
+        if task in range(self.num_tasks) and task != self.task:
+            gradients.check_loss(loss, "loss")
+            self._has_passed_over = True
+            return
+        super().accumulate(task, loss, retain_graph=retain_graph, grad_scale=grad_scale)
+
+    def finish(self) -> None:
+        """See :meth:`excessmtl_ext.Balancer.finish`; nothing to do where only other tasks had labels."""
+        has_passed_over, self._has_passed_over = self._has_passed_over, False
+        if self._stream is None and has_passed_over:
+            return
+        super().finish()
+
+    def _step(self, roots: list[Root | None], values: Tensor | None, scale: Tensor | None) -> None:
+        alone = [root if task == self.task else None for task, root in enumerate(roots)]
+        super()._step(alone, values, scale)
+
+    def _update(
+        self,
+        task_grads: list[Tensor] | None,
+        losses: Tensor | None,
+        tasks: list[int],
+        scale: Tensor | None,
+    ) -> None:
+        self.num_steps += 1
+
+    def _stream_task(
+        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        return self.log_task_weights[task].clone()
+
+    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
+        self.num_steps += 1
+
+    def _options(self) -> dict[str, Any]:
+        options = super()._options()
+        return {"num_tasks": options.pop("num_tasks"), "task": self.task, **options}
