@@ -1,0 +1,128 @@
+"""Weights from the inner products of the task gradients: what MGDA, MOML and IMTL-G have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from excessmtl_ext.balancer import Balancer
+
+Matrix = npt.NDArray[np.float64]
+
+BLOCK_NUMEL = 1 << 20
+"""Float64 elements of the gradients that are in work at a time: 8 MiB, whatever T and P are."""
+
+
+def task_gramian(
+    task_grads: Sequence[Tensor], num_tasks: int, grad_scale: Tensor | None = None
+) -> Tensor:
+    """Inner products of the task gradients, in float64 and without a copy of the gradients as a whole.
+
+    Args:
+        task_grads: T * L gradients, task-major; one without elements stands for zeros.
+        num_tasks: T.
+        grad_scale: Factor that the gradients carry, to be undone.
+
+    Returns:
+        [T, T], float64, on the device of the gradients. Row and column of a task whose gradients
+        are not finite are not finite, its diagonal element among them.
+    """
+    given = next((grad for grad in task_grads if grad.numel() > 0), None)
+    device = task_grads[0].device if given is None else given.device
+    gramian = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device)
+    num_tensors = len(task_grads) // num_tasks
+    block_numel = max(1, BLOCK_NUMEL // num_tasks)
+    for index in range(num_tensors):
+        rows = [
+            (task, grad.reshape(-1))
+            for task, grad in enumerate(task_grads[index::num_tensors])
+            if grad.numel() > 0
+        ]
+        numel = rows[0][1].numel() if rows else 0
+        for start in range(0, numel, block_numel):
+            stop = min(start + block_numel, numel)
+            block = gramian.new_zeros(num_tasks, stop - start)
+            for task, row in rows:
+                block[task].copy_(row[start:stop])
+            gramian += block @ block.T
+    return gramian if grad_scale is None else gramian / grad_scale.to(gramian).square()
+
+
+class GramianBalancer(Balancer):
+    """Base of the methods that compute their weights anew in every step from the Gramian of the task gradients.
+
+    The Gramian is solved on the CPU: one wait for the device per step. As the weights have no
+    memory and may be zero or negative, there are no log-weights, and a task that is absent from a
+    batch counts as uniform: it holds 1 / T, and the k tasks that are present share k / T. (If it
+    kept its weight, a task with weight 1 would leave nothing to the others.)
+    """
+
+    can_stream = False
+
+    def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        state = super()._initial_state(device)
+        if not self.can_stream:
+            del state["log_task_weights"]
+        return state
+
+    @abstractmethod
+    def _solve(self, gramian: Matrix) -> Matrix | None:
+        """Weights [k] of sum 1 from the Gramian [k, k] of the present tasks; None where it determines none."""
+
+    def _prepare(self, task_grads: list[Tensor]) -> None:
+        move_to_gradients(self, task_grads)
+
+    def _weigh(self, task_grads: list[Tensor], tasks: list[int], scale: Tensor | None) -> bool:
+        """Sets the weights from the gradients; returns whether they were finite, and counts a skip if not."""
+        gramian = task_gramian(task_grads, self.num_tasks, scale).cpu().numpy()
+        is_finite = np.isfinite(np.diagonal(gramian))
+        self.found_nonfinite.copy_(torch.from_numpy(~is_finite))
+        if not is_finite.all():
+            self.num_skipped_steps += 1
+            return False
+        solution = self._solve(gramian[np.ix_(tasks, tasks)])
+        if solution is not None:
+            weights = np.full(self.num_tasks, 1.0 / self.num_tasks)
+            weights[tasks] = solution * (len(tasks) / self.num_tasks)
+            self.task_weights.copy_(self.weight_total * torch.from_numpy(weights))
+        return True
+
+    def _update(
+        self,
+        task_grads: list[Tensor] | None,
+        losses: Tensor | None,
+        tasks: list[int],
+        scale: Tensor | None,
+    ) -> None:
+        assert task_grads is not None
+        if self._weigh(task_grads, tasks, scale):
+            self.num_steps += 1
+
+    def _stream_task(
+        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        raise AssertionError("accumulate() refuses before this")
+
+    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
+        raise AssertionError("accumulate() refuses before this")
+
+
+def move_to_gradients(balancer: Balancer, task_grads: Sequence[Tensor]) -> None:
+    """Moves the state of a balancer that was made without parameters to where its gradients are."""
+    given = next((grad for grad in task_grads if grad.numel() > 0), None)
+    if given is not None and given.device != balancer.task_weights.device:
+        balancer.to(given.device)
+
+
+def unit_gramian(gramian: Matrix) -> tuple[Matrix, Matrix]:
+    """Cosines [k, k] of the gradients, and their norms [k], all of which must be above zero."""
+    norms: Any = np.sqrt(np.diagonal(gramian))
+    cosines = gramian / norms[:, None] / norms
+    np.fill_diagonal(cosines, 1.0)
+    return cosines, norms
