@@ -2,7 +2,7 @@
 
 from excessmtl_ext import functional, reference
 from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.baselines import IMTL, MGDA, GroupDRO, SingleTask, Uniform
+from excessmtl_ext.baselines import IMTL, MGDA, GradNorm, GroupDRO, SingleTask, Uniform
 from excessmtl_ext.collapse import TaskCollapseWarning
 from excessmtl_ext.excess_mtl import ExcessMTL
 
@@ -11,6 +11,7 @@ __all__ = [
     "MGDA",
     "Balancer",
     "ExcessMTL",
+    "GradNorm",
     "GroupDRO",
     "SingleTask",
     "TaskCollapseWarning",
