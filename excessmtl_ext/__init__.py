@@ -2,13 +2,14 @@
 
 from excessmtl_ext import functional, reference
 from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.baselines import IMTL, MGDA, GradNorm, GroupDRO, SingleTask, Uniform
+from excessmtl_ext.baselines import IMTL, MGDA, MOML, GradNorm, GroupDRO, SingleTask, Uniform
 from excessmtl_ext.collapse import TaskCollapseWarning
 from excessmtl_ext.excess_mtl import ExcessMTL
 
 __all__ = [
     "IMTL",
     "MGDA",
+    "MOML",
     "Balancer",
     "ExcessMTL",
     "GradNorm",
