@@ -20,9 +20,9 @@ MOMENTA = (0.0, 0.9, 0.98, 0.99)
 WARMUP_EPOCHS = 3  # He et al. 2024, Appendix C.1
 
 # Epochs of the wide screen, and of the runs at full size; SARCOS converges slowly.
-SCREEN = {"multimnist-14px": 10, "sarcos": 15, "digits": 30}
+SCREEN = {"multimnist-14px": 12, "sarcos": 15, "digits": 30}
 FULL = {"multimnist": 10, "sarcos": 60}
-NUM_TRAIN = {"multimnist-14px": 10_000, "multimnist": 20_000, "sarcos": None, "digits": None}
+NUM_TRAIN = {"multimnist-14px": 20_000, "multimnist": 20_000, "sarcos": None, "digits": None}
 
 # Five step sizes over two decades, around the size of R: with the linear Fisher R falls like 1 / t, with the root like
 # 1 / sqrt(t); a momentum numerator is smaller than the first step's baseline, the warm-up's mean is not.

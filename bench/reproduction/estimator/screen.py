@@ -38,28 +38,11 @@ from excessmtl_ext.training.workloads import WORKLOADS
 METHODS["candidate"] = Method("Candidate", "#000000", CandidateExcessMTL)
 
 COLUMNS = [
-    "key",
-    "stage",
-    "dataset",
-    "noise",
-    "seed",
-    "batch_size",
-    "method",
-    "step_size",
-    "warmup_epochs",
-    "options",
-    "clean",
-    "noisy",
-    "clean_last",
-    "noisy_last",
-    "clean_weight_first_epoch",
-    "least_clean_weight",
-    "last_clean_weight",
-    "least_relative_weight",
-    "least_effective_num_tasks",
-    "last_effective_num_tasks",
-    "epochs",
-    "seconds",
+    *("key", "stage", "dataset", "noise", "seed", "batch_size", "method", "step_size"),
+    *("warmup_epochs", "options", "clean", "noisy", "clean_last", "noisy_last"),
+    *("clean_weight_first_epoch", "least_clean_weight", "last_clean_weight"),
+    *("least_relative_weight", "least_effective_num_tasks", "last_effective_num_tasks"),
+    *("epochs", "seconds"),
 ]
 
 
@@ -146,9 +129,9 @@ def summary(
     """Returns what the study reports of a run.
 
     ``clean`` and ``noisy`` are means over the clean and the noisy tasks of the test metric (accuracy, or normalised
-    mean squared error) at the epoch chosen on validation; ``..._last`` at the last. Weights are those at the ends of epochs:
-    ``least_clean_weight`` the least sum over the clean tasks from the end of the first epoch on (of the first after
-    the warm-up), ``least_relative_weight`` the least a_i * T of any task.
+    mean squared error) at the epoch chosen on validation; ``..._last`` at the last. Weights are those at the ends of
+    epochs: ``least_clean_weight`` the least sum over the clean tasks from the end of the first epoch on (or of the
+    warm-up where that is later), ``least_relative_weight`` the least a_i * T of any task.
     """
     tasks = metrics["tasks"]
     clean = [task for task in tasks if not task["is_noisy"]]

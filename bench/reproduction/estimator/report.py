@@ -1,0 +1,308 @@
+"""Judges the study's settings by the goal for the recommended preset, and draws its pictures.
+
+    python bench/reproduction/estimator/report.py RESULTS
+
+Reads what screen.py and bias.py left in RESULTS; writes ranking.csv and the pictures beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+# The clean tasks' uniform share, and whether the metric is an error (normalised) or an accuracy.
+UNIFORM_SHARE = {"multimnist-14px": 0.5, "multimnist": 0.5, "digits": 0.5, "sarcos": 5 / 7}
+IS_ERROR = {"multimnist-14px": False, "multimnist": False, "digits": False, "sarcos": True}
+TITLES = {
+    "multimnist-14px": "MultiMNIST at 14 px",
+    "multimnist": "MultiMNIST",
+    "digits": "Digit pairs",
+    "sarcos": "SARCOS",
+}
+
+# The goal, in accuracy points (accuracies) or as a share of the error (errors).
+DROP = {False: 0.005, True: 0.03}  # clean tasks at noise 0.8 against noise 0
+GAIN = {False: 0.0, True: 0.10}  # clean tasks at noise 0.8 against Uniform
+COST = {False: 0.003, True: 0.02}  # clean tasks at noise 0 against Uniform
+LEAST_SHARE = 0.5  # of a task's uniform share, at noise 0
+
+COLOURS = {0.0: "#D55E00", 0.9: "#E69F00", 0.98: "#0072B2", 0.99: "#56B4E9"}
+GOALS = ("drop", "gain", "clean_weight", "cost", "no_collapse")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What varies between the cells of one data set and batch size."""
+
+    method: str
+    options: str
+    warmup_epochs: int
+    step_size: float | None
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path)
+    results: Path = parser.parse_args().results
+    rows = [
+        row
+        for table in sorted(results.glob("screen_*.csv")) + sorted(results.glob("candidates_*.csv"))
+        for row in _read(table)
+    ]
+    verdicts = judge(rows)
+    if verdicts:
+        with (results / "ranking.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(verdicts[0]), lineterminator="\n")
+            writer.writeheader()
+            for verdict in verdicts:
+                writer.writerow(
+                    {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in verdict.items()}
+                )
+    for dataset in sorted({row["dataset"] for row in rows}):
+        draw_screen(
+            [row for row in rows if row["dataset"] == dataset and row["stage"] == "screen"],
+            dataset,
+            results / f"screen_{dataset}.png",
+        )
+    tables = sorted(results.glob("bias_*.csv"))
+    if tables:
+        draw_bias([_read(table) for table in tables], results / "bias.png")
+    for path in sorted(results.glob("*.png")):
+        print(path)
+
+
+def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a verdict per data set, batch size and setting: its numbers and which parts of the goal they meet.
+
+    Means over seeds. Uniform's of the same data set and batch size is what a setting is measured against.
+    """
+    groups: dict[tuple[str, int], dict[Setting, dict[float, list[dict[str, Any]]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for row in rows:
+        step = None if row["step_size"] == "" else float(row["step_size"])
+        setting = Setting(row["method"], row["options"], int(row["warmup_epochs"]), step)
+        groups[row["dataset"], int(row["batch_size"])][setting][float(row["noise"])].append(row)
+    verdicts = []
+    for (dataset, batch_size), settings in groups.items():
+        uniform = next((by for s, by in settings.items() if s.method == "uniform"), {})
+        for setting, by_noise in settings.items():
+            if not all(by_noise.get(noise) and uniform.get(noise) for noise in (0.0, 0.8)):
+                continue
+            # The same seeds on both sides.
+            seeds = {row["seed"] for row in by_noise[0.8]} & {row["seed"] for row in by_noise[0.0]}
+
+            def mean(
+                group: dict[float, list[dict[str, Any]]],
+                noise: float,
+                name: str,
+                seeds: set[str] = seeds,
+            ) -> float:
+                return float(np.mean([float(r[name]) for r in group[noise] if r["seed"] in seeds]))
+
+            verdicts.append(
+                _verdict(dataset, batch_size, setting, by_noise, uniform, mean, len(seeds))
+            )
+    return sorted(
+        verdicts, key=lambda v: (v["dataset"], v["batch_size"], -v["num_met"], -v["gain"])
+    )
+
+
+def _verdict(
+    dataset: str,
+    batch_size: int,
+    setting: Setting,
+    by_noise: Any,
+    uniform: Any,
+    mean: Any,
+    num_seeds: int,
+) -> dict[str, Any]:
+    is_error = IS_ERROR[dataset]
+
+    def better(new: float, old: float) -> float:
+        """How much better: in accuracy, or as a share of the old error."""
+        return (old - new) / old if is_error else new - old
+
+    clean_80, clean_0 = mean(by_noise, 0.8, "clean"), mean(by_noise, 0.0, "clean")
+    numbers = {
+        "clean_at_80": clean_80,
+        "clean_at_0": clean_0,
+        "noisy_at_80": mean(by_noise, 0.8, "noisy"),
+        "drop": -better(clean_80, clean_0),
+        "gain": better(clean_80, mean(uniform, 0.8, "clean")),
+        "noisy_gain": better(mean(by_noise, 0.8, "noisy"), mean(uniform, 0.8, "noisy")),
+        "cost": -better(clean_0, mean(uniform, 0.0, "clean")),
+        "least_clean_weight": mean(by_noise, 0.8, "least_clean_weight"),
+        "last_clean_weight": mean(by_noise, 0.8, "last_clean_weight"),
+        "least_relative_weight_at_0": mean(by_noise, 0.0, "least_relative_weight"),
+        "last_effective_num_tasks_at_0": mean(by_noise, 0.0, "last_effective_num_tasks"),
+    }
+    met = {
+        "drop": numbers["drop"] <= DROP[is_error],
+        "gain": numbers["gain"] >= GAIN[is_error],
+        "clean_weight": numbers["least_clean_weight"] > UNIFORM_SHARE[dataset] + 1e-9,
+        "cost": numbers["cost"] <= COST[is_error],
+        "no_collapse": numbers["least_relative_weight_at_0"] >= LEAST_SHARE,
+    }
+    return {
+        "dataset": dataset,
+        "batch_size": batch_size,
+        "method": setting.method,
+        "options": setting.options,
+        "warmup_epochs": setting.warmup_epochs,
+        "step_size": setting.step_size,
+        "seeds": num_seeds,
+        "num_met": sum(met.values()),
+        "missed": " ".join(goal for goal in GOALS if not met[goal]),
+        **numbers,
+    }
+
+
+def draw_screen(
+    rows: list[dict[str, Any]], dataset: str, path: Path, batch_size: int = 256
+) -> None:
+    """Draws the clean tasks' result over the step size for every named choice, one line per momentum."""
+    rows = [row for row in rows if int(row["batch_size"]) == batch_size]
+    families = [(f, b) for f in ("linear", "sqrt") for b in ("first", "warmup", "raw")]
+    names = {
+        "first": "first step's baseline",
+        "warmup": "warm-up's baseline",
+        "raw": "not relative",
+    }
+    figure, axes = plt.subplots(
+        2, len(families), figsize=(18, 6.4), sharey="row", layout="constrained", squeeze=False
+    )
+    metric = "normalised MSE" if IS_ERROR[dataset] else "accuracy"
+    for row_axes, noise in zip(axes, (0.8, 0.0), strict=True):
+        uniform = [
+            float(r["clean"])
+            for r in rows
+            if r["method"] == "uniform" and float(r["noise"]) == noise
+        ]
+        for axis, (fisher, baseline) in zip(row_axes, families, strict=True):
+            if uniform:
+                axis.axhspan(min(uniform), max(uniform), color="#7F7F7F", alpha=0.25, lw=0)
+                axis.axhline(float(np.mean(uniform)), color="#7F7F7F", label="Uniform, 3 seeds")
+            for momentum, colour in COLOURS.items():
+                points = sorted(
+                    (float(r["step_size"]), float(r["clean"]))
+                    for r in rows
+                    if r["method"] == "excessmtl"
+                    and float(r["noise"]) == noise
+                    and _is_family(r, fisher, baseline, momentum)
+                )
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        "o-",
+                        color=colour,
+                        ms=4,
+                        label=f"momentum {momentum:g}",
+                    )
+            axis.set_xscale("log")
+            if noise == 0.8:
+                axis.set_title(f"{fisher} Fisher, {names[baseline]}", fontsize=10)
+            else:
+                axis.set_xlabel("step size of the weights")
+        better = "lower is better" if IS_ERROR[dataset] else "higher is better"
+        row_axes[0].set_ylabel(f"clean tasks' test {metric}\nat noise {noise:g} ({better})")
+        if IS_ERROR[dataset] and uniform:
+            row_axes[0].set_ylim(0.8 * min(uniform), 1.6 * max(uniform))
+        elif uniform:
+            row_axes[0].set_ylim(min(uniform) - 0.12, max(uniform) + 0.03)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(f"{TITLES[dataset]}, batch {batch_size}, one seed per point")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _is_family(row: dict[str, Any], fisher: str, baseline: str, momentum: float) -> bool:
+    options = json.loads(row["options"])
+    found = "raw" if not options["relative"] else "warmup" if int(row["warmup_epochs"]) else "first"
+    return (options["fisher"], found, options["gradient_momentum"]) == (fisher, baseline, momentum)
+
+
+def draw_bias(tables: list[list[dict[str, Any]]], path: Path) -> None:
+    """Draws the noisy tasks' share of the summed estimates beside their share of the true excess risk."""
+    lines = {
+        "true_excess_risk": ("true excess risk", "#000000", "-"),
+        "full_linear": ("full-batch gradient", "#009E73", "-"),
+        "batch_linear": ("mini-batch gradient (as published)", "#D55E00", "-"),
+        "momentum_linear": ("running mean, momentum 0.98", "#0072B2", "-"),
+        "batch_sqrt": ("mini-batch gradient, root", "#D55E00", ":"),
+        "momentum_sqrt": ("running mean, root", "#0072B2", ":"),
+    }
+    datasets = sorted({table[0]["dataset"] for table in tables})
+    noises = sorted({float(table[0]["noise"]) for table in tables})
+    figure, axes = plt.subplots(
+        len(noises),
+        len(datasets),
+        figsize=(5 * len(datasets), 3.4 * len(noises)),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    for (row, noise), (column, dataset) in itertools.product(
+        enumerate(noises), enumerate(datasets)
+    ):
+        axis = axes[row][column]
+        table = next(
+            (t for t in tables if t[0]["dataset"] == dataset and float(t[0]["noise"]) == noise),
+            None,
+        )
+        axis.set_title(f"{TITLES[dataset]}, {noise:.0%} noise", fontsize=10)
+        if table is None:
+            axis.set_axis_off()
+            continue
+        axis.axhline(1 - UNIFORM_SHARE[dataset], color="#7F7F7F", lw=0.8)
+        steps = sorted({int(r["step"]) for r in table})
+        for name, (label, colour, style) in lines.items():
+            shares = []
+            for step in steps:
+                at = [r for r in table if int(r["step"]) == step]
+                total = sum(max(float(r[name]), 0.0) for r in at)
+                noisy = sum(max(float(r[name]), 0.0) for r in at if r["is_noisy"] == "1")
+                shares.append(noisy / total if total > 0 else np.nan)
+            axis.plot(
+                [float(r["epoch"]) for r in table if r["task"] == table[0]["task"]],
+                shares,
+                style,
+                color=colour,
+                label=label,
+            )
+        axis.set_xscale("log")
+        axis.set_ylim(0, 1)
+        if row == len(noises) - 1:
+            axis.set_xlabel("epoch")
+        if column == 0:
+            axis.set_ylabel("noisy tasks' share")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(
+        "Which share of the estimated risk do the noisy tasks get? (grey: their uniform share)"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _read(table: Path) -> list[dict[str, Any]]:
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()
