@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -12,17 +13,20 @@ from typing import Any
 
 try:
     import click
+    from click.core import ParameterSource
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
         SpinnerColumn,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
     from rich.table import Table
+    from rich.text import Text
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f'The command needs {error.name}, which is not installed: pip install "excessmtl_ext[train]".',
@@ -34,14 +38,28 @@ import torch
 from excessmtl_ext.training import demo as demo_runs
 from excessmtl_ext.training.config import TrainConfig
 from excessmtl_ext.training.figures import draw_training, read_run
+from excessmtl_ext.training.loop import SELECTION_METRIC, TrainingInterrupted
 from excessmtl_ext.training.loop import Progress as TrainingProgress
-from excessmtl_ext.training.loop import TrainingInterrupted
 from excessmtl_ext.training.loop import train as train_run
 from excessmtl_ext.training.methods import METHODS
+from excessmtl_ext.training.metrics import PRIMARY_METRIC
+from excessmtl_ext.training.sweep import (
+    FailedRun,
+    SweepConfig,
+    SweepOutcome,
+    SweepStatus,
+    run_sweep,
+)
+from excessmtl_ext.training.sweep_results import RESULTS
 from excessmtl_ext.training.workloads import WORKLOADS, Workload
 
 FIGURE = "training.png"
 DEMO_FIGURE = "demo.png"
+
+SWEEP_NOISE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+# Methods differ in speed by a factor of ten: an estimate from the last half minute would jump with every run.
+SECONDS_OF_SPEED = 3600.0
 
 # What a user can cause and repair; anything else is a fault of ours and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
@@ -58,28 +76,61 @@ def train() -> None:
     """Train on one data set with one balancer."""
 
 
-def _shared_options(workload: Workload) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that the commands of all data sets have, with this data set's defaults."""
-    options = [
-        click.option(
-            "--method",
-            type=click.Choice(list(METHODS)),
-            default="excessmtl",
-            show_default=True,
-            help="How tasks are weighted.",
-        ),
-        click.option(
-            "--robust-step-size",
-            type=float,
-            help="Step size of the weights.  [default: the method's own]",
-        ),
-        click.option(
-            "--noise",
-            type=click.FloatRange(0, 1),
-            default=0.0,
-            show_default=True,
-            help="Share of the noisy task's training labels to replace.",
-        ),
+@main.group()
+def sweep() -> None:
+    """Compare methods over noise levels and seeds on one data set.
+
+    Every run has a process and a folder of its own. The same command goes on after Ctrl-C or a crash
+    and skips what is finished; with more methods, noise levels or seeds it extends the sweep.
+    results.csv and epochs.csv hold all numbers.
+    """
+
+
+class _CommaList(click.ParamType):
+    """A comma-separated list, such as ``0,0.4,0.8``."""
+
+    def __init__(self, item: click.ParamType) -> None:
+        self.item = item
+        self.name = f"{item.name},..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """Converts each item; a default arrives as a tuple."""
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(self.item.convert(item, param, ctx) for item in items)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Names the list in the help text."""
+        return f"{self.item.name},...".upper()
+
+
+_Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def _together(options: Sequence[_Decorator]) -> _Decorator:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _workload_options(workload: Workload) -> _Decorator:
+    """The options of a data set, with its defaults, whether one run is trained or many."""
+    options: list[_Decorator] = []
+    if workload.needs_data_root:
+        options.append(
+            click.option(
+                "--data-root",
+                envvar="EXCESSMTL_DATA",
+                show_envvar=True,
+                required=True,
+                help="Folder that holds the data.",
+            )
+        )
+    options += [
         click.option(
             "--epochs", type=click.IntRange(1), default=workload.epochs, show_default=True
         ),
@@ -89,13 +140,20 @@ def _shared_options(workload: Workload) -> Callable[[Callable[..., None]], Calla
         click.option(
             "--lr", type=float, default=workload.lr, show_default=True, help="Of Adam, constant."
         ),
+        click.option(
+            "--weight-decay",
+            type=float,
+            default=workload.weight_decay,
+            show_default=True,
+            help="Of Adam, added to the gradient.",
+        ),
         click.option("--num-train", type=click.IntRange(1), help="Take fewer training samples."),
         click.option(
-            "--seed",
-            type=int,
+            "--num-workers",
+            type=click.IntRange(0),
             default=0,
             show_default=True,
-            help="Decides parameters, splits, noise and batch order.",
+            help="Processes that read the training data; changes no number.",
         ),
         click.option(
             "--device",
@@ -103,50 +161,167 @@ def _shared_options(workload: Workload) -> Callable[[Callable[..., None]], Calla
             show_default=True,
             help="cpu, cuda or cuda:N; auto takes a GPU where there is one.",
         ),
-        click.option(
-            "--output",
-            type=click.Path(file_okay=False, path_type=Path),
-            help="Folder for the run.  [default: runs/DATASET/METHOD_noiseNOISE_seedSEED]",
-        ),
-        click.option(
-            "--resume",
-            is_flag=True,
-            help="Go on with the run in the output folder, if there is one.",
-        ),
+        *(_SPECIAL_OPTIONS[name] for name in workload.options),
     ]
-    if workload.needs_data_root:
-        options.insert(
-            0,
+    return _together(options)
+
+
+_SPECIAL_OPTIONS: dict[str, _Decorator] = {
+    "disjoint": click.option(
+        "--disjoint/--no-disjoint",
+        default=True,
+        show_default=True,
+        help="Drop the training rows that the test file repeats.",
+    ),
+    "pretrained": click.option(
+        "--pretrained/--no-pretrained",
+        default=False,
+        show_default=True,
+        help="Start from torchvision's ImageNet weights.",
+    ),
+}
+
+
+def _run_options() -> _Decorator:
+    """The options of a single run."""
+    return _together(
+        [
             click.option(
-                "--data-root",
-                envvar="EXCESSMTL_DATA",
-                show_envvar=True,
-                required=True,
-                help="Folder that holds the data.",
+                "--method",
+                type=click.Choice(list(METHODS)),
+                default="excessmtl",
+                show_default=True,
+                help="How tasks are weighted.",
             ),
-        )
+            click.option("--task", help="With --method single-task: the task to train alone."),
+            click.option(
+                "--robust-step-size",
+                type=float,
+                help="Step size of the weights.  [default: the method's own]",
+            ),
+            click.option(
+                "--noise",
+                type=click.FloatRange(0, 1),
+                default=0.0,
+                show_default=True,
+                help="Share of the noisy tasks' training labels to corrupt.",
+            ),
+            click.option(
+                "--seed",
+                type=int,
+                default=0,
+                show_default=True,
+                help="Decides parameters, splits, noise and batch order.",
+            ),
+            click.option(
+                "--output",
+                type=click.Path(file_okay=False, path_type=Path),
+                help="Folder for the run.  [default: runs/DATASET/METHOD_noiseNOISE_seedSEED]",
+            ),
+            click.option(
+                "--resume",
+                is_flag=True,
+                help="Go on with the run in the output folder, if there is one.",
+            ),
+        ]
+    )
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(options):
-            command = option(command)
-        return command
 
-    return decorate
+def _sweep_options() -> _Decorator:
+    """The options of a grid of runs."""
+    return _together(
+        [
+            click.option(
+                "--methods",
+                type=_CommaList(click.Choice(list(METHODS))),
+                default=tuple(METHODS),
+                help="Methods to compare; single-task is one run per task.  [default: all]",
+            ),
+            click.option(
+                "--noise",
+                type=_CommaList(click.FloatRange(0, 1)),
+                default=SWEEP_NOISE,
+                show_default="0,0.2,0.4,0.6,0.8,1",
+                help="Shares of the noisy tasks' training labels to corrupt.",
+            ),
+            click.option(
+                "--seeds",
+                "num_seeds",
+                type=click.IntRange(1),
+                default=3,
+                show_default=True,
+                help="Runs per method and noise level.",
+            ),
+            click.option(
+                "--tune",
+                type=_CommaList(click.FLOAT),
+                default=(),
+                help="Step sizes of the weights to choose from, per method.  [default: the methods' own]",
+            ),
+            click.option(
+                "--tune-noise",
+                type=_CommaList(click.FloatRange(0, 1)),
+                default=(0.0, 0.8),
+                show_default="0,0.8",
+                help="Noise levels over which the mean validation score decides.",
+            ),
+            click.option(
+                "--tune-seed",
+                type=int,
+                default=100,
+                show_default=True,
+                help="Seed of the runs that decide; not one of the grid's.",
+            ),
+            click.option(
+                "--jobs",
+                type=click.IntRange(1),
+                default=1,
+                show_default=True,
+                help="Runs at a time.",
+            ),
+            click.option(
+                "--threads-per-job",
+                type=click.IntRange(1),
+                default=1,
+                show_default=True,
+                help="Threads that each run computes with.",
+            ),
+            click.option(
+                "--output",
+                type=click.Path(file_okay=False, path_type=Path),
+                help="Folder for the sweep.  [default: runs/DATASET_sweep]",
+            ),
+        ]
+    )
 
 
 def _add_train_command(dataset: str, workload: Workload) -> None:
     @train.command(dataset, help=f"Train on {workload.title}.")
-    @_shared_options(workload)
+    @_run_options()
+    @_workload_options(workload)
     def command(device: str, output: Path | None, resume: bool, **values: Any) -> None:
         console = Console()
         with _clear_errors():
             config = TrainConfig(dataset=dataset, device=_resolve_device(device), **values)
-            name = f"{config.method}_noise{config.noise:g}_seed{config.seed}"
+            method = config.method if config.task is None else f"{config.method}_{config.task}"
+            name = f"{method}_noise{config.noise:g}_seed{config.seed}"
             _train_one(console, config, output or Path("runs") / dataset / name, resume=resume)
+
+
+def _add_sweep_command(dataset: str, workload: Workload) -> None:
+    @sweep.command(dataset, help=f"Compare methods on {workload.title}.")
+    @_sweep_options()
+    @_workload_options(workload)
+    def command(device: str, output: Path | None, **values: Any) -> None:
+        console = Console()
+        with _clear_errors():
+            config = SweepConfig(dataset=dataset, device=_resolve_device(device), **values)
+            _run_sweep(console, config, output or Path("runs") / f"{dataset}_sweep")
 
 
 for _dataset, _workload in WORKLOADS.items():
     _add_train_command(_dataset, _workload)
+    _add_sweep_command(_dataset, _workload)
 
 
 @main.command()
@@ -196,6 +371,7 @@ def demo(output: Path, seeds: int, epochs: int | None, resume: bool) -> None:
             figure,
             title=f"{WORKLOADS[demo_runs.DATASET].title}, "
             f"{demo_runs.NOISE:.0%} of the bottom-right training labels replaced, {_count_seeds(seeds)}",
+            what="accuracy",
         )
         console.print(_demo_table(summaries, seeds))
         _print_path(console, "Figure", figure)
@@ -204,12 +380,13 @@ def demo(output: Path, seeds: int, epochs: int | None, resume: bool) -> None:
 def _train_one(console: Console, config: TrainConfig, output: Path, *, resume: bool) -> None:
     """Trains with a progress bar, draws the run and prints its numbers."""
     method = METHODS[config.method]
+    selection = SELECTION_METRIC if config.task is None else f"validation/{config.task}_score"
     with _stop_on_signal(console) as should_stop, _progress_bar(console) as bar:
         task = bar.add_task(f"{method.label}", total=None)
 
         def report(progress: TrainingProgress) -> None:
-            accuracy = progress.latest.get("validation/mean_accuracy")
-            known = "" if accuracy is None else f", validation accuracy {accuracy:.3f}"
+            score = progress.latest.get(selection)
+            known = "" if score is None else f", validation score {score:.3f}"
             bar.update(
                 task,
                 description=f"{method.label}, epoch {progress.epoch}/{config.epochs}{known}",
@@ -218,29 +395,166 @@ def _train_one(console: Console, config: TrainConfig, output: Path, *, resume: b
             )
 
         metrics = train_run(config, output, resume=resume, report=report, should_stop=should_stop)
+    kinds = {task["kind"] for task in metrics["tasks"]}
     figure = output / FIGURE
     draw_training(
         [read_run(output)],
         figure,
         title=f"{WORKLOADS[config.dataset].title}, {config.noise:.0%} noise, seed {config.seed}",
+        what="accuracy" if kinds == {"classification"} else "score",
     )
-    console.print(_run_table(method.label, metrics))
+    console.print(_run_table(config, metrics))
     _print_path(console, "Run", output)
     _print_path(console, "Figure", figure)
 
 
-def _run_table(label: str, metrics: dict[str, Any]) -> Table:
+def _run_sweep(console: Console, config: SweepConfig, output: Path) -> None:
+    """Runs a sweep under one progress display; ends with status 1 if a run failed."""
+    with (
+        _stop_on_signal(console, hint="The same command goes on from there.") as should_stop,
+        _SweepDisplay(console) as display,
+    ):
+        outcome = run_sweep(
+            config,
+            output,
+            command=_command_line(),
+            report=display.report,
+            announce=display.announce,
+            should_stop=should_stop,
+        )
+    console.print(_sweep_table(outcome))
+    _print_path(console, "Results", output / RESULTS)
+    if outcome.failed:
+        console.print(_failure_table(outcome.failed))
+        raise SystemExit(1)
+
+
+class _SweepDisplay:
+    """One bar over all runs, with the time that is left, and one per job; a line for each run that ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=SECONDS_OF_SPEED,
+        )
+        self._all: TaskID | None = None
+        self._jobs: list[TaskID] = []
+        self._names: list[str | None] = []
+
+    def __enter__(self) -> _SweepDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def announce(self, line: str) -> None:
+        """Prints a line above the bars, or into the log where there is no terminal."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def report(self, status: SweepStatus) -> None:
+        """Moves the bars."""
+        done = status.num_done + sum(job.share for job in status.jobs if job is not None)
+        if self._all is None:
+            # Runs of earlier commands are in the bar from the start: they tell nothing about the speed.
+            self._all = self._progress.add_task("All runs", total=status.num_runs, count="")
+            self._progress.reset(self._all, completed=status.num_done)
+            self._jobs = [
+                self._progress.add_task("", total=None, count="", visible=False)
+                for _ in status.jobs
+            ]
+            self._names = [None] * len(status.jobs)
+        self._progress.update(
+            self._all, completed=done, count=f"{status.num_done}/{status.num_runs} runs"
+        )
+        for slot, (bar, job) in enumerate(zip(self._jobs, status.jobs, strict=True)):
+            if job is None:
+                self._progress.update(bar, visible=False)
+                continue
+            if job.name != self._names[slot]:
+                self._names[slot] = job.name
+                self._progress.reset(bar, description=job.name, visible=True, total=None)
+            score = "" if job.score is None else f", score {job.score:.3f}"
+            self._progress.update(
+                bar,
+                visible=True,
+                completed=job.step,
+                total=job.num_steps or None,
+                count=f"epoch {job.epoch}{score}",
+            )
+
+
+def _command_line() -> str:
+    """Returns the command as given, options that were left to their defaults aside."""
+    context = click.get_current_context()
+    words = [*context.command_path.split()]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+            continue
+        items = value if isinstance(value, tuple) else (value,)
+        text = ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in items)
+        words += [parameter.opts[0], text]
+    return shlex.join(words)
+
+
+def _sweep_table(outcome: SweepOutcome) -> Table:
+    table = Table(title="Sweep")
+    table.add_column("Runs")
+    table.add_column("Number", justify="right")
+    table.add_row("finished", str(outcome.num_finished))
+    table.add_row("of them before this command", str(outcome.num_skipped))
+    table.add_row("failed", str(len(outcome.failed)))
+    for method, step_size in outcome.step_sizes.items():
+        table.add_row(f"step size of {METHODS[method].label}", f"{step_size:g}")
+    return table
+
+
+def _failure_table(failed: Sequence[FailedRun]) -> Table:
+    table = Table(title="Failed runs", caption="The same command tries them again.")
+    table.add_column("Run")
+    table.add_column("Reason")
+    table.add_column("Log")
+    for run in failed:
+        table.add_row(
+            Text(run.name), Text(run.reason), Text("" if run.log is None else str(run.log))
+        )
+    return table
+
+
+def _run_table(config: TrainConfig, metrics: dict[str, Any]) -> Table:
+    """Each task's primary metric on the test data; of a task trained alone, only its own."""
     selected = metrics["selected"]
     table = Table(
-        title=f"{label}, epoch {selected['epoch']:.0f} (best mean accuracy on validation)",
+        title=f"{METHODS[config.method].label}, epoch {selected['epoch']:.0f} (best score on validation)",
         caption="Test labels are clean. Weights are those of the last step.",
     )
     table.add_column("Task")
-    table.add_column("Test accuracy", justify="right")
+    table.add_column("Metric")
+    table.add_column("Test", justify="right")
     table.add_column("Final weight", justify="right")
-    for task, weight in metrics["final_task_weights"].items():
-        name = f"{task} (noisy)" if task in metrics["noisy_tasks"] else task
-        table.add_row(name, f"{selected[f'test/{task}_accuracy']:.4f}", f"{weight:.3f}")
+    for task in metrics["tasks"]:
+        name = task["name"]
+        if config.task not in (None, name):
+            continue
+        metric = PRIMARY_METRIC[task["kind"]]
+        table.add_row(
+            f"{name} (noisy)" if task["is_noisy"] else name,
+            metric.replace("_", " "),
+            f"{selected[f'test/{name}_{metric}']:.4f}",
+            f"{metrics['final_task_weights'][name]:.3f}",
+        )
     return table
 
 
@@ -302,7 +616,9 @@ def _clear_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
+def _stop_on_signal(
+    console: Console, hint: str = "The same command with --resume goes on from there."
+) -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C or a termination signal has come.
 
     The loop asks between steps, so that the checkpoint never holds half a step; the interrupted run then ends with
@@ -322,10 +638,7 @@ def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(received)
     except TrainingInterrupted as interrupted:
-        console.print(
-            f"{interrupted} A checkpoint is saved: the same command with --resume goes on from there.",
-            highlight=False,
-        )
+        console.print(f"{interrupted} A checkpoint is saved. {hint}", highlight=False)
         raise SystemExit(128 + received[0]) from interrupted
     finally:
         for number, handler in previous.items():

@@ -34,16 +34,16 @@ class RunCurves:
     Attributes:
         method: Key of `METHODS`.
         epochs: Where it was evaluated.
-        clean_accuracy: Mean test accuracy of the tasks without noise.
-        noisy_accuracy: Mean test accuracy of the noisy tasks, on clean labels.
+        clean_score: Mean test score of the tasks without noise, of those that are trained; NaN if there is none.
+        noisy_score: The same of the noisy tasks, on clean labels.
         weight_epochs: Where its weights were noted, in epochs; from 0.
         clean_weight: Share of the weights that the clean tasks have; equal weights at 0.
     """
 
     method: str
     epochs: np.ndarray
-    clean_accuracy: np.ndarray
-    noisy_accuracy: np.ndarray
+    clean_score: np.ndarray
+    noisy_score: np.ndarray
     weight_epochs: np.ndarray
     clean_weight: np.ndarray
 
@@ -58,20 +58,18 @@ def read_run(folder: Path) -> RunCurves:
         raise FileNotFoundError(
             f"Expected a finished run in {folder}, but it has no {FINAL_METRICS}."
         )
-    noisy = set(json.loads((folder / FINAL_METRICS).read_text())["noisy_tasks"])
-    method = json.loads((folder / CONFIG).read_text())["method"]
+    described = json.loads((folder / FINAL_METRICS).read_text())["tasks"]
+    config = json.loads((folder / CONFIG).read_text())
     metrics = read_table(folder / METRICS)
     weights = read_table(folder / TASK_WEIGHTS)
-    tasks = [
-        name.removeprefix("test/").removesuffix("_accuracy")
-        for name in metrics[0]
-        if name.startswith("test/") and name.endswith("_accuracy") and name != "test/mean_accuracy"
-    ]
-    clean = [task for task in tasks if task not in noisy]
+    tasks = [task["name"] for task in described]
+    clean = [task["name"] for task in described if not task["is_noisy"]]
+    # The heads of the others are as they were initialised.
+    trained = [config["task"]] if config.get("task") else tasks
 
-    def mean_accuracy(names: Iterable[str]) -> np.ndarray:
-        columns = [[row[f"test/{name}_accuracy"] for row in metrics] for name in names]
-        return np.mean(columns, axis=0)
+    def mean_score(names: Iterable[str]) -> np.ndarray:
+        columns = [[row[f"test/{name}_score"] for row in metrics] for name in names]
+        return np.mean(columns, axis=0) if columns else np.full(len(metrics), np.nan)
 
     steps_per_epoch = metrics[0]["step"] / metrics[0]["epoch"]
     # The tables begin after the first steps; every method begins at equal weights.
@@ -81,17 +79,19 @@ def read_run(folder: Path) -> RunCurves:
         *(sum(row[task] for task in clean) / sum(row[task] for task in tasks) for row in weights),
     ]
     return RunCurves(
-        method=method,
+        method=config["method"],
         epochs=np.array([row["epoch"] for row in metrics]),
-        clean_accuracy=mean_accuracy(clean),
-        noisy_accuracy=mean_accuracy(task for task in tasks if task in noisy),
+        clean_score=mean_score(task for task in trained if task in clean),
+        noisy_score=mean_score(task for task in trained if task not in clean),
         weight_epochs=np.array(weight_steps) / steps_per_epoch,
         clean_weight=np.array(clean_weights),
     )
 
 
-def draw_training(runs: Sequence[RunCurves], path: Path, *, title: str) -> None:
-    """Draws three panels over the epochs: clean weight, clean accuracy, noisy tasks' accuracy on clean test labels.
+def draw_training(
+    runs: Sequence[RunCurves], path: Path, *, title: str, what: str = "score"
+) -> None:
+    """Draws three panels over the epochs: clean weight, clean score, noisy tasks' score on clean test labels.
 
     Runs of one method are drawn as their mean with a band of one standard deviation.
 
@@ -99,6 +99,7 @@ def draw_training(runs: Sequence[RunCurves], path: Path, *, title: str) -> None:
         runs: At least one; runs of one method have the same length.
         path: Where to write the PNG.
         title: Data set, noise and number of seeds.
+        what: What the score is, ``"accuracy"`` where all tasks are classifications.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -116,15 +117,15 @@ def draw_training(runs: Sequence[RunCurves], path: Path, *, title: str) -> None:
     FigureCanvasAgg(figure)  # draws without a display, whatever backend the user has chosen
     weight_axes, clean_axes, noisy_axes = figure.subplots(1, 3)
     _draw_curves(weight_axes, runs, lambda run: (run.weight_epochs, run.clean_weight))
-    _draw_curves(clean_axes, runs, lambda run: (run.epochs, run.clean_accuracy))
-    _draw_curves(noisy_axes, runs, lambda run: (run.epochs, run.noisy_accuracy))
+    _draw_curves(clean_axes, runs, lambda run: (run.epochs, run.clean_score))
+    _draw_curves(noisy_axes, runs, lambda run: (run.epochs, run.noisy_score))
 
-    weight_axes.set_title("Weight of the clean task")
+    weight_axes.set_title("Weight of the clean tasks")
     weight_axes.set_ylim(-0.02, 1.02)
-    clean_axes.set_title("Clean task: test accuracy")
-    noisy_axes.set_title("Noisy task: accuracy on clean test labels")
-    _cut_off_start(clean_axes, [run.clean_accuracy for run in runs])
-    _cut_off_start(noisy_axes, [run.noisy_accuracy for run in runs])
+    clean_axes.set_title(f"Clean tasks: test {what}")
+    noisy_axes.set_title(f"Noisy tasks: {what} on clean test labels")
+    _cut_off_start(clean_axes, [run.clean_score for run in runs])
+    _cut_off_start(noisy_axes, [run.noisy_score for run in runs])
     for axes in (weight_axes, clean_axes, noisy_axes):
         axes.set_xlabel("epoch", color=TEXT_COLOUR)
         axes.set_xlim(left=0, right=max(float(run.epochs[-1]) for run in runs))
@@ -146,6 +147,9 @@ def draw_training(runs: Sequence[RunCurves], path: Path, *, title: str) -> None:
 
 def _cut_off_start(axes: Axes, curves: Sequence[np.ndarray]) -> None:
     """Starts the axis at the lowest value after a tenth of the epochs: before, all methods are about to rise."""
+    curves = [curve for curve in curves if not np.isnan(curve).any()]
+    if not curves:
+        return
     lowest = min(float(curve[len(curve) // 10 :].min()) for curve in curves)
     highest = max(float(curve.max()) for curve in curves)
     margin = 0.05 * max(highest - lowest, 0.02)

@@ -26,7 +26,7 @@ def excessmtl(*arguments: str | Path) -> Result:
 def test_train_leaves_a_run_and_a_figure(tmp_path: Path) -> None:
     result = excessmtl("train", "digits", "--method", "groupdro", *SMALL, "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "bottom_right (noisy)" in result.output
+    assert "bottom_right (noisy) │ accuracy" in result.output
     assert str(tmp_path / "training.png") in result.output
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {

@@ -12,13 +12,14 @@ import pytest
 from excessmtl_ext.training.figures import draw_training, read_run
 
 
-def write_run(folder: Path, method: str, accuracy: float) -> Path:
+def write_run(folder: Path, method: str, score: float, task: str | None = None) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"method": method}))
-    (folder / "metrics.json").write_text(json.dumps({"noisy_tasks": ["b"]}))
+    (folder / "config.json").write_text(json.dumps({"method": method, "task": task}))
+    tasks = [{"name": name, "kind": "regression", "is_noisy": name == "b"} for name in "ab"]
+    (folder / "metrics.json").write_text(json.dumps({"tasks": tasks}))
     (folder / "metrics.csv").write_text(
-        "epoch,step,test/a_accuracy,test/b_accuracy,test/mean_accuracy\n"
-        f"1,10,{accuracy},0.2,0.3\n2,20,0.9,0.4,0.5\n"
+        "epoch,step,test/a_score,test/b_score,test/mean_score\n"
+        f"1,10,{score},0.2,0.3\n2,20,0.9,0.4,0.5\n"
     )
     (folder / "task_weights.csv").write_text("step,a,b\n5,0.6,0.6\n20,1.5,0.5\n")
     return folder
@@ -27,10 +28,17 @@ def write_run(folder: Path, method: str, accuracy: float) -> Path:
 def test_curves_are_those_of_the_tables(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", "uniform", 0.7))
     assert run.epochs.tolist() == [1, 2]
-    assert run.clean_accuracy.tolist() == [0.7, 0.9]
-    assert run.noisy_accuracy.tolist() == [0.2, 0.4]
+    assert run.clean_score.tolist() == [0.7, 0.9]
+    assert run.noisy_score.tolist() == [0.2, 0.4]
     np.testing.assert_allclose(run.weight_epochs, [0, 0.5, 2])
     np.testing.assert_allclose(run.clean_weight, [0.5, 0.5, 0.75])  # a share, whatever they sum to
+
+
+def test_a_task_trained_alone_has_no_curve_of_the_others(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", "uniform", 0.7, task="a"))
+    assert run.clean_score.tolist() == [0.7, 0.9]
+    assert np.isnan(run.noisy_score).all()
+    draw_training([run], tmp_path / "figure.png", title="")
 
 
 def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:

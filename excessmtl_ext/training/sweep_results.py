@@ -1,0 +1,142 @@
+"""The tables of a sweep: one row per finished run, one row per epoch, small enough to be committed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from excessmtl_ext.training.run_record import (
+    CONFIG,
+    FINAL_METRICS,
+    METRICS,
+    TIMES,
+    _write_atomically,
+    read_table,
+)
+
+SWEEP = "sweep.json"
+RESULTS = "results.csv"
+EPOCHS = "epochs.csv"
+
+# What tells two runs of a sweep apart. `task` is the one that a single-task run trains, else empty.
+KEYS = ("dataset", "method", "task", "noise", "seed")
+TEXT_COLUMNS = frozenset({"dataset", "method", "task"})
+
+# A test accuracy of 10,000 samples has four digits; the tables go to git.
+_FLOAT_FORMAT = ".6g"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The rows of one finished run.
+
+    Attributes:
+        result: Its row of results.csv.
+        epochs: Its rows of epochs.csv.
+    """
+
+    result: Row
+    epochs: list[Row]
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """What a sweep's folder says without the folders of its runs.
+
+    Attributes:
+        folder: Where it was read from.
+        settings: Content of sweep.json.
+        runs: Rows of results.csv; numbers are floats, an empty field is absent.
+        epochs: Rows of epochs.csv, likewise.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    runs: list[Row]
+    epochs: list[Row]
+
+
+def is_finished(folder: Path, epochs: int) -> bool:
+    """Says whether the folder holds a run that has gone through all of ``epochs``."""
+    path = folder / FINAL_METRICS
+    return path.is_file() and json.loads(path.read_text())["final"]["epoch"] >= epochs
+
+
+def read_finished_run(folder: Path) -> FinishedRun:
+    """Reads the rows of a finished run from its folder."""
+    config = json.loads((folder / CONFIG).read_text())
+    metrics = json.loads((folder / FINAL_METRICS).read_text())
+    keys = {name: config.get(name) for name in KEYS}
+    selected = metrics["selected"]
+    result = {
+        **keys,
+        "robust_step_size": config["robust_step_size"],
+        "epochs": config["epochs"],
+        "num_train": config["num_train"],
+        "selected_epoch": int(selected["epoch"]),
+        metrics["selection"]: selected[metrics["selection"]],
+        **{name: value for name, value in selected.items() if name.startswith("test/")},
+        **{f"final_weight/{task}": w for task, w in metrics["final_task_weights"].items()},
+        "skipped_steps": metrics["num_skipped_steps"],
+        "train_seconds": sum(row["train_seconds"] for row in read_table(folder / TIMES)),
+    }
+    rows = read_table(folder / METRICS)
+    return FinishedRun(result, [{**keys, **row} for row in rows])
+
+
+def write_results(folder: Path, runs: Iterable[FinishedRun]) -> None:
+    """Replaces results.csv and epochs.csv of a sweep's folder; the rows are sorted by their keys."""
+    ordered = sorted(runs, key=lambda run: [str(run.result[name] or "") for name in KEYS])
+    write_table(folder / RESULTS, [run.result for run in ordered])
+    write_table(folder / EPOCHS, [row for run in ordered for row in run.epochs])
+
+
+def read_results(folder: Path) -> SweepResults:
+    """Reads the tables that a sweep has written.
+
+    Raises:
+        FileNotFoundError: the folder holds no sweep, or none of its runs has finished.
+    """
+    for name in (SWEEP, RESULTS, EPOCHS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"Expected `results` to be a folder that `excessmtl sweep` has filled, but {folder} has no {name}."
+            )
+    settings = json.loads((folder / SWEEP).read_text())
+    return SweepResults(folder, settings, read_rows(folder / RESULTS), read_rows(folder / EPOCHS))
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows whose columns may differ: the header has them all, in the order of their first appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_format(row.get(name)) for name in columns])
+    _write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _format(value: Any) -> Any:
+    if value is None:
+        return ""
+    return format(value, _FLOAT_FORMAT) if isinstance(value, float) else value
+
+
+def read_rows(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return [
+            {
+                name: value if name in TEXT_COLUMNS else float(value)
+                for name, value in row.items()
+                if value or name in TEXT_COLUMNS
+            }
+            for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,284 @@
+"""A sweep runs its grid, survives what kills it, chooses step sizes, and reports what failed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from excessmtl_ext.data import Task
+from excessmtl_ext.training import TrainConfig, TrainingInterrupted, train
+from excessmtl_ext.training.cli import main
+from excessmtl_ext.training.sweep import (
+    Cell,
+    SweepConfig,
+    SweepOutcome,
+    SweepStatus,
+    best_step_size,
+    grid_cells,
+    run_sweep,
+)
+
+TASKS = (Task("a", 10), Task("b", 10, is_noisy=True))
+OPTIONS = ["--batch-size", "64", "--num-train", "300"]
+
+
+def sweep_config(**values: Any) -> SweepConfig:
+    defaults: dict[str, Any] = {
+        "dataset": "digits",
+        "methods": ("uniform",),
+        "noise": (0.8,),
+        "num_seeds": 1,
+        "epochs": 1,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "num_train": 300,
+        "jobs": 2,
+    }
+    return SweepConfig(**{**defaults, **values})
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+def test_the_grid_has_every_cell_once() -> None:
+    config = sweep_config(methods=("uniform", "groupdro"), noise=(0.0, 0.8), num_seeds=2)
+    cells = grid_cells(config, TASKS)
+    assert [(c.method, c.noise, c.seed) for c in cells][:5] == [
+        ("uniform", 0.0, 0),
+        ("groupdro", 0.0, 0),
+        ("uniform", 0.8, 0),
+        ("groupdro", 0.8, 0),
+        ("uniform", 0.0, 1),
+    ]
+    assert len({cell.folder for cell in cells}) == len(cells) == 8
+
+
+def test_the_step_size_with_the_best_mean_score_wins() -> None:
+    def cells(step_size: float, *scores: float | None) -> dict[Cell, float | None]:
+        return {
+            Cell(f"{step_size}/{n}", "groupdro", n, 100, step_size=step_size): score
+            for n, score in enumerate(scores)
+        }
+
+    assert best_step_size({**cells(0.1, 0.9, 0.5), **cells(1, 0.8, 0.7)}) == 1
+    assert best_step_size({**cells(1, 0.7, 0.7), **cells(0.1, 0.8, 0.6)}) == 0.1  # the smallest
+    assert best_step_size({**cells(0.1, 0.3, 0.3), **cells(1, 0.9, None)}) == 0.1  # 1 diverged
+    assert best_step_size(cells(1, None, 0.9)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methods": ("adam",)}, "Expected `methods` of .*, but got adam"),
+        ({"methods": ()}, "Expected `methods`"),
+        ({"noise": (0.5, 0.5)}, "Expected `noise` without repetition"),
+        ({"jobs": 0}, "Expected `jobs` of at least 1, but got 0"),
+        ({"tune": (0.1, -1.0)}, "Expected `tune` with step sizes > 0"),
+        ({"tune": (0.1,), "tune_seed": 0}, "lest a seed of the grid chooses"),
+    ],
+)
+def test_bad_values_are_explained(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep_config(**values)
+
+
+def test_a_sweep_fills_its_tables_and_a_larger_one_skips_what_is_finished(tmp_path: Path) -> None:
+    arguments = ["sweep", "digits", *OPTIONS, "--noise", "0.8", "--seeds", "1", "--epochs", "2"]
+    arguments += ["--output", str(tmp_path), "--jobs", "2", "--methods"]
+    runner = CliRunner(env={"COLUMNS": "100"})
+    first = runner.invoke(main, [*arguments, "uniform"])
+    assert first.exit_code == 0, first.output
+    assert "[1/1] Uniform, noise 0.8, seed 0: validation score" in first.output
+    metrics = tmp_path / "runs/uniform_noise0.8_seed0/metrics.csv"
+    written = metrics.stat().st_mtime_ns
+
+    second = runner.invoke(main, [*arguments, "uniform,groupdro"])
+    assert second.exit_code == 0, second.output
+    assert metrics.stat().st_mtime_ns == written
+    assert "[2/2]" in second.output
+
+    rows = read_csv(tmp_path / "results.csv")
+    assert [(row["method"], row["task"], row["noise"]) for row in rows] == [
+        ("groupdro", "", "0.8"),
+        ("uniform", "", "0.8"),
+    ]
+    selected = json.loads((metrics.parent / "metrics.json").read_text())["selected"]
+    assert float(rows[1]["test/top_left_accuracy"]) == selected["test/top_left_accuracy"]
+    assert rows[1]["final_weight/top_left"] == "0.5"
+    epochs = read_csv(tmp_path / "epochs.csv")
+    assert [row["epoch"] for row in epochs if row["method"] == "uniform"] == ["1", "2"]
+
+    settings = json.loads((tmp_path / "sweep.json").read_text())
+    assert settings["methods"] == ["uniform", "groupdro"]
+    assert [task["name"] for task in settings["tasks"]] == ["top_left", "bottom_right"]
+    assert settings["commands"][1]["command"].endswith("--epochs 2 --batch-size 64 --num-train 300")
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert [session["num_threads"] for session in environment["sessions"]] == [1, 1]
+
+    other = runner.invoke(main, [*arguments, "uniform", "--lr", "0.5"])
+    assert other.exit_code == 1
+    assert "`lr` is 0.001 instead of 0.5" in other.output
+
+
+def test_the_grid_uses_the_step_size_that_the_tuning_chose(tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = sweep_config(
+        methods=("groupdro", "uniform"), tune=(0.01, 30.0), tune_noise=(0.8,), epochs=3
+    )
+    outcome = run_sweep(config, tmp_path, announce=lines.append)
+    assert (outcome.num_finished, outcome.failed) == (4, ())
+    rows = read_csv(tmp_path / "step_sizes.csv")
+    assert [row["robust_step_size"] for row in rows] == ["0.01", "30"]
+    scores = []
+    for step_size in ("0.01", "30"):
+        path = tmp_path / f"tuning/groupdro_step{step_size}_noise0.8_seed100/metrics.json"
+        scores.append(json.loads(path.read_text())["selected"]["validation/mean_score"])
+    assert scores[0] != scores[1]
+    assert [row["is_chosen"] for row in rows] == [str(int(s == max(scores))) for s in scores]
+    chosen = config.tune[scores.index(max(scores))]
+    assert outcome.step_sizes == {"groupdro": chosen}
+    run = json.loads((tmp_path / "runs/groupdro_noise0.8_seed0/config.json").read_text())
+    assert run["robust_step_size"] == chosen
+    assert len(read_csv(tmp_path / "results.csv")) == 2  # the tuning is not part of the results
+    # A finished tuning is read, not repeated.
+    assert run_sweep(config, tmp_path) == dataclasses.replace(outcome, num_skipped=4)
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
+    config = sweep_config(methods=("uniform", "groupdro"), jobs=1)
+    train(train_config("uniform", epochs=1), tmp_path / "runs/uniform_noise0.8_seed0")
+    (tmp_path / "runs/uniform_noise0.8_seed0/metrics.json").unlink()
+    (tmp_path / "runs/uniform_noise0.8_seed0/checkpoint.pt").write_bytes(b"damaged")
+    outcome = run_sweep(config, tmp_path)
+    assert outcome.num_finished == 1
+    (failed,) = outcome.failed
+    assert failed.name == "Uniform, noise 0.8, seed 0"
+    assert "ValueError: Expected" in failed.reason
+    assert failed.log is not None
+    assert "Traceback" in failed.log.read_text()
+    assert [row["method"] for row in read_csv(tmp_path / "results.csv")] == ["groupdro"]
+
+    command = ["sweep", "digits", *OPTIONS, "--noise", "0.8", "--seeds", "1", "--epochs", "1"]
+    command += ["--methods", "uniform,groupdro", "--output", str(tmp_path)]
+    again = CliRunner(env={"COLUMNS": "300"}).invoke(main, command)
+    assert again.exit_code == 1
+    assert "Failed runs" in again.output
+    assert str(failed.log) in again.output
+
+
+def test_a_stopped_sweep_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
+    config = sweep_config(epochs=100)
+    started: list[SweepStatus] = []
+
+    def report(status: SweepStatus) -> None:
+        if any(job is not None and job.step > 0 for job in status.jobs):
+            started.append(status)
+
+    with pytest.raises(TrainingInterrupted, match="Stopped after 0 of 1 runs"):
+        run_sweep(config, tmp_path, report=report, should_stop=lambda: bool(started))
+    folder = tmp_path / "runs/uniform_noise0.8_seed0"
+    assert (folder / "checkpoint.pt").is_file()
+    assert not (folder / "metrics.json").exists()
+    outcome = run_sweep(config, tmp_path)
+    assert (outcome.num_finished, outcome.num_skipped) == (1, 0)
+    assert len(json.loads((folder / "environment.json").read_text())["sessions"]) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_killed_sweep_lose_no_number(tmp_path: Path) -> None:
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "sweep"
+    train(train_config("uniform", epochs=100), undisturbed)
+    command = [sys.executable, "-m", "excessmtl_ext.training.cli", "sweep", "digits", *OPTIONS]
+    command += ["--noise", "0.8", "--seeds", "1", "--methods", "uniform,groupdro", "--jobs", "2"]
+    command += ["--epochs", "100", "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    folder = output / "runs/uniform_noise0.8_seed0"
+    wait_for(lambda: (folder / "checkpoint.pt").is_file())
+    os.kill(worker_of(process.pid, folder), signal.SIGKILL)
+    assert process.stdout is not None
+    assert "FAILED: the process was killed (SIGKILL" in process.stdout.readline()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert not (folder / "metrics.json").exists()
+
+    # The other worker notices that its sweep is gone, saves a checkpoint and frees the folder.
+    outcome = run_sweep(
+        sweep_config(methods=("uniform", "groupdro"), epochs=100), output, announce=print
+    )
+    assert outcome == SweepOutcome(2, outcome.num_skipped, (), {})
+    for name in ("metrics.csv", "task_weights.csv", "metrics.json"):
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path) -> None:
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); f.write(sys.argv[2]); f.flush();"
+    code += "fcntl.flock(f, fcntl.LOCK_EX); print('locked', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "sweep.lock"), str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(BlockingIOError, match=f"but process {os.getpid()} works there"):
+            run_sweep(sweep_config(), tmp_path)
+    finally:
+        holder.communicate()
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_missing_data_end_a_sweep_before_it_begins(tmp_path: Path) -> None:
+    output = tmp_path / "sweep"
+    command = ["sweep", "multimnist", "--data-root", str(tmp_path / "no"), "--output", str(output)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert "Expected `data_root` to hold MNIST" in result.output
+    assert not output.exists()
+
+
+def train_config(method: str, epochs: int) -> TrainConfig:
+    return TrainConfig(
+        dataset="digits",
+        method=method,
+        noise=0.8,
+        epochs=epochs,
+        batch_size=64,
+        lr=1e-3,
+        num_train=300,
+    )
+
+
+def worker_of(sweep: int, folder: Path) -> int:
+    """The process that a sweep has started and that logs into a folder."""
+    log = str(folder / "log.txt")
+    children = Path(f"/proc/{sweep}/task/{sweep}/children")
+    if not children.is_file():
+        pytest.skip("no /proc to find the worker in")
+    pids = [int(pid) for pid in children.read_text().split()]
+    (worker,) = [pid for pid in pids if os.readlink(f"/proc/{pid}/fd/2") == log]
+    return worker
