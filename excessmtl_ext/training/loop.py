@@ -217,8 +217,9 @@ class _Run:
         self.optimizer.zero_grad()
         self.balancer.backward(losses)
         self.step += 1
-        # Adam would carry a NaN in its running means for ever.
-        if bool(self.balancer.found_nonfinite.any()):
+        # Adam would carry a NaN in its running means for ever. A method that looks at no gradient notices nothing.
+        values = torch.stack([loss.detach() for loss in losses if loss is not None])
+        if bool(self.balancer.found_nonfinite.any() | ~values.isfinite().all()):
             self.num_skipped_steps += 1
         else:
             self.optimizer.step()

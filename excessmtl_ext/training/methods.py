@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from excessmtl_ext import Balancer, ExcessMTL, GroupDRO, Uniform
+from excessmtl_ext import (
+    IMTL,
+    MGDA,
+    MOML,
+    Balancer,
+    ExcessMTL,
+    GradNorm,
+    GroupDRO,
+    SingleTask,
+    Uniform,
+)
 
 # One convention for all methods. With Adam and weight decay, weighted heads in one method and unweighted heads in
 # another shift a result by more than any balancer does.
@@ -48,6 +58,13 @@ METHODS: dict[str, Method] = {
     ),
     "uniform": Method("Uniform", "#7F7F7F", Uniform, has_step_size=False),
     "groupdro": Method("GroupDRO", "#D55E00", GroupDRO),
+    "gradnorm": Method("GradNorm", "#E69F00", GradNorm),
+    "mgda": Method("MGDA", "#CC79A7", MGDA, has_step_size=False),
+    "imtl": Method("IMTL", "#B8A900", IMTL, has_step_size=False),
+    "moml": Method("MOML", "#8C564B", MOML, has_step_size=False),
+    "single-task": Method(
+        "Single task", "#000000", SingleTask, has_step_size=False, requires_task=True
+    ),
 }
 
 

@@ -58,11 +58,13 @@ def same_state(first: Any, second: Any) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(tmp_path: Path, method: str) -> None:
-    config = dataclasses.replace(CONFIG, method=method)
+    task = "top_left" if METHODS[method].requires_task else None
+    config = dataclasses.replace(CONFIG, method=method, task=task)
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     train(config, undisturbed)
     # Before the first step, within an epoch, at the end of one, right before the last step.
-    for num_steps in (0, 5, 3, 8, 7):
+    per_epoch = 7 if method == "moml" else 8  # which trains on 400 of the 500 samples
+    for num_steps in (0, 5, per_epoch - 5, per_epoch, per_epoch - 1):
         with pytest.raises(TrainingInterrupted):
             train(config, stopped, resume=True, should_stop=stop_after(num_steps))
     train(config, stopped, resume=True)
@@ -224,3 +226,39 @@ def test_worker_processes_do_not_change_the_numbers(tmp_path: Path) -> None:
         train(config, tmp_path / str(workers))
     names = ("metrics.csv", "task_weights.csv")
     assert read(tmp_path / "0", names) == read(tmp_path / "2", names)
+
+
+def test_a_nan_loss_costs_a_step_and_not_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, calls = loop.task_losses, iter(range(10**9))
+
+    def broken(*arguments: Any) -> list[torch.Tensor | None]:
+        losses = honest(*arguments)
+        return (
+            [None if loss is None else loss * float("nan") for loss in losses]
+            if next(calls) == 2
+            else losses
+        )
+
+    monkeypatch.setattr(loop, "task_losses", broken)
+    # Uniform looks at no gradient, so the loop has to.
+    result = train(dataclasses.replace(CONFIG, method="uniform"), tmp_path / "run")
+    assert result["num_skipped_steps"] == 1
+    assert result["final"]["test/top_left_accuracy"] > 0.2
+
+
+def test_a_method_with_held_out_batches_trains_on_the_rest(tmp_path: Path) -> None:
+    train(dataclasses.replace(CONFIG, method="moml", epochs=1, batch_size=400), tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["num_train"] == 500
+    # 400 of 500 remain: one step of 400.
+    assert read_table(tmp_path / "run" / "metrics.csv")[0]["step"] == 1
+
+
+def test_a_task_trained_alone_is_selected_by_its_own_score(tmp_path: Path) -> None:
+    result = train(
+        dataclasses.replace(CONFIG, method="single-task", task="bottom_right"), tmp_path / "run"
+    )
+    assert result["selection"] == "validation/bottom_right_score"
+    assert result["final_task_weights"] == {"top_left": 0.0, "bottom_right": 1.0}
