@@ -12,6 +12,7 @@ from excessmtl_ext.data.digit_pairs import (
     pair_digits,
     split_digits,
 )
+from excessmtl_ext.data.folder_search import find_folder, listing
 from excessmtl_ext.data.multitask_data import MultiTaskData
 from excessmtl_ext.data.seeding import seeded_generator
 
@@ -54,7 +55,15 @@ def load_multimnist(
 
     Cost: 50 MB of memory and about a second for all 60,000 + 10,000 digits.
     """
-    raw = _find_raw_folder(Path(data_root))
+    data_root = Path(data_root)
+    raw = find_folder(
+        data_root,
+        _LAYOUTS,
+        marker="*-ubyte",
+        holds="MNIST",
+        example="train-images-idx3-ubyte",
+        download=_DOWNLOAD.format(root=data_root),
+    )
     train_digits = read_mnist(raw, "train")
     test_digits = read_mnist(raw, "t10k")
     num_validation = round(VALIDATION_SHARE * len(train_digits.labels))
@@ -110,29 +119,6 @@ def read_mnist(raw: Path, part: str) -> LabelledDigits:
     return LabelledDigits(images, labels.long())
 
 
-def _find_raw_folder(data_root: Path) -> Path:
-    """Returns the folder with the idx files: the first known layout that has any of them."""
-    candidates = [data_root / layout for layout in _LAYOUTS]
-    for candidate in candidates:
-        if any(candidate.glob("*-ubyte")):
-            return candidate
-    tried = ", ".join(str(candidate / "train-images-idx3-ubyte") for candidate in candidates)
-    found = "no such folder" if not data_root.is_dir() else _listing(data_root)
-    raise FileNotFoundError(
-        f"Expected `data_root` to hold MNIST, one of {tried}; but {data_root} is: {found}. "
-        + _DOWNLOAD.format(root=data_root)
-    )
-
-
-def _listing(folder: Path, limit: int = 8) -> str:
-    """Returns the first names in a folder, for an error message."""
-    all_names = sorted(entry.name for entry in folder.iterdir())
-    if not all_names:
-        return "an empty folder"
-    more = f" and {len(all_names) - limit} more" if len(all_names) > limit else ""
-    return "a folder with " + ", ".join(all_names[:limit]) + more
-
-
 def _read_idx(path: Path, num_dims: int) -> torch.Tensor:
     """Reads an idx file of unsigned bytes: two zero bytes, type, number of dimensions, big-endian sizes, values.
 
@@ -140,7 +126,7 @@ def _read_idx(path: Path, num_dims: int) -> torch.Tensor:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"Expected {path}, but {path.parent} is: {_listing(path.parent)}. "
+            f"Expected {path}, but {path.parent} is: {listing(path.parent)}. "
             + _DOWNLOAD.format(root=path.parents[2] if path.parent.name == "raw" else path.parent)
         )
     content = path.read_bytes()
