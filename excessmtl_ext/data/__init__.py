@@ -1,7 +1,13 @@
 """Data sets of several tasks, with fixed and seeded corruption of the training labels of chosen tasks."""
 
 from excessmtl_ext.data.digits import load_digit_pairs
-from excessmtl_ext.data.label_noise import CorruptedLabels, corrupt_classes
+from excessmtl_ext.data.label_noise import (
+    CorruptedLabels,
+    choose_corrupted,
+    corrupt_classes,
+    corrupt_pixels,
+    corrupt_values,
+)
 from excessmtl_ext.data.multimnist import load_multimnist
 from excessmtl_ext.data.multitask_data import (
     IGNORED_CLASS,
@@ -12,6 +18,9 @@ from excessmtl_ext.data.multitask_data import (
     TaskKind,
     TensorSplit,
 )
+from excessmtl_ext.data.nyuv2 import load_nyuv2
+from excessmtl_ext.data.office_home import load_office_home
+from excessmtl_ext.data.sarcos import load_sarcos
 
 __all__ = [
     "IGNORED_CLASS",
@@ -22,7 +31,13 @@ __all__ = [
     "Task",
     "TaskKind",
     "TensorSplit",
+    "choose_corrupted",
     "corrupt_classes",
+    "corrupt_pixels",
+    "corrupt_values",
     "load_digit_pairs",
     "load_multimnist",
+    "load_nyuv2",
+    "load_office_home",
+    "load_sarcos",
 ]
