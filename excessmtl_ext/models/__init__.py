@@ -3,5 +3,7 @@
 from excessmtl_ext.models.encoder_heads import EncoderHeads
 from excessmtl_ext.models.lenet import lenet
 from excessmtl_ext.models.mlp import mlp
+from excessmtl_ext.models.resnet import resnet18_heads
+from excessmtl_ext.models.segnet import segnet
 
-__all__ = ["EncoderHeads", "lenet", "mlp"]
+__all__ = ["EncoderHeads", "lenet", "mlp", "resnet18_heads", "segnet"]

@@ -1,0 +1,44 @@
+"""The network of the paper's Office-Home experiment."""
+
+from collections.abc import Sequence
+from urllib.error import URLError
+
+from torch import nn
+
+from excessmtl_ext.models.encoder_heads import EncoderHeads
+
+FEATURES = 512
+
+
+def resnet18_heads(num_outputs: Sequence[int], *, pretrained: bool = False) -> EncoderHeads:
+    """Builds torchvision's ResNet-18 (He et al. 2016) with one linear head per task instead of its classifier.
+
+    Args:
+        num_outputs: Outputs of each task's head.
+        pretrained: Start from torchvision's ImageNet weights, which are downloaded on first use. The paper does not.
+
+    Shape:
+        Inputs float [B, 3, H, W], or a list of T of them; returns T tensors [B, num_outputs[i]].
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+        RuntimeError: the weights are neither on this machine nor can they be downloaded.
+    """
+    try:
+        from torchvision import models
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'ResNet-18 comes with torchvision, which is not installed: pip install "excessmtl_ext[train]".',
+            name=error.name,
+        ) from error
+    weights = models.ResNet18_Weights.IMAGENET1K_V1 if pretrained else None
+    try:
+        encoder = models.resnet18(weights=weights)
+    except URLError as error:
+        url = models.ResNet18_Weights.IMAGENET1K_V1.url
+        raise RuntimeError(
+            f"Expected to download {url} for `pretrained`, but got: {error.reason}. Put the file into the folder "
+            "`checkpoints` of torch.hub.get_dir(), or pass pretrained=False."
+        ) from error
+    encoder.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    return EncoderHeads(encoder, [nn.Linear(FEATURES, outputs) for outputs in num_outputs])
