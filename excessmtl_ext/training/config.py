@@ -32,6 +32,9 @@ class TrainConfig:
         num_workers: Processes that read the training data; 0 for none. Does not change the numbers.
         disjoint: SARCOS: drop the training rows that the test file repeats.
         pretrained: Office-Home: start from ImageNet weights.
+        image_size: Height of the images, for runs on small machines; the width follows (NYUv2: 4 / 3 of it, both
+            multiples of 16; Office-Home: square). None: 288 for NYUv2, 224 for Office-Home.
+        network_width: NYUv2: channels of SegNet's first stage; None: 64.
     """
 
     dataset: str
@@ -50,8 +53,10 @@ class TrainConfig:
     task_weight_interval: int = 10
     task: str | None = None
     num_workers: int = 0
-    disjoint: bool = True
+    disjoint: bool = False
     pretrained: bool = False
+    image_size: int | None = None
+    network_width: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "task_weight_interval"):

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from excessmtl_ext.data import MultiTaskData, load_digit_pairs, load_multimnist
-from excessmtl_ext.models import EncoderHeads, lenet, mlp
+from excessmtl_ext.data import (
+    MultiTaskData,
+    load_digit_pairs,
+    load_multimnist,
+    load_nyuv2,
+    load_office_home,
+    load_sarcos,
+)
+from excessmtl_ext.data.office_home import DEFAULT_IMAGE_SIZE as OFFICE_HOME_SIZE
+from excessmtl_ext.data.sarcos import NUM_INPUTS as SARCOS_INPUTS
+from excessmtl_ext.models import EncoderHeads, lenet, mlp, resnet18_heads, segnet
 from excessmtl_ext.training.config import TrainConfig
 
 # Two layers of 32 reach 0.95 on both tasks without noise and train in two seconds.
 DIGITS_HIDDEN = (32, 32)
+SARCOS_HIDDEN = (128, 128, 128)
+SEGNET_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,46 @@ def _load_digits(config: TrainConfig) -> MultiTaskData:
     return load_digit_pairs(noise=config.noise, seed=config.seed, num_train=config.num_train)
 
 
+def _load_sarcos(config: TrainConfig) -> MultiTaskData:
+    return load_sarcos(
+        _data_root(config),
+        noise=config.noise,
+        seed=config.seed,
+        num_train=config.num_train,
+        disjoint=config.disjoint,
+    )
+
+
+def _load_office_home(config: TrainConfig) -> MultiTaskData:
+    return load_office_home(
+        _data_root(config),
+        noise=config.noise,
+        seed=config.seed,
+        num_train=config.num_train,
+        image_size=config.image_size or OFFICE_HOME_SIZE,
+    )
+
+
+def _load_nyuv2(config: TrainConfig) -> MultiTaskData:
+    height = config.image_size
+    return load_nyuv2(
+        _data_root(config),
+        noise=config.noise,
+        seed=config.seed,
+        num_train=config.num_train,
+        size=None if height is None else (height, height * 4 // 3),
+    )
+
+
+def _build_segnet(data: MultiTaskData, config: TrainConfig) -> EncoderHeads:
+    normals = [index for index, task in enumerate(data.tasks) if task.kind == "normals"]
+    return segnet(
+        _num_outputs(data), unit_heads=normals, width=config.network_width or SEGNET_WIDTH
+    )
+
+
+# Batch sizes: the paper names none. 64 for Office-Home is the authors' code's, which has 2 for NYUv2 with SegNet and
+# 8 with ResNet-50; 4 lies between. 256 for the other two is that of this project's first quick runs.
 WORKLOADS: dict[str, Workload] = {
     "multimnist": Workload(
         title="MultiMNIST",
@@ -71,6 +122,43 @@ WORKLOADS: dict[str, Workload] = {
         epochs=20,
         batch_size=256,
         lr=1e-3,
+    ),
+    "sarcos": Workload(
+        title="SARCOS",
+        load=_load_sarcos,
+        build_model=lambda data, config: mlp(
+            (SARCOS_INPUTS,), _num_outputs(data), hidden=SARCOS_HIDDEN
+        ),
+        needs_data_root=True,
+        epochs=50,
+        batch_size=256,
+        lr=1e-3,
+        weight_decay=1e-2,
+        options=("disjoint",),
+    ),
+    "office-home": Workload(
+        title="Office-Home",
+        load=_load_office_home,
+        build_model=lambda data, config: resnet18_heads(
+            _num_outputs(data), pretrained=config.pretrained
+        ),
+        needs_data_root=True,
+        epochs=50,
+        batch_size=64,
+        lr=1e-4,
+        weight_decay=1e-5,
+        options=("pretrained", "image_size"),
+    ),
+    "nyuv2": Workload(
+        title="NYUv2",
+        load=_load_nyuv2,
+        build_model=_build_segnet,
+        needs_data_root=True,
+        epochs=100,
+        batch_size=4,
+        lr=1e-4,
+        weight_decay=1e-3,
+        options=("image_size", "network_width"),
     ),
     "digits": Workload(
         title="Digit pairs (scikit-learn, 8 x 8)",
