@@ -43,6 +43,7 @@ from excessmtl_ext.training.loop import Progress as TrainingProgress
 from excessmtl_ext.training.loop import train as train_run
 from excessmtl_ext.training.methods import METHODS
 from excessmtl_ext.training.metrics import PRIMARY_METRIC
+from excessmtl_ext.training.paper_figures import draw_paper_figures
 from excessmtl_ext.training.sweep import (
     FailedRun,
     SweepConfig,
@@ -50,7 +51,8 @@ from excessmtl_ext.training.sweep import (
     SweepStatus,
     run_sweep,
 )
-from excessmtl_ext.training.sweep_results import RESULTS
+from excessmtl_ext.training.sweep_results import RESULTS, read_results
+from excessmtl_ext.training.toy import draw_toy
 from excessmtl_ext.training.workloads import WORKLOADS, Workload
 
 FIGURE = "training.png"
@@ -169,7 +171,7 @@ def _workload_options(workload: Workload) -> _Decorator:
 _SPECIAL_OPTIONS: dict[str, _Decorator] = {
     "disjoint": click.option(
         "--disjoint/--no-disjoint",
-        default=True,
+        default=False,
         show_default=True,
         help="Drop the training rows that the test file repeats.",
     ),
@@ -178,6 +180,16 @@ _SPECIAL_OPTIONS: dict[str, _Decorator] = {
         default=False,
         show_default=True,
         help="Start from torchvision's ImageNet weights.",
+    ),
+    "image_size": click.option(
+        "--image-size",
+        type=click.IntRange(1),
+        help="Height of smaller images, for small machines.  [default: the paper's]",
+    ),
+    "network_width": click.option(
+        "--network-width",
+        type=click.IntRange(1),
+        help="Channels of SegNet's first stage.  [default: 64]",
     ),
 }
 
@@ -315,7 +327,10 @@ def _add_sweep_command(dataset: str, workload: Workload) -> None:
     def command(device: str, output: Path | None, **values: Any) -> None:
         console = Console()
         with _clear_errors():
-            config = SweepConfig(dataset=dataset, device=_resolve_device(device), **values)
+            options = {name: values.pop(name) for name in workload.options}
+            config = SweepConfig(
+                dataset=dataset, device=_resolve_device(device), options=options, **values
+            )
             _run_sweep(console, config, output or Path("runs") / f"{dataset}_sweep")
 
 
@@ -375,6 +390,37 @@ def demo(output: Path, seeds: int, epochs: int | None, resume: bool) -> None:
         )
         console.print(_demo_table(summaries, seeds))
         _print_path(console, "Figure", figure)
+
+
+@main.command()
+@click.argument(
+    "results",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("figures"),
+    show_default=True,
+    help="Folder for the figures.",
+)
+def figures(results: tuple[Path, ...], output: Path) -> None:
+    """Draw the paper's figures from sweeps.
+
+    RESULTS are folders that `excessmtl sweep` has filled; sweep.json, results.csv and epochs.csv of each suffice.
+    """
+    console = Console()
+    with _clear_errors():
+        sweeps = [read_results(folder) for folder in results]
+        reports = draw_paper_figures(sweeps, output, draw_toy=draw_toy)
+    for report in reports:
+        if report.path is not None:
+            _print_path(console, report.name, report.path)
+    for report in reports:
+        if report.path is None:
+            _print_path(console, f"{report.name}: not drawn, needs", report.missing)
 
 
 def _train_one(console: Console, config: TrainConfig, output: Path, *, resume: bool) -> None:
@@ -583,7 +629,7 @@ def _count_seeds(number: int) -> str:
     return "1 seed" if number == 1 else f"{number} seeds"
 
 
-def _print_path(console: Console, what: str, path: Path) -> None:
+def _print_path(console: Console, what: str, path: Path | str) -> None:
     # Not wrapped: a path broken over two lines cannot be copied.
     console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ LOCK = "sweep.lock"
 # A worker that lost its sweep ends after the step, and the evaluation, that it is in.
 SECONDS_TO_WAIT_FOR_LOST_WORKERS = 60
 
+# Not `python -m`, which looks into the working directory first: in a checkout, that is the package without its
+# compiled ops. A worker imports what the sweep imports.
+_START_WORKER = "import sys; sys.path[:] = sys.argv[1:]; from excessmtl_ext.training.sweep_worker import main; main()"
+
 # What makes two sweeps of one folder comparable. The others may grow or change from one command to the next.
 _FIXED = (
     "dataset",
@@ -63,8 +67,7 @@ _FIXED = (
     "weight_decay",
     "num_train",
     "device",
-    "disjoint",
-    "pretrained",
+    "options",
 )
 
 
@@ -85,8 +88,7 @@ class SweepConfig:
         data_root: Per run.
         device: Per run.
         num_workers: Per run.
-        disjoint: Per run.
-        pretrained: Per run.
+        options: Per run: values of `TrainConfig` that only this data set has.
         jobs: Runs at a time.
         threads_per_job: Threads that each computes with.
         tune: Step sizes to choose from for every method whose step size is tuned; empty: the methods' own.
@@ -106,8 +108,7 @@ class SweepConfig:
     data_root: str | None = None
     device: str = "cpu"
     num_workers: int = 0
-    disjoint: bool = True
-    pretrained: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
     jobs: int = 1
     threads_per_job: int = 1
     tune: tuple[float, ...] = ()
@@ -335,8 +336,7 @@ def _train_config(config: SweepConfig, cell: Cell) -> TrainConfig:
         device=config.device,
         task=cell.task,
         num_workers=config.num_workers,
-        disjoint=config.disjoint,
-        pretrained=config.pretrained,
+        **config.options,
     )
 
 
@@ -362,7 +362,7 @@ class _Job:
         threads = str(num_threads)
         with (folder / LOG).open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "excessmtl_ext.training.sweep_worker"],
+                [sys.executable, "-c", _START_WORKER, *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -674,7 +674,7 @@ def _write_settings(folder: Path, config: SweepConfig, tasks: Sequence[Task], co
     values = {name: v for name, v in dataclasses.asdict(config).items() if name != "data_root"}
     if saved:
         for name in _FIXED:
-            if saved[name] != values[name]:
+            if name in saved and saved[name] != values[name]:
                 raise ValueError(
                     f"Expected the values of the sweep in {folder}, but got another: `{name}`: "
                     f"{saved[name]!r} there, {values[name]!r} here. Name another folder."

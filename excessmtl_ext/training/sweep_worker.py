@@ -1,4 +1,4 @@
-"""One run of a sweep, in a process of its own: ``python -m excessmtl_ext.training.sweep_worker``.
+"""One run of a sweep, in a process of its own.
 
 The first line of stdin is the order, JSON. The sweep keeps stdin open: its end, by the sweep's will or because the
 sweep was killed, stops the run with a checkpoint, so that no worker outlives its sweep. Messages go to stdout, one JSON
@@ -90,7 +90,3 @@ def main() -> None:
     sys.stderr.flush()
     # A daemon thread that reads stdin may hold its lock when the interpreter ends, which aborts the process.
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -63,17 +63,18 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     return value
 
 
-def test_the_grid_has_every_cell_once() -> None:
-    config = sweep_config(methods=("uniform", "groupdro"), noise=(0.0, 0.8), num_seeds=2)
+def test_the_grid_has_every_cell_once_and_a_clean_task_alone_no_noise() -> None:
+    config = sweep_config(methods=("uniform", "single-task"), noise=(0.0, 0.8), num_seeds=2)
     cells = grid_cells(config, TASKS)
-    assert [(c.method, c.noise, c.seed) for c in cells][:5] == [
-        ("uniform", 0.0, 0),
-        ("groupdro", 0.0, 0),
-        ("uniform", 0.8, 0),
-        ("groupdro", 0.8, 0),
-        ("uniform", 0.0, 1),
+    assert [(c.method, c.task, c.noise) for c in cells if c.seed == 0] == [
+        ("uniform", None, 0.0),
+        ("single-task", "a", 0.0),
+        ("single-task", "b", 0.0),
+        ("uniform", None, 0.8),
+        ("single-task", "b", 0.8),
     ]
-    assert len({cell.folder for cell in cells}) == len(cells) == 8
+    assert len(cells) == 10
+    assert len({cell.folder for cell in cells}) == 10
 
 
 def test_the_step_size_with_the_best_mean_score_wins() -> None:
@@ -115,24 +116,25 @@ def test_a_sweep_fills_its_tables_and_a_larger_one_skips_what_is_finished(tmp_pa
     metrics = tmp_path / "runs/uniform_noise0.8_seed0/metrics.csv"
     written = metrics.stat().st_mtime_ns
 
-    second = runner.invoke(main, [*arguments, "uniform,groupdro"])
+    second = runner.invoke(main, [*arguments, "uniform,single-task"])
     assert second.exit_code == 0, second.output
     assert metrics.stat().st_mtime_ns == written
-    assert "[2/2]" in second.output
+    assert "[3/3]" in second.output
 
     rows = read_csv(tmp_path / "results.csv")
     assert [(row["method"], row["task"], row["noise"]) for row in rows] == [
-        ("groupdro", "", "0.8"),
+        ("single-task", "bottom_right", "0.8"),
+        ("single-task", "top_left", "0"),
         ("uniform", "", "0.8"),
     ]
     selected = json.loads((metrics.parent / "metrics.json").read_text())["selected"]
-    assert float(rows[1]["test/top_left_accuracy"]) == selected["test/top_left_accuracy"]
-    assert rows[1]["final_weight/top_left"] == "0.5"
+    assert float(rows[2]["test/top_left_accuracy"]) == selected["test/top_left_accuracy"]
+    assert rows[2]["final_weight/top_left"] == "0.5"
     epochs = read_csv(tmp_path / "epochs.csv")
     assert [row["epoch"] for row in epochs if row["method"] == "uniform"] == ["1", "2"]
 
     settings = json.loads((tmp_path / "sweep.json").read_text())
-    assert settings["methods"] == ["uniform", "groupdro"]
+    assert settings["methods"] == ["uniform", "single-task"]
     assert [task["name"] for task in settings["tasks"]] == ["top_left", "bottom_right"]
     assert settings["commands"][1]["command"].endswith("--epochs 2 --batch-size 64 --num-train 300")
     environment = json.loads((tmp_path / "environment.json").read_text())
@@ -211,7 +213,9 @@ def test_a_stopped_sweep_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
 def test_a_killed_worker_and_a_killed_sweep_lose_no_number(tmp_path: Path) -> None:
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "sweep"
     train(train_config("uniform", epochs=100), undisturbed)
-    command = [sys.executable, "-m", "excessmtl_ext.training.cli", "sweep", "digits", *OPTIONS]
+    code = "import sys; sys.path[:] = sys.argv.pop(1).split(':'); "
+    code += "from excessmtl_ext.training.cli import main; main()"
+    command = [sys.executable, "-c", code, ":".join(sys.path), "sweep", "digits", *OPTIONS]
     command += ["--noise", "0.8", "--seeds", "1", "--methods", "uniform,groupdro", "--jobs", "2"]
     command += ["--epochs", "100", "--output", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
