@@ -16,7 +16,7 @@ from excessmtl_ext.training.workloads import WORKLOADS, Workload
 
 NOISES = (0.0, 0.8)
 BATCH_SIZES = (256, 64, 1024)  # in the order of their interest: half a screen is still a result
-MOMENTA = (0.0, 0.9, 0.98, 0.99)
+MOMENTA = (0.98, 0.0, 0.9, 0.99)
 WARMUP_EPOCHS = 3  # He et al. 2024, Appendix C.1
 
 # Epochs of the wide screen, and of the runs at full size; SARCOS converges slowly.
