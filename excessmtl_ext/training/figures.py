@@ -21,6 +21,7 @@ from excessmtl_ext.training.run_record import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 160
 GRID_COLOUR = "#DDDDDD"
@@ -104,17 +105,7 @@ def draw_training(
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'Figures need matplotlib, which is not installed: pip install "excessmtl_ext[train]".',
-            name=error.name,
-        ) from error
-
-    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display, whatever backend the user has chosen
+    figure = new_figure(10.5, 3.9)
     weight_axes, clean_axes, noisy_axes = figure.subplots(1, 3)
     _draw_curves(weight_axes, runs, lambda run: (run.weight_epochs, run.clean_weight))
     _draw_curves(clean_axes, runs, lambda run: (run.epochs, run.clean_score))
@@ -127,14 +118,9 @@ def draw_training(
     _cut_off_start(clean_axes, [run.clean_score for run in runs])
     _cut_off_start(noisy_axes, [run.noisy_score for run in runs])
     for axes in (weight_axes, clean_axes, noisy_axes):
-        axes.set_xlabel("epoch", color=TEXT_COLOUR)
+        axes.set_xlabel("epoch")
         axes.set_xlim(left=0, right=max(float(run.epochs[-1]) for run in runs))
-        axes.title.set(fontsize=10, color=TEXT_COLOUR)
-        axes.grid(color=GRID_COLOUR, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=TEXT_COLOUR, labelsize=9, length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(GRID_COLOUR)
+        style_axes(axes)
 
     handles, labels = clean_axes.get_legend_handles_labels()
     figure.suptitle(title, fontsize=11, color=TEXT_COLOUR, x=0.01, ha="left")
@@ -143,6 +129,38 @@ def draw_training(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Makes a figure of that many inches, which needs no display.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'Figures need matplotlib, which is not installed: pip install "excessmtl_ext[train]".',
+            name=error.name,
+        ) from error
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display, whatever backend the user has chosen
+    return figure
+
+
+def style_axes(axes: Axes) -> None:
+    """Gives a panel the look that all figures share: light grid, no box."""
+    axes.title.set(fontsize=10, color=TEXT_COLOUR)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(fontsize=9.5, color=TEXT_COLOUR)
+    axes.grid(color=GRID_COLOUR, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=TEXT_COLOUR, labelsize=9, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID_COLOUR)
 
 
 def _cut_off_start(axes: Axes, curves: Sequence[np.ndarray]) -> None:

@@ -1,0 +1,549 @@
+"""The figures of He et al. 2024, drawn from the committed tables of sweeps: results.csv, epochs.csv, sweep.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from excessmtl_ext.training.figures import (
+    DOTS_PER_INCH,
+    TEXT_COLOUR,
+    new_figure,
+    style_axes,
+)
+from excessmtl_ext.training.methods import METHODS
+from excessmtl_ext.training.metrics import HIGHER_IS_BETTER, PRIMARY_METRIC
+from excessmtl_ext.training.sweep_results import Row, SweepResults
+from excessmtl_ext.training.workloads import WORKLOADS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The noise level of the figures that show one: the paper's Figs. 2, 3 and 4.
+SHOWN_NOISE = 0.8
+
+# Which figure of the paper shows a data set over the noise levels.
+NOISE_FIGURES = {"multimnist": 6, "office-home": 7, "nyuv2": 8, "sarcos": 9}
+
+# Methods that estimate excess risks; their lines are wide.
+ESTIMATING = tuple(name for name in METHODS if name.startswith("excessmtl"))
+SINGLE_TASK = "single-task"
+MOML = "moml"
+
+CLEAN_COLOUR, NOISY_COLOUR = "#0072B2", "#D55E00"
+
+METRIC_LABELS = {
+    "score": "score (1 is perfect)",
+    "accuracy": "accuracy",
+    "nmse": "normalised squared error",
+    "miou": "mean intersection over union",
+    "relative_error": "relative error",
+    "mean_angle": "mean angle in degrees",
+}
+
+
+@dataclass(frozen=True)
+class FigureReport:
+    """What became of one figure of the paper.
+
+    Attributes:
+        name: Such as ``"Fig. 6, MultiMNIST"``.
+        path: Where it was drawn; None if it was not.
+        missing: The run that it would need.
+    """
+
+    name: str
+    path: Path | None = None
+    missing: str = ""
+
+
+class SweepView:
+    """The runs of one sweep as figures ask for them."""
+
+    def __init__(self, results: SweepResults) -> None:
+        self.results = results
+        settings = results.settings
+        self.dataset: str = settings["dataset"]
+        self.title = WORKLOADS[self.dataset].title
+        self.tasks: list[str] = [task["name"] for task in settings["tasks"]]
+        self.noisy = [task["name"] for task in settings["tasks"] if task["is_noisy"]]
+        self.clean = [task for task in self.tasks if task not in self.noisy]
+        kinds = {task["kind"] for task in settings["tasks"]}
+        # Tasks of different kinds have only the score in common.
+        self.metric = PRIMARY_METRIC[kinds.pop()] if len(kinds) == 1 else "score"
+        present = {row["method"] for row in results.runs}
+        self.methods = [name for name in METHODS if name in present]
+        self.noise = sorted({row["noise"] for row in results.runs if not row["task"]})
+        self._epochs: dict[tuple[Any, ...], list[Row]] = {}
+        for row in results.epochs:
+            key = (row["method"], row["task"], row["noise"], row["seed"])
+            self._epochs.setdefault(key, []).append(row)
+
+    @property
+    def shown_noise(self) -> float:
+        """The level nearest to 80 %."""
+        return min(self.noise, key=lambda noise: abs(noise - SHOWN_NOISE))
+
+    def runs(self, method: str, noise: float, task: str = "") -> list[Row]:
+        """Returns one row of results.csv per seed."""
+        if task in self.clean:
+            noise = 0.0  # that of the run which serves all levels
+        return [
+            row
+            for row in self.results.runs
+            if (row["method"], row["task"], row["noise"]) == (method, task, noise)
+        ]
+
+    def epochs(self, run: Row) -> list[Row]:
+        """Returns the rows of epochs.csv of a run."""
+        return self._epochs.get((run["method"], run["task"], run["noise"], run["seed"]), [])
+
+    def alone(self, task: str, noise: float, column: str) -> list[float]:
+        """Returns a column of the runs that train a task alone, one value per seed."""
+        return [row[column] for row in self.runs(SINGLE_TASK, noise, task)]
+
+    def describe(self, methods: Iterable[str]) -> str:
+        """Says on what the numbers stand: images, epochs, seeds."""
+        chosen = set(methods)
+        rows = [row for row in self.results.runs if row["method"] in chosen]
+        counts = _spanned(row["num_train"] for row in rows)
+        epochs = _spanned(row["epochs"] for row in rows)
+        cells: dict[tuple[Any, ...], int] = {}
+        for row in rows:
+            key = (row["method"], row["task"], row["noise"])
+            cells[key] = cells.get(key, 0) + 1
+        seeds = _spanned(cells.values())
+        return f"{counts} training samples, {epochs} epochs, {seeds} seed{'s' * (seeds != '1')}"
+
+
+def draw_paper_figures(
+    sweeps: Sequence[SweepResults], output: Path, *, draw_toy: Callable[[Path], Any]
+) -> list[FigureReport]:
+    """Draws what the sweeps hold of Figs. 1 to 9, and says what the others need.
+
+    Args:
+        sweeps: From `read_results`; of one data set or of several.
+        output: Folder for the pictures.
+        draw_toy: Draws Fig. 1, which needs no sweep.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    toy = output / "fig1_toy.png"
+    draw_toy(toy)
+    reports = [FigureReport("Fig. 1, toy problem", toy)]
+    views = [SweepView(sweep) for sweep in sweeps if sweep.runs]
+    names = _file_names(views)
+    for view, name in zip(views, names, strict=True):
+        for number, what, draw in (
+            (2, "excess risk", draw_excess_risk),
+            (3, "training", draw_curves_over_epochs),
+            (4, "loss profile", draw_loss_profile),
+            (5, "moml", draw_moml),
+            (NOISE_FIGURES.get(view.dataset), "noise levels", draw_noise_levels),
+        ):
+            label = f"Fig. {number}" if number else "Like Fig. 6"
+            prefix = f"fig{number}_" if number else ""
+            path = output / f"{prefix}{name}_{what.replace(' ', '_')}.png"
+            missing = draw(view, path)
+            reports.append(
+                FigureReport(f"{label}, {view.title}: {what}", None if missing else path, missing)
+            )
+    drawn = {view.dataset for view in views}
+    reports += [
+        FigureReport(
+            f"Fig. {number}, {WORKLOADS[dataset].title}", None, f"excessmtl sweep {dataset}"
+        )
+        for dataset, number in NOISE_FIGURES.items()
+        if dataset not in drawn
+    ]
+    return reports
+
+
+def draw_noise_levels(view: SweepView, path: Path) -> str:
+    """Draws Figs. 6 to 9: all tasks, the clean tasks and their weight over the noise level.
+
+    Returns:
+        What is missing; empty if the figure was drawn.
+    """
+    methods = [name for name in view.methods if name not in (SINGLE_TASK, MOML)]
+    return _draw_over_noise(view, methods, path)
+
+
+def draw_moml(view: SweepView, path: Path) -> str:
+    """Draws Fig. 5: ExcessMTL and MOML, which knows clean labels; see `draw_noise_levels`."""
+    if MOML not in view.methods:
+        return f"excessmtl sweep {view.dataset} --methods moml,... into the same folder"
+    return _draw_over_noise(view, [*_estimating(view), *_present(view, "uniform", MOML)], path)
+
+
+def draw_curves_over_epochs(view: SweepView, path: Path) -> str:
+    """Draws Fig. 3: the clean tasks' weight and both kinds of tasks over the epochs; see `draw_noise_levels`."""
+    methods = [name for name in view.methods if name != SINGLE_TASK]
+    noise = view.shown_noise
+    if not methods:
+        return f"excessmtl sweep {view.dataset} --noise {noise:g}"
+    figure = new_figure(11.5, 4.4)
+    axes = figure.subplots(1, 3)
+    columns = [
+        [f"balancer/{task}_mean_weight" for task in view.clean],
+        [f"test/{task}_{view.metric}" for task in view.clean],
+        [f"test/{task}_{view.metric}" for task in view.noisy],
+    ]
+    for name in methods:
+        for panel, (ax, names) in enumerate(zip(axes, columns, strict=True)):
+            reduce = _share(view, names) if panel == 0 else _mean_of(names)
+            curves = [[reduce(row) for row in view.epochs(run)] for run in view.runs(name, noise)]
+            length = min((len(curve) for curve in curves), default=0)
+            if length:
+                values = np.array([curve[:length] for curve in curves])
+                _draw_band(ax, np.arange(1, length + 1), values, name)
+    _label_weight(axes[0], view, "epoch")
+    axes[1].set_title("Clean tasks")
+    axes[2].set_title("Noisy tasks, on clean test labels")
+    for ax, names in ((axes[1], view.clean), (axes[2], view.noisy)):
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(_metric_label(view.metric))
+        _draw_single_task(ax, view, names, [noise])
+        _zoom(ax, view.metric)
+    for ax in axes:
+        style_axes(ax)
+        ax.set_xlim(left=1)
+    _finish(
+        figure,
+        axes[1],
+        path,
+        f"{view.title} during training, {noise:.0%} label noise: {view.describe(methods)}",
+    )
+    return ""
+
+
+def draw_excess_risk(view: SweepView, path: Path) -> str:
+    """Draws Fig. 2: each task's true excess risk and its estimate over the epochs, one column per estimator.
+
+    True is the training loss on the labels that the method sees, less the lowest that the task reaches alone at the
+    same noise, or in the run itself where no such run is at hand.
+    """
+    methods = [
+        name
+        for name in _estimating(view)
+        if any(len(view.epochs(run)) > 1 for run in view.runs(name, view.shown_noise))
+    ]
+    if not methods:
+        return f"excessmtl sweep {view.dataset} --methods excessmtl-official,... with at least 2 epochs"
+    noise = view.shown_noise
+    figure = new_figure(3.7 * len(methods) + 1.2, 6.2)
+    grid = figure.subplots(2, len(methods), squeeze=False, sharex=True)
+    converged = {task: _converged_loss(view, task, noise) for task in view.tasks}
+    for column, name in enumerate(methods):
+        true_axes, estimate_axes = grid[0][column], grid[1][column]
+        pairs: list[tuple[float, float]] = []
+        for task in view.tasks:
+            true, estimated = [], []
+            for run in view.runs(name, noise):
+                rows = view.epochs(run)
+                losses = [row[f"train/{task}_loss"] for row in rows]
+                lowest = converged[task]
+                floor = min(losses) if lowest is None else min(lowest, *losses)
+                true.append([loss - floor for loss in losses])
+                estimated.append([row[f"balancer/{task}_excess_risk"] for row in rows])
+            pairs += zip(np.ravel(true), np.ravel(estimated), strict=True)
+            for ax, values in ((true_axes, true), (estimate_axes, estimated)):
+                mean = np.mean(values, axis=0)
+                colour = NOISY_COLOUR if task in view.noisy else CLEAN_COLOUR
+                label = "noisy tasks" if task in view.noisy else "clean tasks"
+                ax.plot(np.arange(1, len(mean) + 1), mean, color=colour, linewidth=1.8, label=label)
+        true_axes.set_title(METHODS[name].label)
+        estimate_axes.set_title(f"rank correlation with the truth {_rank_correlation(pairs):.2f}")
+        estimate_axes.set_xlabel("epoch")
+        for ax in (true_axes, estimate_axes):
+            style_axes(ax)
+            ax.set_xlim(left=1)
+        true_axes.set_ylim(bottom=0)
+        estimate_axes.set_yscale("log")
+    grid[0][0].set_ylabel("true excess risk\n(training loss − converged loss)")
+    grid[1][0].set_ylabel("estimated excess risk\n(each method's own unit, log scale)")
+    if any(value is not None for value in converged.values()):
+        basis = "converged: lowest training loss of the task alone"
+    else:
+        basis = "converged: lowest training loss of the run itself"
+    _finish(
+        figure,
+        grid[0][0],
+        path,
+        f"{view.title}, {noise:.0%} label noise: {view.describe(methods)}\n{basis}",
+    )
+    return ""
+
+
+def draw_loss_profile(view: SweepView, path: Path) -> str:
+    """Draws Fig. 4: each task's test loss as a multiple of what it reaches alone, without noise and with 80 %."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    methods = [name for name in view.methods if name != SINGLE_TASK]
+    levels = [noise for noise in sorted({0.0, view.shown_noise}) if noise in view.noise]
+    alone = {
+        (task, noise): view.alone(task, noise, f"test/{task}_loss")
+        for task in view.tasks
+        for noise in levels
+    }
+    if not methods or not all(alone.values()):
+        return f"excessmtl sweep {view.dataset} --methods single-task,... --noise 0,0.8"
+    cell_width = 0.95 if len(view.tasks) <= 4 else 0.72
+    width = 2.6 + len(levels) * (cell_width * len(view.tasks) + 0.5)
+    figure = new_figure(max(width, 8.5), 1.9 + 0.42 * len(methods))
+    axes = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
+    norm = TwoSlopeNorm(vcenter=0, vmin=-1, vmax=1)
+    image = None
+    for ax, noise in zip(axes, levels, strict=True):
+        ratios = np.full((len(methods), len(view.tasks)), np.nan)
+        for i, name in enumerate(methods):
+            for j, task in enumerate(view.tasks):
+                losses = [run[f"test/{task}_loss"] for run in view.runs(name, noise)]
+                if losses:
+                    ratios[i, j] = statistics.fmean(losses) / statistics.fmean(alone[task, noise])
+        # A loss that is halved is as far from 1 as one that is doubled.
+        image = ax.imshow(np.log2(ratios), cmap="RdBu_r", norm=norm, aspect="auto")
+        for (i, j), ratio in np.ndenumerate(ratios):
+            if np.isnan(ratio):
+                continue
+            colour = "white" if abs(np.log2(ratio)) > 0.6 else "black"
+            ax.text(j, i, f"{ratio:.2f}", ha="center", va="center", color=colour, fontsize=9)
+        ax.set_title(f"{noise:.0%} label noise", fontsize=10, color=TEXT_COLOUR)
+        names = [f"{task}\n(noisy)" if task in view.noisy else task for task in view.tasks]
+        ax.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=8.5)
+        ax.set_yticks(range(len(methods)), [METHODS[name].label for name in methods], fontsize=9)
+        ax.tick_params(colors=TEXT_COLOUR, length=0)
+        ax.spines[:].set_visible(False)
+    assert image is not None
+    bar = figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.8, pad=0.02)
+    bar.ax.set_yticklabels(["half", "equal", "double"], fontsize=8.5, color=TEXT_COLOUR)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    figure.suptitle(
+        f"{view.title}: test loss / test loss of the task trained alone (below 1 is better)\n"
+        f"{view.describe([*methods, SINGLE_TASK])}",
+        fontsize=11,
+        color=TEXT_COLOUR,
+        x=0.01,
+        ha="left",
+    )
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+    return ""
+
+
+def _draw_over_noise(view: SweepView, methods: Sequence[str], path: Path) -> str:
+    if len(view.noise) < 2 or not methods:
+        return f"excessmtl sweep {view.dataset} with at least two levels in --noise"
+    figure = new_figure(11.5, 4.4)
+    axes = figure.subplots(1, 3)
+    columns = [
+        [f"test/{task}_{view.metric}" for task in view.tasks],
+        [f"test/{task}_{view.metric}" for task in view.clean],
+        [f"balancer/{task}_mean_weight" for task in view.clean],
+    ]
+    for name in methods:
+        for panel, (ax, names) in enumerate(zip(axes, columns, strict=True)):
+            levels = [noise for noise in view.noise if view.runs(name, noise)]
+            if panel == 2:
+                # Some methods solve for new weights at each step: a mean says more than the last one.
+                share = _share(view, names)
+                values = [
+                    [share(view.epochs(run)[-1]) for run in view.runs(name, noise)]
+                    for noise in levels
+                ]
+            else:
+                mean = _mean_of(names)
+                values = [[mean(run) for run in view.runs(name, noise)] for noise in levels]
+            _draw_spread(ax, [100 * noise for noise in levels], values, name)
+    axes[0].set_title("All tasks")
+    axes[1].set_title("Clean tasks")
+    for ax, names in ((axes[0], view.tasks), (axes[1], view.clean)):
+        ax.set_xlabel("label noise of the noisy tasks in %")
+        ax.set_ylabel(_metric_label(view.metric))
+        _draw_single_task(ax, view, names, view.noise, is_over_noise=True)
+    _label_weight(axes[2], view, "label noise of the noisy tasks in %")
+    for ax in axes:
+        style_axes(ax)
+        ax.set_xticks([100 * noise for noise in view.noise])
+    _finish(
+        figure,
+        axes[0],
+        path,
+        f"{view.title}, on clean test labels: {view.describe(methods)} (mean ± standard deviation)",
+    )
+    return ""
+
+
+def _label_weight(ax: Axes, view: SweepView, x_label: str) -> None:
+    share = len(view.clean) / len(view.tasks)
+    ax.axhline(share, color=METHODS["uniform"].colour, linewidth=1, linestyle=":")
+    ax.annotate(
+        f"{share:.3g}",
+        (1.01, share),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        fontsize=8.5,
+        color=TEXT_COLOUR,
+    )
+    ax.set_title("Weight of the clean tasks" + (", last epoch" if x_label != "epoch" else ""))
+    ax.set_ylabel("share of all weights")
+    ax.set_xlabel(x_label)
+    ax.set_ylim(-0.03, 1.03)
+
+
+def _draw_single_task(
+    ax: Axes,
+    view: SweepView,
+    tasks: Sequence[str],
+    levels: Sequence[float],
+    *,
+    is_over_noise: bool = False,
+) -> None:
+    """Draws what the tasks reach alone, dashed, where all of them have such runs."""
+    means = []
+    for noise in levels:
+        values = [view.alone(task, noise, f"test/{task}_{view.metric}") for task in tasks]
+        if not values or not all(values):
+            return
+        means.append(statistics.fmean(statistics.fmean(each) for each in values))
+    method = METHODS[SINGLE_TASK]
+    style: dict[str, Any] = {
+        "color": method.colour,
+        "linestyle": "--",
+        "linewidth": 1.2,
+        "label": method.label,
+    }
+    if is_over_noise:
+        ax.plot([100 * noise for noise in levels], means, **style)
+    else:
+        ax.axhline(means[0], **style)
+
+
+def _draw_band(ax: Axes, x: np.ndarray, values: np.ndarray, method: str) -> None:
+    """Draws the mean over seeds, the first axis of ``values``, and a band of one standard deviation."""
+    mean = values.mean(axis=0)
+    ax.plot(x, mean, **_line_style(method))
+    if len(values) > 1:
+        spread = values.std(axis=0, ddof=1)
+        colour = METHODS[method].colour
+        ax.fill_between(x, mean - spread, mean + spread, alpha=0.13, linewidth=0, color=colour)
+
+
+def _draw_spread(
+    ax: Axes, x: Sequence[float], values: Sequence[Sequence[float]], method: str
+) -> None:
+    """Draws means over seeds, whose number may differ from point to point, and a band of one standard deviation."""
+    mean = np.array([statistics.fmean(each) for each in values])
+    spread = np.array([statistics.stdev(each) if len(each) > 1 else 0.0 for each in values])
+    ax.plot(x, mean, marker="o", markersize=3.5, **_line_style(method))
+    colour = METHODS[method].colour
+    ax.fill_between(x, mean - spread, mean + spread, alpha=0.13, linewidth=0, color=colour)
+
+
+def _line_style(method: str) -> dict[str, Any]:
+    is_ours = method in ESTIMATING
+    return {
+        "color": METHODS[method].colour,
+        "label": METHODS[method].label,
+        "linewidth": 2.2 if is_ours else 1.3,
+        "zorder": 3 if is_ours else 2.5,
+        "solid_capstyle": "round",
+    }
+
+
+def _zoom(ax: Axes, metric: str) -> None:
+    """Cuts off where all methods are about to improve: the first epochs of the worst would set the scale."""
+    lines = [np.asarray(line.get_ydata(), dtype=float) for line in ax.get_lines()]
+    tails = [line[len(line) // 5 :] for line in lines if len(line)]
+    if not tails:
+        return
+    low, high = min(t.min() for t in tails), max(t.max() for t in tails)
+    if HIGHER_IS_BETTER[metric]:
+        high = max(high, *(line.max() for line in lines))
+    else:
+        low = min(low, *(line.min() for line in lines))
+    margin = 0.05 * max(high - low, 1e-3)
+    ax.set_ylim(low - margin, high + margin)
+
+
+def _finish(figure: Figure, labelled: Axes, path: Path, title: str) -> None:
+    """Adds the title, and the legend under the panels, and writes the file."""
+    handles, labels = labelled.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.suptitle(title, fontsize=11, color=TEXT_COLOUR, x=0.01, ha="left")
+    columns = min(len(unique), 5 if figure.get_figwidth() > 9 else 3)
+    figure.legend(
+        unique.values(),
+        unique.keys(),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9.5,
+    )
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def _metric_label(metric: str) -> str:
+    arrow = "higher is better" if HIGHER_IS_BETTER[metric] else "lower is better"
+    return f"test {METRIC_LABELS[metric]} ({arrow})"
+
+
+def _converged_loss(view: SweepView, task: str, noise: float) -> float | None:
+    """Returns the lowest training loss of the task alone, over all seeds and epochs."""
+    losses = [
+        row[f"train/{task}_loss"]
+        for run in view.runs(SINGLE_TASK, noise, task)
+        for row in view.epochs(run)
+    ]
+    return min(losses, default=None)
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Returns Spearman's coefficient over tasks, epochs and seeds."""
+    true, estimated = (np.argsort(np.argsort(values)) for values in np.array(pairs).T)
+    return float(np.corrcoef(true, estimated)[0, 1])
+
+
+def _mean_of(columns: Sequence[str]) -> Callable[[Row], float]:
+    return lambda row: statistics.fmean(row[name] for name in columns)
+
+
+def _share(view: SweepView, columns: Sequence[str]) -> Callable[[Row], float]:
+    """The weights in ``columns`` as a part of all weights, whatever they sum to."""
+    every = [f"balancer/{task}_mean_weight" for task in view.tasks]
+    return lambda row: sum(row[name] for name in columns) / sum(row[name] for name in every)
+
+
+def _estimating(view: SweepView) -> list[str]:
+    return _present(view, *ESTIMATING)
+
+
+def _present(view: SweepView, *names: str) -> list[str]:
+    return [name for name in names if name in view.methods]
+
+
+def _spanned(values: Iterable[float]) -> str:
+    """Returns the number that all have in common, or the range."""
+    present = sorted({int(value) for value in values})
+    if not present:
+        return "0"
+    low, high = present[0], present[-1]
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _file_names(views: Sequence[SweepView]) -> list[str]:
+    """Names pictures by data set, and by folder where two sweeps have the same."""
+    datasets = [view.dataset for view in views]
+    return [
+        view.dataset
+        if datasets.count(view.dataset) == 1
+        else f"{view.dataset}_{view.results.folder.resolve().name}"
+        for view in views
+    ]
