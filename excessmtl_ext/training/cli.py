@@ -253,8 +253,7 @@ def _sweep_options() -> _Decorator:
                 "--noise",
                 type=_CommaList(click.FloatRange(0, 1)),
                 default=SWEEP_NOISE,
-                show_default="0,0.2,0.4,0.6,0.8,1",
-                help="Shares of the noisy tasks' training labels to corrupt.",
+                help="Shares of the noisy tasks' training labels to corrupt.  [default: 0,0.2,0.4,0.6,0.8,1]",
             ),
             click.option(
                 "--seeds",
@@ -274,8 +273,7 @@ def _sweep_options() -> _Decorator:
                 "--tune-noise",
                 type=_CommaList(click.FloatRange(0, 1)),
                 default=(0.0, 0.8),
-                show_default="0,0.8",
-                help="Noise levels over which the mean validation score decides.",
+                help="Noise levels over which the mean validation score decides.  [default: 0,0.8]",
             ),
             click.option(
                 "--tune-seed",

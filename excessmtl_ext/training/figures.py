@@ -158,7 +158,7 @@ def style_axes(axes: Axes) -> None:
         label.set(fontsize=9.5, color=TEXT_COLOUR)
     axes.grid(color=GRID_COLOUR, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=TEXT_COLOUR, labelsize=9, length=0)
+    axes.tick_params(which="both", colors=TEXT_COLOUR, labelsize=9, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID_COLOUR)
 

@@ -38,6 +38,9 @@ MOML = "moml"
 
 CLEAN_COLOUR, NOISY_COLOUR = "#0072B2", "#D55E00"
 
+# Between two powers of ten a logarithmic axis has no labelled ticks.
+LOG_SCALE_FROM = 30
+
 METRIC_LABELS = {
     "score": "score (1 is perfect)",
     "accuracy": "accuracy",
@@ -215,12 +218,12 @@ def draw_curves_over_epochs(view: SweepView, path: Path) -> str:
         _zoom(ax, view.metric)
     for ax in axes:
         style_axes(ax)
-        ax.set_xlim(left=1)
+        _count_epochs(ax)
     _finish(
         figure,
         axes[1],
         path,
-        f"{view.title} during training, {noise:.0%} label noise: {view.describe(methods)}",
+        f"{view.title} during training, {noise:.0%} label noise: {view.describe(methods)}{_spread_note(view)}",
     )
     return ""
 
@@ -261,15 +264,21 @@ def draw_excess_risk(view: SweepView, path: Path) -> str:
                 label = "noisy tasks" if task in view.noisy else "clean tasks"
                 ax.plot(np.arange(1, len(mean) + 1), mean, color=colour, linewidth=1.8, label=label)
         true_axes.set_title(METHODS[name].label)
-        estimate_axes.set_title(f"rank correlation with the truth {_rank_correlation(pairs):.2f}")
+        estimates = [estimate for _, estimate in pairs]
+        title = f"rank correlation with the truth {_rank_correlation(pairs):.2f}"
+        if min(estimates) > 0 and max(estimates) > LOG_SCALE_FROM * min(estimates):
+            estimate_axes.set_yscale("log")
+            title += " (log scale)"
+        else:
+            estimate_axes.set_ylim(bottom=0)
+        estimate_axes.set_title(title)
         estimate_axes.set_xlabel("epoch")
         for ax in (true_axes, estimate_axes):
             style_axes(ax)
-            ax.set_xlim(left=1)
+            _count_epochs(ax)
         true_axes.set_ylim(bottom=0)
-        estimate_axes.set_yscale("log")
     grid[0][0].set_ylabel("true excess risk\n(training loss − converged loss)")
-    grid[1][0].set_ylabel("estimated excess risk\n(each method's own unit, log scale)")
+    grid[1][0].set_ylabel("estimated excess risk\n(each method's own unit)")
     if any(value is not None for value in converged.values()):
         basis = "converged: lowest training loss of the task alone"
     else:
@@ -300,21 +309,25 @@ def draw_loss_profile(view: SweepView, path: Path) -> str:
     width = 2.6 + len(levels) * (cell_width * len(view.tasks) + 0.5)
     figure = new_figure(max(width, 8.5), 1.9 + 0.42 * len(methods))
     axes = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
-    norm = TwoSlopeNorm(vcenter=0, vmin=-1, vmax=1)
-    image = None
-    for ax, noise in zip(axes, levels, strict=True):
-        ratios = np.full((len(methods), len(view.tasks)), np.nan)
+    ratios = {noise: np.full((len(methods), len(view.tasks)), np.nan) for noise in levels}
+    for noise in levels:
         for i, name in enumerate(methods):
             for j, task in enumerate(view.tasks):
                 losses = [run[f"test/{task}_loss"] for run in view.runs(name, noise)]
                 if losses:
-                    ratios[i, j] = statistics.fmean(losses) / statistics.fmean(alone[task, noise])
+                    mean_alone = statistics.fmean(alone[task, noise])
+                    ratios[noise][i, j] = statistics.fmean(losses) / mean_alone
+    largest = max(float(np.nanmax(np.abs(np.log2(each)))) for each in ratios.values())
+    limit = min(max(largest, 1.0), 3.0)  # from half to double at least; an eighth to eight at most
+    norm = TwoSlopeNorm(vcenter=0, vmin=-limit, vmax=limit)
+    image = None
+    for ax, noise in zip(axes, levels, strict=True):
         # A loss that is halved is as far from 1 as one that is doubled.
-        image = ax.imshow(np.log2(ratios), cmap="RdBu_r", norm=norm, aspect="auto")
-        for (i, j), ratio in np.ndenumerate(ratios):
+        image = ax.imshow(np.log2(ratios[noise]), cmap="RdBu_r", norm=norm, aspect="auto")
+        for (i, j), ratio in np.ndenumerate(ratios[noise]):
             if np.isnan(ratio):
                 continue
-            colour = "white" if abs(np.log2(ratio)) > 0.6 else "black"
+            colour = "white" if abs(np.log2(ratio)) > 0.6 * limit else "black"
             ax.text(j, i, f"{ratio:.2f}", ha="center", va="center", color=colour, fontsize=9)
         ax.set_title(f"{noise:.0%} label noise", fontsize=10, color=TEXT_COLOUR)
         names = [f"{task}\n(noisy)" if task in view.noisy else task for task in view.tasks]
@@ -323,8 +336,10 @@ def draw_loss_profile(view: SweepView, path: Path) -> str:
         ax.tick_params(colors=TEXT_COLOUR, length=0)
         ax.spines[:].set_visible(False)
     assert image is not None
-    bar = figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.8, pad=0.02)
-    bar.ax.set_yticklabels(["half", "equal", "double"], fontsize=8.5, color=TEXT_COLOUR)
+    bar = figure.colorbar(image, ax=axes, ticks=[-limit, 0, limit], shrink=0.8, pad=0.02)
+    bar.ax.set_yticklabels(
+        [f"x {2**-limit:.2g}", "equal", f"x {2**limit:.2g}"], fontsize=8.5, color=TEXT_COLOUR
+    )
     bar.outline.set_visible(False)  # type: ignore[operator]
     figure.suptitle(
         f"{view.title}: test loss / test loss of the task trained alone (below 1 is better)\n"
@@ -376,7 +391,7 @@ def _draw_over_noise(view: SweepView, methods: Sequence[str], path: Path) -> str
         figure,
         axes[0],
         path,
-        f"{view.title}, on clean test labels: {view.describe(methods)} (mean ± standard deviation)",
+        f"{view.title}, on clean test labels: {view.describe(methods)}{_spread_note(view)}",
     )
     return ""
 
@@ -488,6 +503,19 @@ def _finish(figure: Figure, labelled: Axes, path: Path, title: str) -> None:
         fontsize=9.5,
     )
     figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def _spread_note(view: SweepView) -> str:
+    has_seeds = any(row["seed"] != view.results.runs[0]["seed"] for row in view.results.runs)
+    return " (mean ± standard deviation)" if has_seeds else ""
+
+
+def _count_epochs(ax: Axes) -> None:
+    """Starts at the first epoch; there is nothing between two."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlim(left=1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _metric_label(metric: str) -> str:
