@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import threading
@@ -105,6 +106,24 @@ class _CommaList(click.ParamType):
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """Names the list in the help text."""
         return f"{self.item.name},...".upper()
+
+
+class _NamedValue(click.ParamType):
+    """``NAME=VALUE``; the value is a number, true, false, null or else a string."""
+
+    name = "name=value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        """Splits at the first equals sign."""
+        name, equals, text = value.partition("=")
+        if not (name and equals):
+            self.fail(f"Expected NAME=VALUE, but got {value!r}.", param, ctx)
+        try:
+            return name, json.loads(text)
+        except json.JSONDecodeError:
+            return name, text
 
 
 _Decorator = Callable[[Callable[..., None]], Callable[..., None]]
@@ -212,6 +231,13 @@ def _run_options() -> _Decorator:
                 help="Step size of the weights.  [default: the method's own]",
             ),
             click.option(
+                "--option",
+                "method_options",
+                multiple=True,
+                type=_NamedValue(),
+                help="An option of the balancer, such as gradient_momentum=0.9; may be repeated.",
+            ),
+            click.option(
                 "--noise",
                 type=click.FloatRange(0, 1),
                 default=0.0,
@@ -309,10 +335,21 @@ def _add_train_command(dataset: str, workload: Workload) -> None:
     @train.command(dataset, help=f"Train on {workload.title}.")
     @_run_options()
     @_workload_options(workload)
-    def command(device: str, output: Path | None, resume: bool, **values: Any) -> None:
+    def command(
+        device: str,
+        output: Path | None,
+        resume: bool,
+        method_options: tuple[tuple[str, Any], ...],
+        **values: Any,
+    ) -> None:
         console = Console()
         with _clear_errors():
-            config = TrainConfig(dataset=dataset, device=_resolve_device(device), **values)
+            config = TrainConfig(
+                dataset=dataset,
+                device=_resolve_device(device),
+                method_options=dict(method_options),
+                **values,
+            )
             method = config.method if config.task is None else f"{config.method}_{config.task}"
             name = f"{method}_noise{config.noise:g}_seed{config.seed}"
             _train_one(console, config, output or Path("runs") / dataset / name, resume=resume)

@@ -77,7 +77,7 @@ class RunRecord:
         else:
             for name, num_rows in self.checkpoint["num_rows"].items():
                 self._cut_back(name, num_rows)
-        _write_json(path, config)
+        write_json(path, config)
         self._add_session(str(config.get("device", "cpu")))
 
     def append(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -110,15 +110,15 @@ class RunRecord:
             "version": CHECKPOINT_VERSION,
             "num_rows": dict(self._num_rows),
         }
-        _write_atomically(self.folder / CHECKPOINT, lambda file: torch.save(content, file))
+        write_atomically(self.folder / CHECKPOINT, lambda file: torch.save(content, file))
 
     def save_best_model(self, state: Mapping[str, Any]) -> None:
         """Replaces the model that did best on validation."""
-        _write_atomically(self.folder / BEST_MODEL, lambda file: torch.save(dict(state), file))
+        write_atomically(self.folder / BEST_MODEL, lambda file: torch.save(dict(state), file))
 
     def write_final_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Writes the numbers to report."""
-        _write_json(self.folder / FINAL_METRICS, metrics)
+        write_json(self.folder / FINAL_METRICS, metrics)
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Returns the rows of metrics.csv so far."""
@@ -153,7 +153,7 @@ class RunRecord:
                 f"but got {max(len(lines) - 1, 0)}. Was it edited? Start the run again in another folder."
             )
         content = "".join(lines[: num_rows + 1]).encode()
-        _write_atomically(path, lambda file: file.write(content))
+        write_atomically(path, lambda file: file.write(content))
         self._num_rows[name] = num_rows
 
     def _add_session(self, device: str) -> None:
@@ -163,7 +163,7 @@ class RunRecord:
         if self.checkpoint is not None and path.is_file():
             sessions = json.loads(path.read_text())["sessions"]
         sessions.append(describe_environment(device))
-        _write_json(path, {"sessions": sessions})
+        write_json(path, {"sessions": sessions})
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
@@ -241,12 +241,13 @@ def _commit() -> tuple[str | None, bool | None]:
         return None, None
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an indented JSON file, as a whole or not at all."""
     text = json.dumps(content, indent=2) + "\n"
-    _write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Writes beside the file and renames: a reader, or a run after a crash, sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

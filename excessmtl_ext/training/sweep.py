@@ -31,7 +31,7 @@ from excessmtl_ext.training.run_record import (
     CONFIG,
     ENVIRONMENT,
     FINAL_METRICS,
-    _write_json,
+    write_json,
     describe_environment,
 )
 from excessmtl_ext.training.sweep_results import (
@@ -691,12 +691,12 @@ def _write_settings(folder: Path, config: SweepConfig, tasks: Sequence[Task], co
     described = [
         {"name": task.name, "kind": task.kind, "is_noisy": task.is_noisy} for task in tasks
     ]
-    _write_json(path, {"commands": commands, **values, "tasks": described})
+    write_json(path, {"commands": commands, **values, "tasks": described})
 
     path = folder / ENVIRONMENT
     sessions = json.loads(path.read_text())["sessions"] if path.is_file() else []
     environment = {**describe_environment(config.device), "num_threads": config.threads_per_job}
-    _write_json(path, {"sessions": [*sessions, environment]})
+    write_json(path, {"sessions": [*sessions, environment]})
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from excessmtl_ext.training.run_record import (
     FINAL_METRICS,
     METRICS,
     TIMES,
-    _write_atomically,
+    write_atomically,
     read_table,
 )
 
@@ -121,7 +121,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writerow(columns)
     for row in rows:
         writer.writerow([_format(row.get(name)) for name in columns])
-    _write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def _format(value: Any) -> Any:

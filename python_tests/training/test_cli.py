@@ -174,3 +174,19 @@ def test_real_multimnist_learns_and_resumes_to_the_same_bytes(
     for name in ("metrics.csv", "task_weights.csv", "metrics.json"):
         first, second = tmp_path / "undisturbed" / name, tmp_path / "stopped" / name
         assert first.read_bytes() == second.read_bytes()
+
+
+def test_options_of_the_balancer_reach_the_run(tmp_path: Path) -> None:
+    options = ["--option", "gradient_momentum=0.9", "--option", "fisher=linear"]
+    result = excessmtl("train", "digits", *SMALL, *options, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["method_options"] == {"gradient_momentum": 0.9, "fisher": "linear"}
+    assert "gradient_momentum=0.9" in config["balancer"]
+    assert "fisher='linear'" in config["balancer"]
+
+
+def test_an_option_without_a_value_is_an_error(tmp_path: Path) -> None:
+    result = excessmtl("train", "digits", "--option", "fisher", "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "Expected NAME=VALUE, but got 'fisher'" in result.output
