@@ -31,8 +31,8 @@ from excessmtl_ext.training.run_record import (
     CONFIG,
     ENVIRONMENT,
     FINAL_METRICS,
-    write_json,
     describe_environment,
+    write_json,
 )
 from excessmtl_ext.training.sweep_results import (
     SWEEP,

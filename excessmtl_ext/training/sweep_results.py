@@ -15,8 +15,8 @@ from excessmtl_ext.training.run_record import (
     FINAL_METRICS,
     METRICS,
     TIMES,
-    write_atomically,
     read_table,
+    write_atomically,
 )
 
 SWEEP = "sweep.json"

@@ -91,7 +91,7 @@ def test_an_unreadable_checkpoint_is_an_error_that_names_it(
 def test_a_checkpoint_of_another_version_is_an_error(tmp_path: Path) -> None:
     RunRecord(tmp_path, CONFIG)
     torch.save({"version": 99}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match=r"Expected version 1 in .*, but got 99"):
+    with pytest.raises(ValueError, match=r"Expected version 2 in .*, but got 99"):
         RunRecord(tmp_path, CONFIG, resume=True)
 
 
