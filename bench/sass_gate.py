@@ -38,6 +38,7 @@ SOURCE = """
 #include "cuda/combine.cuh"
 #include "cuda/fold.cuh"
 #include "cuda/fused_step.cuh"
+#include "cuda/fused_step_combine.cuh"
 #include "cuda/update_task_weights.cuh"
 namespace excessmtl::cuda {
 #define STEP(grad_t, acc_t, kSqrt, kMomentum, kTable)                             \\
@@ -52,6 +53,17 @@ STEP(__nv_bfloat16, float, true, false, kSmallTable)
 STEP(__half, float, true, true, kSmallTable)
 STEP(double, double, true, false, kSmallTable)
 STEP(double, double, true, true, kSmallTable)
+#define STEP_COMBINE(grad_t, acc_t, kSqrt, kMomentum)                                \\
+  template __global__ void                                                          \\
+  fused_step_combine_kernel<grad_t, acc_t, kSqrt, kMomentum, kSmallTable>(          \\
+      const __grid_constant__ StepCombineArgs<acc_t>, const __grid_constant__ PointerTable<kSmallTable>);
+STEP_COMBINE(float, float, true, false)
+STEP_COMBINE(float, float, true, true)
+STEP_COMBINE(float, float, false, false)
+STEP_COMBINE(__nv_bfloat16, float, true, false)
+STEP_COMBINE(__half, float, true, true)
+STEP_COMBINE(double, double, true, false)
+STEP_COMBINE(double, double, true, true)
 template __global__ void combine_kernel<float, float, kSmallTable>(
     const __grid_constant__ CombineArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
 template __global__ void combine_kernel<__nv_bfloat16, float, kSmallTable>(
@@ -94,18 +106,18 @@ def find_nvdisasm() -> str:
 
 def kernel_name(mangled: str) -> str:
     """A readable name for the instantiations above."""
-    if "fused_step_kernel" not in mangled:
+    if "fused_step" not in mangled:
         kernel = re.search(r"cuda\d+(\w+?_kernel)", mangled)
         assert kernel is not None, mangled
         grad = "bfloat16" if "bfloat16" in mangled else "float32"
         return kernel[1] + (f" {grad}" if "Table" in mangled and "write" not in mangled else "")
-    match = re.search(r"fused_step_kernelI(.*?)Lb([01])ELb([01])ELi(\d+)E", mangled)
+    match = re.search(r"fused_step(_combine)?_kernelI(.*?)Lb([01])ELb([01])ELi(\d+)E", mangled)
     assert match is not None, mangled
     types = {"ff": "float32", "dd": "float64"}
-    grad = types.get(match[1], "bfloat16" if "bfloat16" in match[1] else "float16")
-    fisher = "sqrt" if match[2] == "1" else "linear"
-    table = "4 KiB" if int(match[4]) < 1000 else "32 KiB"
-    return f"fused_step {grad} {fisher}{' momentum' if match[3] == '1' else ''}, {table} table"
+    grad = types.get(match[2], "bfloat16" if "bfloat16" in match[2] else "float16")
+    choices = ("sqrt" if match[3] == "1" else "linear") + (" momentum" if match[4] == "1" else "")
+    table = "4 KiB" if int(match[5]) < 1000 else "32 KiB"
+    return f"fused_step{match[1] or ''} {grad} {choices}, {table} table"
 
 
 def disassemble(nvdisasm: str, cubin: Path) -> dict[str, list[str]]:
@@ -208,7 +220,7 @@ def measure(arch: str, nvdisasm: str) -> dict[str, Figures]:
         blocks = min(MAX_BLOCKS_PER_SM, REGISTERS_PER_SM // (allocated * THREADS))
         local = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in code[mangled])
         figures[name] = Figures(registers, blocks, stores + loads, stack + local)
-        if name.startswith("fused_step "):
+        if name.startswith("fused_step"):
             loop = main_loop(code[mangled], 8 if "float64" in name else 4, "momentum" in name)
             figures[name].loop_bytes_per_element = loop[0]
             figures[name].loop_narrow_accesses = loop[1]

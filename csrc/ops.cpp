@@ -17,6 +17,19 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
       "bool sqrt_fisher, float eps, float gradient_momentum, float robust_step_size, int "
       "num_warmup_steps, "
       "bool relative, float min_weight, float weight_total) -> ()");
+  // fused_step_, then combine_ with its weights: one launch of both on CUDA where the gradients stay in the L2 cache.
+  m.def(
+      "fused_step_combine_(Tensor[] task_grads, Tensor(m!)[] outputs, Tensor param_numels, Tensor "
+      "chunk_map, Tensor? grad_scale, "
+      "Tensor(a!) sq_grad_sum, Tensor(b!) grad_mean, Tensor(c!) excess_risk, Tensor(d!) "
+      "relative_excess_risk, "
+      "Tensor(e!) baseline_excess_risk, Tensor(f!) log_task_weights, Tensor(g!) task_weights, "
+      "Tensor(h!) num_steps, "
+      "Tensor(i!) num_task_steps, Tensor(j!) num_skipped_steps, Tensor(k!) found_nonfinite, "
+      "Tensor(l!) ticket, *, "
+      "bool sqrt_fisher, float eps, float gradient_momentum, float robust_step_size, int "
+      "num_warmup_steps, "
+      "bool relative, float min_weight, float weight_total, bool accumulate) -> ()");
   // The three parts of fused_step_, for streaming and for sums over ranks in between.
   m.def(
       "accumulate_excess_risk_(Tensor[] task_grads, Tensor param_numels, Tensor chunk_map, Tensor? "

@@ -129,6 +129,25 @@ inline TaskGrads read_task_grads(std::vector<Tensor> task_grads, const ParamLayo
   return grads;
 }
 
+// L outputs or none; one without elements stands for "no output for this parameter".
+inline void check_outputs(const std::vector<Tensor>& outputs, const ParamLayout& layout,
+                          const Tensor& like) {
+  STD_TORCH_CHECK(outputs.empty() || static_cast<int64_t>(outputs.size()) == layout.num_tensors(),
+                  "Expected `outputs` to hold ", layout.num_tensors(), " tensors or none, but got ",
+                  outputs.size(), ".");
+  for (size_t index = 0; index < outputs.size(); ++index) {
+    const Tensor& output = outputs[index];
+    if (output.numel() == 0) {
+      continue;
+    }
+    STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(),
+                    "Expected `outputs` ", index, " to be contiguous with ", layout.numels[index],
+                    " elements, but got ", output.numel(), ".");
+    check_same_device(output, "outputs", like);
+    (void)grad_type_of(output);
+  }
+}
+
 // State rows [R, padded P] in the accumulation type; grad_mean has no columns when momentum is off.
 inline void check_state(const Tensor& sq_grad_sum, const Tensor& grad_mean,
                         const ParamLayout& layout, bool has_momentum) {

@@ -364,6 +364,48 @@ def combine_(
     )
 
 
+def fused_step_combine_(
+    task_grads: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    layout: ParamLayout,
+    state: StepState,
+    options: StepOptions,
+    grad_scale: Tensor | None = None,
+    *,
+    accumulate: bool = False,
+) -> None:
+    """:func:`fused_step_`, then :func:`combine_` with its weights, in one call: one dispatch instead of two.
+
+    On CUDA one cooperative launch does both where the gradients stay in the L2 cache, so that the
+    second phase finds them there: T * P of one type, no more than half of that cache, in at most
+    448 tensors with the outputs. Elsewhere two launches. The results are those of the two calls;
+    on the CPU to the bit.
+
+    Args:
+        task_grads: As in the step.
+        outputs: As in :func:`combine_`; ``outputs[l]`` may be one of ``task_grads``.
+        layout: Sizes of the L parameters.
+        state: Changed in place.
+        options: The choices.
+        grad_scale: As in the step.
+        accumulate: Add to ``outputs`` instead of overwriting them.
+
+    Raises:
+        RuntimeError: an argument does not fit; neither state nor ``outputs`` have changed then.
+    """
+    _op("fused_step_combine_", state.task_weights.device)(
+        task_grads,
+        outputs,
+        layout.param_numels,
+        layout.chunk_map(state.task_weights.device),
+        grad_scale,
+        *state,
+        sqrt_fisher=options.fisher == "sqrt",
+        **_step_keywords(options),
+        accumulate=accumulate,
+    )
+
+
 def weighted_sum_(
     task_grads: Sequence[Tensor],
     outputs: Sequence[Tensor],
@@ -476,6 +518,7 @@ def _register_fakes() -> None:
     """Every op only mutates its arguments, so its fake does nothing at all."""
     for name in (
         "fused_step_",
+        "fused_step_combine_",
         "accumulate_excess_risk_",
         "update_task_risks_",
         "update_task_weights_",
@@ -503,6 +546,7 @@ __all__ = [
     "cpu_capability",
     "fold_",
     "fused_step_",
+    "fused_step_combine_",
     "init_state",
     "repair_",
     "segments",

@@ -40,6 +40,17 @@ def step_and_combine(
     F.combine_(grads, outputs, layout, state, OPTIONS)
 
 
+def step_and_combine_in_one_op(
+    grads: list[Tensor], state: StepState, outputs: list[Tensor], layout: ParamLayout = LAYOUT
+) -> None:
+    F.fused_step_combine_(grads, outputs, layout, state, OPTIONS)
+
+
+BOTH_WAYS = pytest.mark.parametrize(
+    "step", [step_and_combine, step_and_combine_in_one_op], ids=["two ops", "one op"]
+)
+
+
 def outputs_for(grads: list[Tensor], layout: ParamLayout = LAYOUT) -> list[Tensor]:
     return [torch.empty_like(grad) for grad in grads[: len(layout.numels)]]
 
@@ -105,6 +116,7 @@ def test_nothing_waits_for_the_device(no_sync: None) -> None:
     torch.cuda.set_sync_debug_mode("error")
     F.fused_step_(grads, LAYOUT, state, OPTIONS, grad_scale)
     F.combine_(grads, outputs, LAYOUT, state, OPTIONS, grad_scale)
+    F.fused_step_combine_(grads, outputs, LAYOUT, state, OPTIONS, grad_scale)
     F.update_task_risks_(state.excess_risk, [0, 2], LAYOUT, state, OPTIONS)
     F.update_task_weights_([0, 2], state, OPTIONS)
     F.fold_(grads[: len(NUMELS)], LAYOUT, state.log_task_weights[0], running_sum, log_max)
@@ -121,8 +133,45 @@ def test_one_launch_for_the_step_and_one_for_combine() -> None:
     assert "combine_kernel" in names[1]
 
 
+def test_one_launch_for_both_phases_where_the_gradients_stay_in_cache() -> None:
+    state = make_state()
+    grads = make_task_grads(3, NUMELS, device="cuda")
+    outputs = outputs_for(grads)
+    names = kernels_launched(lambda: step_and_combine_in_one_op(grads, state, outputs))
+    assert len(names) == 1, names
+    assert "fused_step_combine_kernel" in names[0]
+
+
+def test_two_launches_where_the_gradients_exceed_half_of_the_cache() -> None:
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    layout = ParamLayout([l2_bytes // 2 // 8 + 1])  # 2 tasks of 4 bytes
+    state = make_state(2, layout=layout)
+    grads = make_task_grads(2, list(layout.numels), device="cuda")
+    outputs = outputs_for(grads, layout)
+    names = kernels_launched(lambda: step_and_combine_in_one_op(grads, state, outputs, layout))
+    assert len(names) == 2, names
+    assert "fused_step_kernel" in names[0]
+    assert "combine_kernel" in names[1]
+
+
+def test_one_launch_equals_two_on_the_device_also_into_a_gradient() -> None:
+    states = [make_state(), make_state()]
+    for step in range(4):
+        grads = make_task_grads(3, NUMELS, device="cuda")
+        if step == 2:
+            grads[0][7] = float("nan")
+        copies = [grad.clone() for grad in grads]
+        step_and_combine(grads, states[0], grads[: len(NUMELS)])
+        step_and_combine_in_one_op(copies, states[1], copies[: len(NUMELS)])
+        assert_states_close(states[1], states[0], rtol=3e-6, atol=3e-6)
+        for one, two in zip(copies, grads, strict=True):
+            torch.testing.assert_close(one, two, equal_nan=True)
+    assert int(states[1].num_skipped_steps) == 1
+
+
+@BOTH_WAYS
 @pytest.mark.parametrize("num_tensors", [10, 400, 3000])
-def test_captured_graph_equals_eager_over_100_steps(num_tensors: int) -> None:
+def test_captured_graph_equals_eager_over_100_steps(num_tensors: int, step) -> None:
     # 20, 800 and 6,000 pointers: both sizes of arguments, and a table in device memory.
     layout = ParamLayout([5 + k % 40 for k in range(num_tensors)])
     state, captured = make_state(2, layout=layout), make_state(2, layout=layout)
@@ -131,16 +180,16 @@ def test_captured_graph_equals_eager_over_100_steps(num_tensors: int) -> None:
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
-        step_and_combine(grads, make_state(2, layout=layout), outputs, layout)
+        step(grads, make_state(2, layout=layout), outputs, layout)
     torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step_and_combine(grads, captured, captured_outputs, layout)
+        step(grads, captured, captured_outputs, layout)
     fresh = torch.Generator(device="cuda").manual_seed(1)
     for _ in range(100):
         for grad in grads:
             grad.normal_(generator=fresh)
-        step_and_combine(grads, state, outputs, layout)
+        step(grads, state, outputs, layout)
         graph.replay()
         # What a caching allocator hands out again must not be what the graph reads.
         torch.randn(100_000, device="cuda")
@@ -148,19 +197,20 @@ def test_captured_graph_equals_eager_over_100_steps(num_tensors: int) -> None:
     assert_equal_bits(outputs, captured_outputs)
 
 
-def test_two_streams_do_not_meet() -> None:
+@BOTH_WAYS
+def test_two_streams_do_not_meet(step) -> None:
     grads = [make_task_grads(3, NUMELS, device="cuda") for _ in range(2)]
     expected = [make_state(), make_state()]
     for state, own in zip(expected, grads, strict=True):
         for _ in range(20):
-            F.fused_step_(own, LAYOUT, state, OPTIONS)
+            step(own, state, outputs_for(own))
     states = [make_state(), make_state()]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     for _ in range(20):
         for stream, state, own in zip(streams, states, grads, strict=True):
             with torch.cuda.stream(stream):
-                F.fused_step_(own, LAYOUT, state, OPTIONS)
+                step(own, state, outputs_for(own))
     torch.cuda.synchronize()
     for state, wanted in zip(states, expected, strict=True):
         assert_equal_bits(state, wanted)
@@ -188,7 +238,10 @@ def test_gradients_on_another_device_are_refused() -> None:
 def test_ticket_is_zero_after_every_step() -> None:
     state = make_state()
     for _ in range(5):
-        F.fused_step_(make_task_grads(3, NUMELS, device="cuda"), LAYOUT, state, OPTIONS)
+        grads = make_task_grads(3, NUMELS, device="cuda")
+        F.fused_step_(grads, LAYOUT, state, OPTIONS)
+        assert int(state.ticket) == 0
+        F.fused_step_combine_(grads, outputs_for(grads), LAYOUT, state, OPTIONS)
         assert int(state.ticket) == 0
 
 

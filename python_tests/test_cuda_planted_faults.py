@@ -285,6 +285,56 @@ FAULTS = [
         "    if (accumulate) {\n      sum += GradVector",
         "    if (accumulate && done == 0) {\n      sum += GradVector",
     ),
+    # fused_step_combine.cuh and its launch
+    Fault(
+        "no grid barrier between the phases",
+        "fused_step_combine.cuh",
+        "  cooperative_groups::this_grid().sync();\n",
+        "",
+    ),
+    Fault(
+        "no grid barrier between the phases, as a race",
+        "fused_step_combine.cuh",
+        "  cooperative_groups::this_grid().sync();\n",
+        "",
+        threads=True,
+    ),
+    Fault(
+        "blocks of absent tasks do not wait at the grid barrier",
+        "fused_step_combine.cuh",
+        "  cooperative_groups::this_grid().sync();\n",
+        "  if (args.step.present.contains(blockIdx.y)) cooperative_groups::this_grid().sync();\n",
+    ),
+    Fault(
+        "second phase: chunks of the other tasks' blocks left out",
+        "fused_step_combine.cuh",
+        "int64_t{blockIdx.y} * gridDim.x + blockIdx.x;",
+        "blockIdx.x;",
+    ),
+    Fault(
+        "second phase: chunks taken by several blocks",
+        "fused_step_combine.cuh",
+        "int64_t{gridDim.x} * gridDim.y;",
+        "gridDim.x;",
+    ),
+    Fault(
+        "first phase reads through the read-only path what the second overwrites",
+        "fused_step_combine.cuh",
+        "kMomentum, true>(args.step",
+        "kMomentum, false>(args.step",
+    ),
+    Fault(
+        "launch of both phases not cooperative",
+        "launch.cuh",
+        "attribute.val.cooperative = 1;",
+        "attribute.val.cooperative = 0;",
+    ),
+    Fault(
+        "more blocks in a cooperative launch than are resident",
+        "launch_config.cuh",
+        "resident / num_tasks < num_chunks ? resident / num_tasks : num_chunks;",
+        "resident < num_chunks ? resident : num_chunks;",
+    ),
     # pointer_table.cuh, fold.cuh, launch.cuh
     Fault(
         "last block of the pointer table writes too much",

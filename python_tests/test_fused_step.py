@@ -283,6 +283,121 @@ def test_combine_passes_over_an_output_without_elements(device):
     assert torch.equal(outputs[1], grads[1])
 
 
+def run_two_ops(grads, outputs, layout, state, options, scale=None, accumulate=False):
+    F.fused_step_(grads, layout, state, options, scale)
+    F.combine_(grads, outputs, layout, state, options, scale, accumulate=accumulate)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("numels", PARAM_NUMELS.values(), ids=PARAM_NUMELS.keys())
+def test_step_and_combine_in_one_op_equal_the_two_ops(numels, options, dtype, accumulate, device):
+    """Present, absent and non-finite gradients, outputs apart; on the CPU to the bit."""
+    layout = ParamLayout(numels)
+    together = states_of(3, layout, options, state_dtype(dtype), device)
+    apart = StepState(*[tensor.clone() for tensor in together])
+    outputs = [[torch.full((n,), 0.5, dtype=dtype, device=device) for n in numels] for _ in "ab"]
+    for kind in ("all", "absent task", "absent tensor", "nonfinite", "all"):
+        grads = make_task_grads(3, numels, dtype, device)
+        if kind == "absent task":
+            grads[: len(numels)] = [grads[0].new_empty(0)] * len(numels)
+        if kind == "absent tensor":
+            grads[-1] = grads[0].new_empty(0)
+        if kind == "nonfinite":
+            grads[0][-1:] = float("inf")
+        F.fused_step_combine_(grads, outputs[0], layout, together, options, accumulate=accumulate)
+        run_two_ops(grads, outputs[1], layout, apart, options, accumulate=accumulate)
+        if torch.device(device).type == "cpu":
+            assert_equal_bits(list(together), list(apart))
+            assert_equal_bits(*outputs)
+        else:  # two kernels: their compiler may contract a multiplication and an addition differently
+            tolerance = 1e-11 if dtype == torch.float64 else 3e-6
+            assert_states_close(together, apart, rtol=tolerance, atol=tolerance)
+            for one, two in zip(*outputs, strict=True):
+                torch.testing.assert_close(one, two, equal_nan=True)
+        if kind == "nonfinite" and sum(numels) > 0:
+            assert int(together.num_skipped_steps) == 1
+            for output in [*outputs[0], *outputs[1]]:
+                output.fill_(0.5)
+
+
+@pytest.mark.parametrize("kind", ["typical", "strided"])
+def test_one_op_equals_the_reference_where_outputs_are_gradients(kind, device):
+    numels, options = [20_000, 7, 1030], StepOptions(gradient_momentum=0.9, robust_step_size=0.3)
+    layout = ParamLayout(numels)
+    state = states_of(3, layout, options, torch.float32, device)
+    expected = states_of(3, layout, options, torch.float64)
+    scale = torch.tensor(8.0, device=device)
+    for _ in range(3):
+        grads = make_task_grads(3, numels, torch.float32, device, kind)
+        wanted = [torch.zeros(n, dtype=torch.float64) for n in numels]
+        values = [grad.cpu().clone() for grad in grads]
+        run_reference(values, layout, expected, options, scale.cpu())
+        run_reference_combine(values, wanted, layout, expected, options, scale.cpu())
+        targets = [grad.contiguous() for grad in grads[3:6]]  # those of task 1 where it can be
+        F.fused_step_combine_(grads, targets, layout, state, options, scale)
+        assert_states_close(state, expected, rtol=3e-6, atol=5e-7)
+        for target, want in zip(targets, wanted, strict=True):
+            torch.testing.assert_close(target.cpu(), want.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_one_op_with_outputs_left_out_of_another_type_or_none_equals_the_two_ops(device):
+    numels, options = [40, 9, 5], StepOptions(robust_step_size=0.3)
+    layout = ParamLayout(numels)
+    together = states_of(2, layout, options, torch.float32, device)
+    apart = StepState(*[tensor.clone() for tensor in together])
+    for make in (
+        lambda: [torch.zeros(n if n != 9 else 0, device=device) for n in numels],
+        lambda: [torch.zeros(n, device=device, dtype=torch.bfloat16) for n in numels],
+        lambda: [torch.zeros(n, device=device, dtype=torch.float64) for n in numels],
+        list,
+    ):
+        for bad in (False, True):
+            grads = make_task_grads(2, numels, torch.float32, device)
+            if bad:
+                grads[1][3] = float("nan")
+            left, right = make(), make()
+            F.fused_step_combine_(grads, left, layout, together, options)
+            run_two_ops(grads, right, layout, apart, options)
+            assert_states_close(together, apart, rtol=3e-6, atol=1e-6)
+            for one, two in zip(left, right, strict=True):
+                torch.testing.assert_close(one, two, equal_nan=True)
+    assert int(together.num_skipped_steps) == 4
+
+
+def test_one_op_without_any_task_writes_zeros_and_keeps_the_state(device):
+    layout, options = ParamLayout([4]), StepOptions()
+    state = states_of(2, layout, options, torch.float32, device)
+    before = [tensor.clone() for tensor in state]
+    state.found_nonfinite.fill_(True)  # of a step before
+    outputs = [torch.ones(4, device=device)]
+    grads = [torch.empty(0, device=device)] * 2
+    F.fused_step_combine_(grads, outputs, layout, state, options, accumulate=True)
+    assert outputs[0].tolist() == [1.0] * 4
+    F.fused_step_combine_(grads, outputs, layout, state, options)
+    assert outputs[0].tolist() == [0.0] * 4
+    assert_equal_bits(list(state), before)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ([torch.zeros(40)], "`outputs` to hold 2 tensors or none, but got 1"),
+        ([torch.zeros(40), torch.zeros(8)], "`outputs` 1 to be contiguous with 9 elements"),
+        ([torch.zeros(40), torch.zeros(18)[::2]], "`outputs` 1 to be contiguous"),
+        ([torch.zeros(40), torch.zeros(9, dtype=torch.int32)], "float32, bfloat16 or float16"),
+    ],
+)
+def test_wrong_output_raises_before_the_step_changes_anything(outputs, message):
+    layout, options, state, grads, _ = sample_args(torch.device("cpu"))
+    before = [tensor.clone() for tensor in state]
+    with pytest.raises(RuntimeError, match=message):
+        F.fused_step_combine_(grads, outputs, layout, state, options)
+    assert_equal_bits(list(state), before)
+    assert all(bool((output == 0).all()) for output in outputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_folding_task_by_task_equals_the_weighted_sum(dtype, device):
     numels, log_weights = (
@@ -381,6 +496,7 @@ def sample_args(device: torch.device, momentum: float = 0.9):
 
 OPS = [
     "fused_step_",
+    "fused_step_combine_",
     "accumulate_excess_risk_",
     "update_task_risks_",
     "update_task_weights_",
@@ -400,6 +516,10 @@ def test_op_passes_opcheck(name, device):
     }
     args, kwargs = {
         "fused_step_": ((grads, *plan, None, *state), keywords),
+        "fused_step_combine_": (
+            (grads, [torch.zeros(40, device=device), torch.zeros(9, device=device)], *plan, None, *state),
+            {**keywords, "accumulate": True},
+        ),
         "accumulate_excess_risk_": (
             (grads, *plan, None, state.sq_grad_sum, state.grad_mean, state.excess_risk, state.ticket),
             {"sqrt_fisher": True, "eps": options.eps, "gradient_momentum": 0.9},
@@ -437,6 +557,7 @@ def test_compiled_step_has_no_graph_break_and_equals_eager(device):
     def step(grads, state, outputs):
         F.fused_step_([grad * 2 for grad in grads], layout, state, options)
         F.combine_(grads, outputs, layout, state, options)
+        F.fused_step_combine_(grads, outputs, layout, state, options, accumulate=True)
         return state.task_weights * 2
 
     expected = step(grads, eager, outputs[0])

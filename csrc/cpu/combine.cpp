@@ -7,12 +7,14 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
 #include "../param_layout.h"
 #include "chunks.h"
 #include "grad_scale.h"
+#include "step_phases.h"
 
 namespace excessmtl::cpu {
 namespace {
@@ -119,8 +121,8 @@ void combine(const TaskGrads& grads, const ParamLayout& layout,
 }
 
 template <typename acc_t>
-void repair(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_sum,
-            Tensor& grad_mean, const ElementOptions<acc_t>& options) {
+void repair(const TaskGrads& grads, const ParamLayout& layout, const Tensor& sq_grad_sum,
+            const Tensor& grad_mean, const ElementOptions<acc_t>& options) {
   const ElementLoops<acc_t>& loops = element_loops<acc_t>();
   const bool has_momentum = options.momentum > acc_t(0);
   const int64_t stride = layout.padded_numel();
@@ -164,52 +166,10 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   if (has_state) {
     check_state_holds(grads, sq_grad_sum);
   }
-  STD_TORCH_CHECK(outputs.empty() || static_cast<int64_t>(outputs.size()) == layout.num_tensors(),
-                  "Expected `outputs` to hold ", layout.num_tensors(), " tensors or none, but got ",
-                  outputs.size(), ".");
-  std::vector<void*> output_data(outputs.size(), nullptr);
-  std::vector<GradType> output_types(outputs.size());
-  bool needs_double = false;
-  for (size_t index = 0; index < outputs.size(); ++index) {
-    Tensor& output = outputs[index];
-    if (output.numel() == 0) {
-      continue;  // no output wanted for this parameter
-    }
-    STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(),
-                    "Expected `outputs` ", index, " to be contiguous with ", layout.numels[index],
-                    " elements, but got ", output.numel(), ".");
-    check_same_device(output, "outputs", task_weights);
-    output_types[index] = grad_type_of(output);
-    output_data[index] = output.mutable_data_ptr();
-    needs_double |= output_types[index] == kFloat64;
-  }
-  for (size_t k = 0; k < grads.data.size(); ++k) {
-    needs_double |= grads.data[k] != nullptr && grads.types[k] == kFloat64;
-  }
-
-  const bool* flags = found_nonfinite.const_data_ptr<bool>();
-  if (std::find(flags, flags + num_tasks, true) != flags + num_tasks) {
-    if (has_state && sq_grad_sum.scalar_type() == ScalarType::Double) {
-      repair(grads, layout, sq_grad_sum, grad_mean,
-             make_element_options<double>(1.0, gradient_momentum, scale));
-    } else if (has_state) {
-      repair(grads, layout, sq_grad_sum, grad_mean,
-             make_element_options<float>(1.0, gradient_momentum, scale));
-    }
-    for (Tensor& output : outputs) {
-      torch::stable::fill_(output, std::numeric_limits<double>::quiet_NaN());
-    }
-    return;
-  }
-  if (outputs.empty()) {
-    return;
-  }
-  const double* weights = task_weights.const_data_ptr<double>();
-  if (needs_double) {
-    combine<double>(grads, layout, output_data, output_types, weights, accumulate);
-  } else {
-    combine<float>(grads, layout, output_data, output_types, weights, accumulate);
-  }
+  check_outputs(outputs, layout, task_weights);
+  run_combine(grads, layout, scale,
+              {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum}, outputs,
+              accumulate);
 }
 
 template <typename acc_t>
@@ -258,6 +218,47 @@ void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /*chunk
 }
 
 }  // namespace
+
+void run_combine(const TaskGrads& grads, const ParamLayout& layout, double grad_scale,
+                 const CombineState& state, const std::vector<Tensor>& outputs, bool accumulate) {
+  const bool* flags = state.found_nonfinite.const_data_ptr<bool>();
+  if (std::find(flags, flags + grads.num_tasks(), true) != flags + grads.num_tasks()) {
+    const bool has_state = state.sq_grad_sum.numel() > 0;
+    if (has_state && state.sq_grad_sum.scalar_type() == ScalarType::Double) {
+      repair(grads, layout, state.sq_grad_sum, state.grad_mean,
+             make_element_options<double>(1.0, state.gradient_momentum, grad_scale));
+    } else if (has_state) {
+      repair(grads, layout, state.sq_grad_sum, state.grad_mean,
+             make_element_options<float>(1.0, state.gradient_momentum, grad_scale));
+    }
+    for (Tensor output : outputs) {
+      torch::stable::fill_(output, std::numeric_limits<double>::quiet_NaN());
+    }
+    return;
+  }
+  if (outputs.empty()) {
+    return;
+  }
+  std::vector<void*> output_data(outputs.size(), nullptr);
+  std::vector<GradType> output_types(outputs.size());
+  bool needs_double = false;
+  for (size_t index = 0; index < outputs.size(); ++index) {
+    if (outputs[index].numel() > 0) {
+      output_types[index] = grad_type_of(outputs[index]);
+      output_data[index] = outputs[index].mutable_data_ptr();
+      needs_double |= output_types[index] == kFloat64;
+    }
+  }
+  for (size_t k = 0; k < grads.data.size(); ++k) {
+    needs_double |= grads.data[k] != nullptr && grads.types[k] == kFloat64;
+  }
+  const double* weights = state.task_weights.const_data_ptr<double>();
+  if (needs_double) {
+    combine<double>(grads, layout, output_data, output_types, weights, accumulate);
+  } else {
+    combine<float>(grads, layout, output_data, output_types, weights, accumulate);
+  }
+}
 
 STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CPU, m) {
   m.impl("combine_", TORCH_BOX(&combine_op));

@@ -3,14 +3,17 @@
 // Work:         item = (task, chunk of kChunkNumel padded parameters), spread over the threads of torch.
 // Traffic:      task_grads read once; sq_grad_sum (and grad_mean) read once and written once: 12 (20) bytes per float32 element.
 // Determinism:  one partial per item, added in double in chunk order: equal inputs give equal bits for any number of threads.
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
 #include "../param_layout.h"
 #include "chunks.h"
 #include "grad_scale.h"
+#include "step_phases.h"
 #include "task_updates.h"
 
 namespace excessmtl::cpu {
@@ -18,8 +21,8 @@ namespace {
 
 // Adds every present task's gradients to the state and writes the raw sums of those tasks to excess_risk_sum [R].
 template <typename acc_t>
-void accumulate(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_sum,
-                Tensor& grad_mean, double* excess_risk_sum, bool sqrt_fisher,
+void accumulate(const TaskGrads& grads, const ParamLayout& layout, const Tensor& sq_grad_sum,
+                const Tensor& grad_mean, double* excess_risk_sum, bool sqrt_fisher,
                 const ElementOptions<acc_t>& options) {
   const ElementLoops<acc_t>& loops = element_loops<acc_t>();
   const bool has_momentum = options.momentum > acc_t(0);
@@ -58,9 +61,10 @@ void accumulate(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_gr
   }
 }
 
-void accumulate_any_type(const TaskGrads& grads, const ParamLayout& layout, Tensor& sq_grad_sum,
-                         Tensor& grad_mean, double* excess_risk_sum, bool sqrt_fisher, double eps,
-                         double momentum, double grad_scale) {
+void accumulate_any_type(const TaskGrads& grads, const ParamLayout& layout,
+                         const Tensor& sq_grad_sum, const Tensor& grad_mean,
+                         double* excess_risk_sum, bool sqrt_fisher, double eps, double momentum,
+                         double grad_scale) {
   if (sq_grad_sum.scalar_type() == ScalarType::Double) {
     accumulate<double>(grads, layout, sq_grad_sum, grad_mean, excess_risk_sum, sqrt_fisher,
                        make_element_options<double>(eps, momentum, grad_scale));
@@ -94,42 +98,31 @@ void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /
                    Tensor excess_risk, Tensor relative_excess_risk, Tensor baseline_excess_risk,
                    Tensor log_task_weights, Tensor task_weights, Tensor num_steps,
                    Tensor num_task_steps, Tensor num_skipped_steps, Tensor found_nonfinite,
-                   Tensor /*ticket*/, bool sqrt_fisher, double eps, double gradient_momentum,
+                   Tensor ticket, bool sqrt_fisher, double eps, double gradient_momentum,
                    double robust_step_size, int64_t num_warmup_steps, bool relative,
                    double min_weight, double weight_total) {
   const ParamLayout layout = read_param_layout(param_numels);
-  check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
-  const int64_t num_tasks = sq_grad_sum.size(0);
-  check_num_tasks(num_tasks);
-  check_element_options(eps, gradient_momentum);
-  check_weight_options(robust_step_size, min_weight, weight_total, num_tasks);
-  check_vector(excess_risk, "excess_risk", num_tasks, ScalarType::Double, sq_grad_sum);
-  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double,
-               sq_grad_sum);
-  check_vector(baseline_excess_risk, "baseline_excess_risk", num_tasks, ScalarType::Double,
-               sq_grad_sum);
-  check_vector(log_task_weights, "log_task_weights", num_tasks, ScalarType::Double, sq_grad_sum);
-  check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, sq_grad_sum);
-  check_vector(num_steps, "num_steps", 1, ScalarType::Long, sq_grad_sum);
-  check_vector(num_task_steps, "num_task_steps", num_tasks, ScalarType::Long, sq_grad_sum);
-  check_vector(num_skipped_steps, "num_skipped_steps", 1, ScalarType::Long, sq_grad_sum);
-  check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, sq_grad_sum);
+  const StepTensors state = {
+      sq_grad_sum,          grad_mean,         excess_risk,     relative_excess_risk,
+      baseline_excess_risk, log_task_weights,  task_weights,    num_steps,
+      num_task_steps,       num_skipped_steps, found_nonfinite, ticket};
+  const StepChoices choices = {sqrt_fisher,      eps,      gradient_momentum, robust_step_size,
+                               num_warmup_steps, relative, min_weight,        weight_total};
+  check_step(state, choices, layout);
   const double scale = read_grad_scale(grad_scale);
-  const TaskGrads grads = read_task_grads(std::move(task_grads), layout, num_tasks, sq_grad_sum);
+  const TaskGrads grads =
+      read_task_grads(std::move(task_grads), layout, state.num_tasks(), sq_grad_sum);
   check_state_holds(grads, sq_grad_sum);
+  run_fused_step(grads, layout, scale, state, choices);
+}
 
-  TaskState state{};
-  state.excess_risk = excess_risk.mutable_data_ptr<double>();
-  state.relative_excess_risk = relative_excess_risk.mutable_data_ptr<double>();
-  state.baseline_excess_risk = baseline_excess_risk.mutable_data_ptr<double>();
-  state.log_task_weights = log_task_weights.mutable_data_ptr<double>();
-  state.task_weights = task_weights.mutable_data_ptr<double>();
-  state.num_steps = num_steps.mutable_data_ptr<int64_t>();
-  state.num_task_steps = num_task_steps.mutable_data_ptr<int64_t>();
-  state.num_skipped_steps = num_skipped_steps.mutable_data_ptr<int64_t>();
-  state.found_nonfinite = found_nonfinite.mutable_data_ptr<bool>();
+}  // namespace
+
+void run_fused_step(const TaskGrads& grads, const ParamLayout& layout, double grad_scale,
+                    const StepTensors& tensors, const StepChoices& choices) {
+  const int64_t num_tasks = grads.num_tasks();
+  const auto state = tensors.task_state<TaskState>();
   std::fill(state.found_nonfinite, state.found_nonfinite + num_tasks, false);
-
   std::vector<int64_t> tasks;
   for (int64_t task = 0; task < num_tasks; ++task) {
     if (grads.is_present[task]) {
@@ -137,20 +130,15 @@ void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /
     }
   }
   std::vector<double> excess_risk_sum(num_tasks, 0.0);
-  accumulate_any_type(grads, layout, sq_grad_sum, grad_mean, excess_risk_sum.data(), sqrt_fisher,
-                      eps, gradient_momentum, scale);
-  const double raw_risk_scale =
-      sqrt_fisher || layout.num_params == 0 ? 1.0 : 1.0 / static_cast<double>(layout.num_params);
-  const TaskOptions options = {gradient_momentum, num_warmup_steps, relative,    raw_risk_scale,
-                               robust_step_size,  min_weight,       weight_total};
+  accumulate_any_type(grads, layout, tensors.sq_grad_sum, tensors.grad_mean, excess_risk_sum.data(),
+                      choices.sqrt_fisher, choices.eps, choices.gradient_momentum, grad_scale);
+  const TaskOptions options = choices.task_options(layout);
   if (update_task_risks(excess_risk_sum.data(), tasks, state, options)) {
     update_task_weights(tasks, num_tasks, state, options);
   } else {
     *state.num_skipped_steps += 1;
   }
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CPU, m) {
   m.impl("fused_step_", TORCH_BOX(&fused_step_op));

@@ -14,6 +14,7 @@
 #include "launch.cuh"
 #include "launch_scope.h"
 #include "launch_tensors.h"
+#include "step_phases.h"
 
 namespace excessmtl::cuda {
 namespace {
@@ -24,28 +25,6 @@ cudaError_t launch_combine(const CombineArgs<acc_t>& args, const TensorPointers&
   return launch_with_table(
       combine_kernel<grad_t, acc_t, kSmallTable>, combine_kernel<grad_t, acc_t, kLargeTable>,
       grid_of(args.chunks.num_chunks, 1, scope.num_sms), scope.stream, args, tensors);
-}
-
-template <typename acc_t>
-CombineArgs<acc_t> make_args(const ParamLayout& layout, const Tensor& chunk_map,
-                             const std::optional<Tensor>& grad_scale, const Tensor& task_weights,
-                             const Tensor& found_nonfinite, Tensor& sq_grad_sum, Tensor& grad_mean,
-                             double gradient_momentum, bool has_outputs, bool accumulate) {
-  CombineArgs<acc_t> args = {};
-  args.chunks = read_chunk_map(chunk_map, layout, task_weights);
-  args.grad_scale = read_grad_scale(grad_scale, task_weights);
-  args.task_weights = task_weights.const_data_ptr<double>();
-  args.found_nonfinite = found_nonfinite.const_data_ptr<bool>();
-  if (sq_grad_sum.numel() > 0) {
-    args.sq_grad_sum = sq_grad_sum.mutable_data_ptr<acc_t>();
-    args.grad_mean = gradient_momentum > 0.0 ? grad_mean.mutable_data_ptr<acc_t>() : nullptr;
-  }
-  args.row_stride = layout.padded_numel();
-  args.element_options = make_element_options<acc_t>(1.0, gradient_momentum, 1.0);
-  args.num_tasks = static_cast<int>(task_weights.numel());
-  args.has_outputs = has_outputs;
-  args.accumulate = accumulate;
-  return args;
 }
 
 void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels,
@@ -70,39 +49,39 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   if (has_state) {
     check_state_holds(grads, sq_grad_sum);
   }
-  STD_TORCH_CHECK(outputs.empty() || static_cast<int64_t>(outputs.size()) == layout.num_tensors(),
-                  "Expected `outputs` to hold ", layout.num_tensors(), " tensors or none, but got ",
-                  outputs.size(), ".");
+  check_outputs(outputs, layout, task_weights);
+  run_combine(grads, {layout, chunk_map, grad_scale, scope},
+              {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum}, outputs,
+              accumulate);
+}
+
+}  // namespace
+
+void run_combine(TaskGrads& grads, const StepPlan& plan, const CombineState& state,
+                 const std::vector<Tensor>& outputs, bool accumulate) {
   CommonType common;
-  if (has_state) {
-    common.add_state(sq_grad_sum.scalar_type());
+  if (state.has_rows()) {
+    common.add_state(state.sq_grad_sum.scalar_type());
   }
   add_types(common, grads);
   bool exceeds_state = false;
-  for (size_t index = 0; index < outputs.size(); ++index) {
-    const Tensor& output = outputs[index];
-    if (output.numel() == 0) {
-      continue;  // no output wanted for this parameter
+  for (const Tensor& output : outputs) {
+    if (output.numel() > 0) {
+      const GradType type = grad_type_of(output);
+      common.add(type);
+      exceeds_state = exceeds_state || (state.has_rows() && type == kFloat64 &&
+                                        state.sq_grad_sum.scalar_type() == ScalarType::Float);
     }
-    STD_TORCH_CHECK(output.numel() == layout.numels[index] && output.is_contiguous(),
-                    "Expected `outputs` ", index, " to be contiguous with ", layout.numels[index],
-                    " elements, but got ", output.numel(), ".");
-    check_same_device(output, "outputs", task_weights);
-    const GradType type = grad_type_of(output);
-    common.add(type);
-    exceeds_state = exceeds_state || (has_state && type == kFloat64 &&
-                                      sq_grad_sum.scalar_type() == ScalarType::Float);
   }
   if (exceeds_state) {
     // float64 outputs beside float32 state: no kernel has both types, so the repair and the sum are a launch each.
-    const Tensor no_state = torch::stable::new_empty(task_weights, {num_tasks, 0});
-    combine_op(grads.tensors, {}, param_numels, chunk_map, grad_scale, task_weights,
-               found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum, accumulate);
-    combine_op(grads.tensors, outputs, param_numels, chunk_map, grad_scale, task_weights,
-               found_nonfinite, no_state, no_state, gradient_momentum, accumulate);
+    const Tensor no_state = torch::stable::new_empty(state.task_weights, {grads.num_tasks(), 0});
+    run_combine(grads, plan, state, {}, accumulate);
+    run_combine(grads, plan, {state.task_weights, state.found_nonfinite, no_state, no_state, 0.0},
+                outputs, accumulate);
     return;
   }
-  if (layout.padded_numel() == 0 || (outputs.empty() && !has_state)) {
+  if (plan.layout.padded_numel() == 0 || (outputs.empty() && !state.has_rows())) {
     return;
   }
   convert_grads(grads, common.get());
@@ -116,11 +95,10 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
     }
     pointers.push_back(target.numel() > 0 ? target.mutable_data_ptr() : nullptr);
   }
-  const DevicePointers tensors(std::move(pointers), task_weights, scope);
+  const LaunchScope& scope = plan.scope;
+  const DevicePointers tensors(std::move(pointers), state.task_weights, scope);
   const auto args_as = [&](auto zero) {
-    return make_args<decltype(zero)>(layout, chunk_map, grad_scale, task_weights, found_nonfinite,
-                                     sq_grad_sum, grad_mean, gradient_momentum, !outputs.empty(),
-                                     accumulate);
+    return make_combine_args<decltype(zero)>(plan, state, !outputs.empty(), accumulate);
   };
   cudaError_t status = cudaSuccess;
   switch (common.get()) {
@@ -140,12 +118,11 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   check_cuda(status, "The launch of combine_");
   for (size_t index = 0; index < outputs.size(); ++index) {
     if (targets[index].get() != outputs[index].get()) {
-      torch::stable::copy_(outputs[index], targets[index]);
+      Tensor output = outputs[index];
+      torch::stable::copy_(output, targets[index]);
     }
   }
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) { m.impl("combine_", TORCH_BOX(&combine_op)); }
 

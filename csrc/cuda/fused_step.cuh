@@ -70,9 +70,20 @@ __device__ __forceinline__ acc_t accumulate_vector(
   return risk;
 }
 
+// kGradsChange: the same launch writes to gradients later, which the read-only path must not have seen before.
+template <bool kGradsChange, typename T>
+__device__ __forceinline__ T load_grad(const T* address) {
+  if constexpr (kGradsChange) {
+    return __ldcg(address);
+  } else {
+    return __ldg(address);
+  }
+}
+
 // This thread's part of one slice. The state is read once and written once, so it streams past the caches and leaves them to
 // the gradients, which combine_ reads again.
-template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, int kStride>
+template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, bool kGradsChange,
+          int kStride>
 __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ grad,
                                                   acc_t* __restrict__ sq_grad_sum,
                                                   acc_t* __restrict__ grad_mean, int numel,
@@ -95,7 +106,7 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
       state_vector_t means[kBatch];
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        grads[k] = __ldg(grad_vectors + at + k * kStride);
+        grads[k] = load_grad<kGradsChange>(grad_vectors + at + k * kStride);
         sums[k] = __ldcs(sum_vectors + at + k * kStride);
         if constexpr (kMomentum) {
           means[k] = __ldcs(mean_vectors + at + k * kStride);
@@ -118,8 +129,8 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
       if constexpr (kMomentum) {
         mean = __ldcs(mean_vectors + at);
       }
-      risk += accumulate_vector<grad_t, acc_t, kSqrtFisher, kMomentum>(__ldg(grad_vectors + at),
-                                                                       sum, mean, options);
+      risk += accumulate_vector<grad_t, acc_t, kSqrtFisher, kMomentum>(
+          load_grad<kGradsChange>(grad_vectors + at), sum, mean, options);
       __stcs(sum_vectors + at, sum);
       if constexpr (kMomentum) {
         __stcs(mean_vectors + at, mean);
@@ -135,7 +146,7 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
       mean = __ldcs(grad_mean + at);
     }
     risk += accumulate_excess_risk<ScalarMath<acc_t>, kSqrtFisher, kMomentum>(
-        GradVector<grad_t>::widen(__ldg(grad + at)), sum, mean, options);
+        GradVector<grad_t>::widen(load_grad<kGradsChange>(grad + at)), sum, mean, options);
     __stcs(sq_grad_sum + at, sum);
     if constexpr (kMomentum) {
       __stcs(grad_mean + at, mean);
@@ -145,7 +156,8 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
 }
 
 // This block's chunks of its task: state updated, one partial per chunk written by thread 0.
-template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, int kCapacity>
+template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, bool kGradsChange,
+          int kCapacity>
 __device__ __forceinline__ void accumulate_chunks(const StepArgs<acc_t>& args,
                                                   const PointerTable<kCapacity>& grads,
                                                   double* warp_values) {
@@ -165,7 +177,8 @@ __device__ __forceinline__ void accumulate_chunks(const StepArgs<acc_t>& args,
         return;
       }
       const int64_t at = row + slice.position;
-      risk += accumulate_slice<grad_t, acc_t, kSqrtFisher, kMomentum, decltype(workers)::stride>(
+      risk += accumulate_slice<grad_t, acc_t, kSqrtFisher, kMomentum, kGradsChange,
+                               decltype(workers)::stride>(
           grad + slice.in_segment, args.sq_grad_sum + at, kMomentum ? args.grad_mean + at : nullptr,
           slice.numel, workers.index, options);
     });
@@ -269,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<acc_t, kMomentum>)
                       const __grid_constant__ PointerTable<kCapacity> grads) {
   StepShared& shared = block_shared<StepShared>();
   args.chunks.check(args.row_stride);
-  accumulate_chunks<grad_t, acc_t, kSqrtFisher, kMomentum>(args, grads, shared.warp_values);
+  accumulate_chunks<grad_t, acc_t, kSqrtFisher, kMomentum, false>(args, grads, shared.warp_values);
   if (is_last_block(args.ticket, shared.is_last)) {
     finish_step(args, shared);
   }

@@ -21,16 +21,53 @@ struct TensorPointers {
 };
 
 template <typename... Params>
-inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, unsigned threads,
-                          cudaStream_t stream, const Params&... args) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads, 1, 1);
-  config.stream = stream;
+inline cudaError_t launch_with(const cudaLaunchConfig_t& config, void (*kernel)(Params...),
+                               const Params&... args) {
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
   // Cleared, so that it is not blamed on someone else's next call.
   const cudaError_t latest = cudaGetLastError();
   return status != cudaSuccess ? status : latest;
+}
+
+inline cudaLaunchConfig_t launch_config(dim3 grid, unsigned threads, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads, 1, 1);
+  config.stream = stream;
+  return config;
+}
+
+template <typename... Params>
+inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, unsigned threads,
+                          cudaStream_t stream, const Params&... args) {
+  return launch_with(launch_config(grid, threads, stream), kernel, args...);
+}
+
+// A launch whose blocks may wait for each other: all of them are resident at once. Blocks per task: enough to fill the GPU, no more
+// than fit and no more than there are chunks. cudaErrorCooperativeLaunchTooLarge, and nothing has run: not even one block per task
+// fits.
+template <typename... Params>
+inline cudaError_t launch_cooperative(void (*kernel)(Params...), int64_t num_chunks,
+                                      int64_t num_tasks, int num_sms, cudaStream_t stream,
+                                      const Params&... args) {
+  int blocks_per_sm = 0;
+  const cudaError_t status =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kThreads, 0);
+  if (status != cudaSuccess) {
+    (void)cudaGetLastError();
+    return status;
+  }
+  const dim3 grid = cooperative_grid_of(num_chunks, num_tasks, num_sms, blocks_per_sm);
+  if (grid.x == 0) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = launch_config(grid, kThreads, stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return launch_with(config, kernel, args...);
 }
 
 template <int kCapacity>

@@ -21,6 +21,11 @@ constexpr int kMinBlocksPerSm = sizeof(acc_t) == sizeof(double) ? 2
                                 : kMomentum                     ? 3
                                                                 : 4;
 
+// Both phases in one kernel. Momentum: at three blocks per SM the compiler held back loads of the step's batch; two with all six
+// under way have as many bytes in flight.
+template <typename acc_t, bool kMomentum>
+constexpr int kMinBlocksPerSmOfBoth = kMomentum ? 2 : kMinBlocksPerSm<acc_t>;
+
 // The grid stops growing at 8 blocks per SM, the most that fit: blocks then walk over several chunks each, and take one ticket.
 constexpr int kMaxBlocksPerSm = 8;
 
@@ -48,6 +53,22 @@ inline dim3 grid_of(int64_t num_chunks, int64_t num_tasks, int num_sms) {
     blocks = num_chunks;
   }
   return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(num_tasks), 1);
+}
+
+// The same where all blocks must be resident at once; x = 0: not even one per task is.
+inline dim3 cooperative_grid_of(int64_t num_chunks, int64_t num_tasks, int num_sms,
+                                int blocks_per_sm) {
+  const int64_t resident = static_cast<int64_t>(num_sms) * blocks_per_sm;
+  const int64_t blocks = resident / num_tasks < num_chunks ? resident / num_tasks : num_chunks;
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(num_tasks), 1);
+}
+
+// Step and combine share a launch where the second reads the gradients from L2: where they fill at most half of it. The other half
+// is for the state that streams by (at least as many bytes), and on GPUs whose L2 is in two parts for the copy in the other part.
+// Larger gradients come from memory twice however many launches there are, and there two launches do better: each kernel has a grid
+// and registers of its own, and a cooperative one starts only when the whole GPU is free for it.
+inline bool fits_one_launch(int64_t grad_bytes, int64_t l2_bytes) {
+  return grad_bytes <= l2_bytes / 2;
 }
 
 }  // namespace excessmtl::cuda

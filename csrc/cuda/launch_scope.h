@@ -19,11 +19,10 @@ class LaunchScope {
  public:
 #if defined(__CUDACC__)
   explicit LaunchScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
-    const int32_t device = tensor.get_device_index();
+    device = tensor.get_device_index();
     // This library carries a CUDA runtime of its own (static), which has to hear of the device too.
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
-    check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
-               "cudaDeviceGetAttribute");
+    num_sms = attribute(cudaDevAttrMultiProcessorCount);
 #if TORCH_FEATURE_VERSION >= 0x020d000000000000ULL  // 2.13; older headers have no name for it
     stream = static_cast<cudaStream_t>(
         torch::stable::accelerator::getCurrentStream(device).nativeHandle());
@@ -39,10 +38,20 @@ class LaunchScope {
   explicit LaunchScope(const torch::stable::Tensor&) : num_sms(simt::num_sms()) {}
 #endif
 
+  bool can_launch_cooperatively() const { return attribute(cudaDevAttrCooperativeLaunch) != 0; }
+  int64_t l2_bytes() const { return attribute(cudaDevAttrL2CacheSize); }
+
   cudaStream_t stream = nullptr;
+  int32_t device = 0;
   int num_sms = 0;
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    return value;
+  }
+
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard_;
 #endif

@@ -378,6 +378,161 @@ def check_parts_equal_the_fused_step() -> None:
                 assert torch.equal(tensor, parts[name]), name
 
 
+def step_and_combine_both_ways(
+    pair: Pair, grads: list[Tensor], make_outputs: Any, in_place: bool = False, **keywords: Any
+) -> int:
+    """One op on one half of ``pair``, two ops on the other: equal bits. Returns the launches of the one op."""
+    ops = torch.ops.excessmtl_ext
+    plan = (pair.param_numels, pair.chunk_map, keywords.pop("grad_scale", None))
+    accumulate = keywords.pop("accumulate", False)
+    together, apart = pair.states
+    results = []
+    for _ in pair.states:
+        mine = [grad.clone() for grad in grads] if in_place else grads
+        results.append((mine, mine[: len(pair.numels)] if in_place else make_outputs()))
+    (mine, outputs), (other, expected) = results
+    before = library.simt_num_launches()
+    ops.fused_step_combine_(
+        mine, outputs, *plan, *together.values(), **pair.options, accumulate=accumulate
+    )
+    launches = library.simt_num_launches() - before
+    ops.fused_step_(other, *plan, *apart.values(), **pair.options)
+    ops.combine_(
+        other, expected, *plan, apart["task_weights"], apart["found_nonfinite"], apart["sq_grad_sum"],
+        apart["grad_mean"], gradient_momentum=pair.options["gradient_momentum"], accumulate=accumulate,
+    )  # fmt: skip
+    for name, tensor in together.items():
+        assert torch.equal(tensor, apart[name]), name
+    for left, right in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
+    return launches
+
+
+def outputs_like(pair: Pair, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.full((n,), 0.5, dtype=dtype) for n in pair.numels]
+
+
+def check_one_cooperative_launch_equals_the_two_ops() -> None:
+    for dtype in DTYPES:
+        for options in ({}, MOMENTUM, {"gradient_momentum": 0.5}, {"sqrt_fisher": False}):
+            pair = Pair(3, NUMELS, acc_of(dtype), **options)
+            for step in range(5):
+                grads = pair.grads(dtype, step)
+                if step == 2:
+                    grads[len(NUMELS)][17::31] = float("inf")
+                if step == 3:
+                    grads[: len(NUMELS)] = [torch.empty(0, dtype=dtype)] * len(NUMELS)
+                launches = step_and_combine_both_ways(
+                    pair,
+                    grads,
+                    lambda pair=pair, dtype=dtype: outputs_like(pair, dtype),
+                    in_place=step in (0, 2),
+                    accumulate=step == 1,
+                )
+                assert launches == 1, (dtype, options, step, launches)
+            assert int(pair.states[0]["num_skipped_steps"]) == 1
+
+
+def check_one_cooperative_launch_equals_the_reference() -> None:
+    scale = torch.tensor([8.0])
+    for options in ({}, MOMENTUM):
+        pair = Pair(3, NUMELS, torch.float32, **options)
+        for step in range(4):
+            grads = [grad * 8.0 for grad in pair.grads(torch.float32, step)]
+            if step == 2:
+                grads[5][1] = float("nan")
+            results = []
+            for ops, state in pair.sides():
+                outputs = outputs_like(pair, torch.float32)
+                ops.fused_step_combine_(
+                    grads, outputs, pair.param_numels, pair.chunk_map, scale, *state.values(),
+                    **pair.options, accumulate=step == 1,
+                )  # fmt: skip
+                results.append(outputs)
+            pair.compare()
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+def check_one_cooperative_launch_for_mixed_strided_and_unaligned_gradients() -> None:
+    pair = Pair(3, NUMELS, torch.float32)
+    for step, variant in enumerate(("mixed", "strided", "shifted")):
+        grads = pair.grads(torch.float32, step)
+        if variant == "mixed":
+            grads = pair.grads([torch.bfloat16, torch.float32], step)
+        elif variant == "strided":
+            grads = [torch.stack([grad, grad], dim=1)[:, 0] for grad in grads]
+        else:
+            grads = [
+                torch.cat([grad.new_zeros(k % 4), grad])[k % 4 :] for k, grad in enumerate(grads)
+            ]
+        outputs = outputs_like(pair, torch.float32)
+        outputs[0], outputs[3] = torch.empty(0), torch.cat([torch.zeros(1), outputs[3]])[1:]
+        copies = lambda outputs=outputs: [output.clone() for output in outputs]  # noqa: E731
+        assert step_and_combine_both_ways(pair, grads, copies) == 1, variant
+
+
+def check_two_launches_where_one_does_not_fit_or_does_not_help() -> None:
+    # T * P of float32: 114 KiB. Of L2 they may take half.
+    grad_bytes = 3 * sum(NUMELS) * 4
+
+    def launches(
+        numels: list[int] = NUMELS,
+        num_tasks: int = 3,
+        output_dtype: torch.dtype = torch.float32,
+        blocks_per_sm: int = 4,
+        l2_bytes: int = 32 << 20,
+        launches_cooperatively: bool = True,
+    ) -> int:
+        library.simt_configure(1, 4, 0.002, 2)
+        library.simt_configure_device(blocks_per_sm, l2_bytes, launches_cooperatively)
+        pair = Pair(num_tasks, numels, torch.float32, **MOMENTUM)
+        counts = set()
+        for step in range(3):
+            grads = pair.grads(torch.float32, step)
+            if step == 1:
+                grads[0][0] = float("nan")
+            counts.add(
+                step_and_combine_both_ways(pair, grads, lambda: outputs_like(pair, output_dtype))
+            )
+        assert len(counts) == 1, counts
+        return counts.pop()
+
+    assert launches() == 1
+    assert launches(l2_bytes=2 * grad_bytes) == 1
+    assert launches(l2_bytes=2 * grad_bytes - 2) == 2
+    assert launches(launches_cooperatively=False) == 2
+    assert launches(output_dtype=torch.bfloat16) == 2
+    assert launches(output_dtype=torch.float64) == 3  # the repair and the sum are a launch each
+    assert launches(num_tasks=8) == 1  # one block each: 2 SMs hold 8
+    assert launches(num_tasks=9) == 2
+    assert launches(num_tasks=3, blocks_per_sm=1) == 2
+    # 448 pointers travel with a cooperative launch, gradients and outputs.
+    assert launches(numels=[3] * 112) == 1
+    assert launches(numels=[3] * 113) == 2
+
+
+def check_one_op_without_outputs_or_without_tasks() -> None:
+    pair = Pair(2, NUMELS, torch.float32, **MOMENTUM)
+    for step in range(3):
+        grads = pair.grads(torch.float32, step)
+        if step == 1:
+            grads[0][3] = float("inf")
+        assert step_and_combine_both_ways(pair, grads, list) == 1
+    for state in pair.states:
+        state["found_nonfinite"].fill_(True)
+    nothing = [torch.empty(0)] * (2 * len(NUMELS))
+    launches = step_and_combine_both_ways(pair, nothing, lambda: outputs_like(pair, torch.float32))
+    assert launches == 1  # combine_ alone, which writes zeros
+    for numels in ([0], []):
+        pair = Pair(2, numels, torch.float32)
+        nothing = [torch.empty(0)] * (2 * len(numels))
+        launches = step_and_combine_both_ways(
+            pair, nothing, lambda pair=pair: outputs_like(pair, torch.float32)
+        )
+        assert launches == 0
+
+
 def check_streaming_fold() -> None:
     for dtype in DTYPES:
         acc = acc_of(dtype)
@@ -409,6 +564,17 @@ def check_equal_bits_under_every_schedule() -> None:
         for step in range(3):
             pair.step(pair.grads(torch.float32, step))
         bits = [tensor.clone() for tensor in pair.states[0].values()]
+        outputs = outputs_like(pair, torch.float32)
+        one = torch.ops.excessmtl_ext.fused_step_combine_
+        for step in range(2):
+            grads = pair.grads(torch.float32, step)
+            launches = library.simt_num_launches()
+            one(
+                grads, outputs, pair.param_numels, pair.chunk_map, None, *pair.states[0].values(),
+                **pair.options, accumulate=True,
+            )  # fmt: skip
+            assert library.simt_num_launches() == launches + 1
+        bits += [*pair.states[0].values(), *outputs]
         first = first or bits
         assert all(torch.equal(a, b) for a, b in zip(first, bits, strict=True))
 
@@ -446,6 +612,28 @@ def check_bad_arguments_change_nothing() -> None:
         for name, tensor in before.items():
             assert torch.equal(ours[name], tensor), name
 
+    def step_and_combine(message: str, outputs: list[Tensor], **changed: Any) -> None:
+        state = ours | {name: value for name, value in changed.items() if name in ours}
+        plan = (pair.param_numels, changed.get("plan", pair.chunk_map), None)
+        try:
+            torch.ops.excessmtl_ext.fused_step_combine_(
+                changed.get("grads", grads), outputs, *plan, *state.values(), **pair.options, accumulate=False
+            )  # fmt: skip
+        except RuntimeError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"no error about {message}")
+        for name, tensor in before.items():
+            assert torch.equal(ours[name], tensor), name
+        assert all(bool((output == 0.5).all()) for output in outputs)
+
+    halves = outputs_like(pair, torch.float32)
+    step_and_combine("`outputs`", halves[:-1])
+    step_and_combine("`outputs` 0", [halves[0][:-1], *halves[1:]])
+    step_and_combine("`outputs` 0", [torch.full((10_000,), 0.5)[::2], *halves[1:]])
+    step_and_combine("`task_grads`", halves, grads=grads[:-1])
+    step_and_combine("`ticket`", halves, ticket=torch.zeros(2, dtype=torch.int32))
+    step_and_combine("`chunk_map`", halves, plan=pair.chunk_map[:-9])
     padded = ours["sq_grad_sum"].shape[1]
     step("`task_grads`", grads[:-1])
     step("`task_grads`", [grads[0][:-1], *grads[1:]])
@@ -477,6 +665,7 @@ def main() -> None:
         ctypes.c_double,
         ctypes.c_uint,
     ]
+    library.simt_configure_device.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_bool]
     library.simt_num_launches.restype = ctypes.c_uint64
     results = {}
     for name, check in CHECKS.items():

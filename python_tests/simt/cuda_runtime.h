@@ -121,6 +121,25 @@ enum cudaError_t {
 };
 using cudaStream_t = void*;
 
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrCooperativeLaunch = 95
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  const simt::Config& config = simt::config();
+  *value = which == cudaDevAttrMultiProcessorCount ? static_cast<int>(config.num_sms)
+           : which == cudaDevAttrL2CacheSize ? static_cast<int>(config.l2_bytes)
+                                             : static_cast<int>(config.launches_cooperatively);
+  return cudaSuccess;
+}
+template <typename... Params>
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Params...),
+                                                                 int, size_t) {
+  *blocks = static_cast<int>(simt::config().blocks_per_sm);
+  return cudaSuccess;
+}
+
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
 struct cudaLaunchAttributeValue {
   int cooperative;
@@ -150,6 +169,10 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
   for (unsigned k = 0; k < config->numAttrs; ++k) {
     is_cooperative |= config->attrs[k].id == cudaLaunchAttributeCooperative &&
                       config->attrs[k].val.cooperative != 0;
+  }
+  if (is_cooperative &&
+      simt::count(config->gridDim) > simt::config().num_sms * simt::config().blocks_per_sm) {
+    return cudaErrorCooperativeLaunchTooLarge;
   }
   simt::run_grid(config->gridDim, config->blockDim, is_cooperative, [&] { kernel(args...); });
   return cudaSuccess;

@@ -16,16 +16,21 @@
 
 #include "cuda/combine.cuh"
 #include "cuda/fold.cuh"
+#include "cuda/fused_step_combine_launch.cuh"
 #include "cuda/fused_step_launch.cuh"
 #include "cuda/update_task_weights.cuh"
 
 namespace excessmtl::cuda {
 
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(float, float)
+EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP_COMBINE(float, float)
 #if !defined(ONLY_FLOAT32)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(double, double)
+EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP_COMBINE(double, double)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(__nv_bfloat16, float)
+EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP_COMBINE(__nv_bfloat16, float)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(__half, float)
+EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP_COMBINE(__half, float)
 #endif
 
 namespace {
@@ -56,6 +61,8 @@ struct Case {
       false;  // accumulate + update_task_risks + update_task_weights instead of the fused step
   Table table = Table::kByCount;
   unsigned num_sms = 2;
+  bool one_launch = false;  // both phases in a cooperative launch
+  unsigned blocks_per_sm = 4;
 };
 
 int num_failures = 0;
@@ -228,6 +235,7 @@ class Run {
   explicit Run(const Case& c)
       : c_(c), reference_(c), num_tensors_(static_cast<int64_t>(c.numels.size())) {
     simt::config().num_sms = c.num_sms;
+    simt::config().blocks_per_sm = c.blocks_per_sm;
     Arena::instance().clear();
     int64_t offset = 0;
     for (const int64_t n : c.numels) {
@@ -288,11 +296,18 @@ class Run {
     std::mt19937_64 random(99);
     for (int step = 0; step < c_.num_steps; ++step) {
       draw_grads(step, random);
-      fused_step();
+      draw_outputs();
       reference_step(c_, reference_, raw_, sizeof(acc_t) == 4);
-      compare_state("after the step");
-      combine();
+      if (c_.one_launch) {
+        fused_step_combine();
+      } else {
+        fused_step();
+        compare_state("after the step");
+        combine();
+      }
+      compare_outputs();
       compare_state("after combine");
+      keep_state_bits();
       if (*ticket_ != 0) {
         report(c_, "the ticket is %u after a launch", *ticket_);
         *ticket_ = 0;
@@ -359,7 +374,7 @@ class Run {
             c_.weight_total};
   }
 
-  void fused_step() {
+  StepArgs<acc_t> step_args() {
     std::fill(partials_, partials_ + c_.num_tasks * num_chunks_,
               std::numeric_limits<double>::quiet_NaN());
     StepArgs<acc_t> args = {};
@@ -376,6 +391,45 @@ class Run {
     args.element_options = make_element_options<acc_t>(1e-7, c_.momentum, 1.0);
     args.present = present_;
     args.num_tasks = c_.num_tasks;
+    return args;
+  }
+
+  CombineArgs<acc_t> combine_args() const {
+    CombineArgs<acc_t> args = {};
+    args.chunks = chunks_;
+    args.grad_scale = {grad_scale_, false};
+    args.task_weights = state_.task_weights;
+    args.found_nonfinite = state_.found_nonfinite;
+    args.sq_grad_sum = sq_grad_sum_;
+    args.grad_mean = grad_mean_;
+    args.row_stride = padded_;
+    args.element_options = make_element_options<acc_t>(1.0, c_.momentum, 1.0);
+    args.num_tasks = c_.num_tasks;
+    args.has_outputs = true;
+    args.accumulate = c_.accumulate;
+    return args;
+  }
+
+  std::vector<const void*> grads_and_outputs() const {
+    std::vector<const void*> pointers = pointers_;
+    for (int64_t l = 0; l < num_tensors_; ++l) {
+      pointers.push_back(c_.numels[l] > 0 ? outputs_[l] : nullptr);
+    }
+    return pointers;
+  }
+
+  void fused_step_combine() {
+    const std::vector<const void*> pointers = grads_and_outputs();
+    const cudaError_t status = launch_fused_step_combine<grad_t, acc_t>(
+        c_.sqrt_fisher, c_.momentum > 0.0, static_cast<int>(c_.num_sms), nullptr,
+        {step_args(), combine_args()}, tensors(pointers));
+    if (status != cudaSuccess) {
+      report(c_, "the cooperative launch failed with status %d", status);
+    }
+  }
+
+  void fused_step() {
+    const StepArgs<acc_t> args = step_args();
     const dim3 grid = grid_of(num_chunks_, c_.num_tasks, static_cast<int>(c_.num_sms));
     launch_fused_step<grad_t, acc_t>(c_.sqrt_fisher, c_.momentum > 0.0, grid, nullptr, args,
                                      tensors(pointers_));
@@ -389,35 +443,28 @@ class Run {
     }
   }
 
-  void combine() {
-    std::vector<std::vector<double>> before(num_tensors_);
+  void draw_outputs() {
+    before_.assign(num_tensors_, {});
     for (int64_t l = 0; l < num_tensors_; ++l) {
       for (int64_t k = 0; k < c_.numels[l]; ++k) {
         if (!c_.in_place) {
           outputs_[l][k] = GradVector<grad_t>::narrow(acc_t(0.25));
         }
-        before[l].push_back(static_cast<double>(GradVector<grad_t>::widen(outputs_[l][k])));
+        before_[l].push_back(static_cast<double>(GradVector<grad_t>::widen(outputs_[l][k])));
       }
     }
-    CombineArgs<acc_t> args = {};
-    args.chunks = chunks_;
-    args.grad_scale = {grad_scale_, false};
-    args.task_weights = state_.task_weights;
-    args.found_nonfinite = state_.found_nonfinite;
-    args.sq_grad_sum = sq_grad_sum_;
-    args.grad_mean = grad_mean_;
-    args.row_stride = padded_;
-    args.element_options = make_element_options<acc_t>(1.0, c_.momentum, 1.0);
-    args.num_tasks = c_.num_tasks;
-    args.has_outputs = true;
-    args.accumulate = c_.accumulate;
-    std::vector<const void*> pointers = pointers_;
-    for (int64_t l = 0; l < num_tensors_; ++l) {
-      pointers.push_back(c_.numels[l] > 0 ? outputs_[l] : nullptr);
-    }
-    launch_with_table(
-        combine_kernel<grad_t, acc_t, kSmallTable>, combine_kernel<grad_t, acc_t, kLargeTable>,
-        grid_of(num_chunks_, 1, static_cast<int>(c_.num_sms)), nullptr, args, tensors(pointers));
+  }
+
+  void combine() {
+    const std::vector<const void*> pointers = grads_and_outputs();
+    launch_with_table(combine_kernel<grad_t, acc_t, kSmallTable>,
+                      combine_kernel<grad_t, acc_t, kLargeTable>,
+                      grid_of(num_chunks_, 1, static_cast<int>(c_.num_sms)), nullptr,
+                      combine_args(), tensors(pointers));
+  }
+
+  // After a non-finite step also takes the step out of the reference's state.
+  void compare_outputs() {
     const bool repairs =
         std::find(reference_.flags.begin(), reference_.flags.end(), true) != reference_.flags.end();
     if (repairs) {
@@ -436,7 +483,7 @@ class Run {
           }
           continue;
         }
-        double expected = c_.accumulate ? before[l][k] : 0.0;
+        double expected = c_.accumulate ? before_[l][k] : 0.0;
         double size = std::fabs(expected);
         for (int i = 0; i < c_.num_tasks; ++i) {
           if (!raw_[i][l].empty()) {
@@ -530,6 +577,9 @@ class Run {
              static_cast<long long>(*state_.num_steps),
              static_cast<long long>(*state_.num_skipped_steps), when);
     }
+  }
+
+  void keep_state_bits() {
     keep_bits(sq_grad_sum_, c_.num_tasks * padded_);
     if (grad_mean_ != nullptr) {
       keep_bits(grad_mean_, c_.num_tasks * padded_);
@@ -560,27 +610,49 @@ class Run {
   std::vector<grad_t*> grads_, outputs_;
   unsigned long long* table_memory_;
   Grads raw_;
+  std::vector<std::vector<double>> before_;  // the outputs
   std::vector<const void*> pointers_;
   TaskSet present_ = {};
   std::vector<uint8_t> bits_;
 };
 
+// The same case in one cooperative launch, where there is one: it has no split, its table holds kSmallTable pointers, and 512 blocks
+// are more threads than a test can have. Two or more blocks per task where there are chunks for them.
+bool has_one_launch(const Case& c) {
+  const int64_t num_pointers = (c.num_tasks + 1) * static_cast<int64_t>(c.numels.size());
+  return !c.split && c.num_tasks <= 64 &&
+         (c.table == Table::kDevice || num_pointers <= kSmallTable);
+}
+Case in_one_launch(const Case& c) {
+  Case one = c;
+  one.name += ", one launch";
+  one.one_launch = true;
+  one.num_sms = std::max(c.num_sms, 1U);
+  one.blocks_per_sm = std::max(4U, (c.num_tasks + one.num_sms - 1) / one.num_sms);
+  return one;
+}
+
 template <typename grad_t, typename acc_t>
 void check(const Case& c, const char* type, int num_seeds) {
-  Case named = c;
-  named.name += std::string(" ") + type;
+  std::vector<Case> variants = {c};
+  if (has_one_launch(c)) {
+    variants.push_back(in_one_launch(c));
+  }
   std::vector<uint8_t> first;
-  for (int seed = 1; seed <= num_seeds; ++seed) {
-    simt::config().seed = static_cast<uint64_t>(seed) * 7919;
-    const int failures_before = num_failures;
-    std::vector<uint8_t> bits = Run<grad_t, acc_t>(named).execute();
-    if (seed == 1) {
-      first = std::move(bits);
-    } else if (bits != first) {
-      report(named, "seed %d gives other bits", seed);
-    }
-    if (num_failures != failures_before) {
-      return;
+  for (Case& variant : variants) {
+    variant.name += std::string(" ") + type;
+    for (int seed = 1; seed <= num_seeds; ++seed) {
+      simt::config().seed = static_cast<uint64_t>(seed) * 7919;
+      const int failures_before = num_failures;
+      std::vector<uint8_t> bits = Run<grad_t, acc_t>(variant).execute();
+      if (first.empty()) {
+        first = std::move(bits);
+      } else if (bits != first) {
+        report(variant, "seed %d gives other bits", seed);
+      }
+      if (num_failures != failures_before) {
+        return;
+      }
     }
   }
 }
@@ -729,6 +801,22 @@ std::vector<Case> all_cases() {
 #endif
 }
 
+// More tasks than blocks fit at once: the launch says so, and the op then takes two.
+void expect_too_large_where_no_block_fits() {
+  const Case c = {.name = "more tasks than blocks", .num_tasks = 3, .numels = {5}};
+  simt::config().num_sms = 1;
+  simt::config().blocks_per_sm = 2;
+  StepCombineArgs<float> args = {};
+  args.step.num_tasks = c.num_tasks;
+  args.step.chunks.num_chunks = 1;
+  const uint64_t before = simt::counters().launches;
+  const cudaError_t status =
+      launch_fused_step_combine<float, float>(true, false, 1, nullptr, args, {nullptr, 0, nullptr});
+  if (status != cudaErrorCooperativeLaunchTooLarge || simt::counters().launches != before) {
+    report(c, "a cooperative launch of 3 tasks on 2 blocks gave status %d", status);
+  }
+}
+
 }  // namespace
 }  // namespace excessmtl::cuda
 
@@ -736,6 +824,7 @@ int main(int argc, char** argv) {
   using namespace excessmtl::cuda;
   const int num_seeds = argc > 1 ? std::atoi(argv[1]) : 3;
   int num_cases = 0;
+  expect_too_large_where_no_block_fits();
   for (const Case& c : all_cases()) {
     if (argc > 2 && std::find(argv + 2, argv + argc, c.name) == argv + argc) {
       continue;

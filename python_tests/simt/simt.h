@@ -46,7 +46,11 @@ struct Config {
   uint64_t seed = 1;
   unsigned max_resident = 4;  // blocks alive at once, as SMs would hold them; at least 1 is drawn
   double yield_probability = 0.002;  // at every access to global memory
-  unsigned num_sms = 2;              // what the launch code is told
+  // What the launch code is told of the device.
+  unsigned num_sms = 2;
+  unsigned blocks_per_sm = 4;
+  unsigned l2_bytes = 32U << 20;
+  bool launches_cooperatively = true;
 };
 inline Config& config() {
   static Config instance;

@@ -13,6 +13,7 @@
 #include "../../csrc/cuda/combine.cu"
 #include "../../csrc/cuda/fold.cu"
 #include "../../csrc/cuda/fused_step.cu"
+#include "../../csrc/cuda/fused_step_combine.cu"
 #include "../../csrc/cuda/update_task_weights.cu"
 #include "../../csrc/ops.cpp"
 
@@ -21,6 +22,12 @@ extern "C" __attribute__((visibility("default"))) void simt_configure(uint64_t s
                                                                       double yield_probability,
                                                                       unsigned num_sms) {
   simt::config() = {seed, max_resident, yield_probability, num_sms};
+}
+extern "C" __attribute__((visibility("default"))) void simt_configure_device(
+    unsigned blocks_per_sm, unsigned l2_bytes, bool launches_cooperatively) {
+  simt::config().blocks_per_sm = blocks_per_sm;
+  simt::config().l2_bytes = l2_bytes;
+  simt::config().launches_cooperatively = launches_cooperatively;
 }
 extern "C" __attribute__((visibility("default"))) uint64_t simt_num_launches() {
   return simt::counters().launches;

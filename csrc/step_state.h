@@ -1,0 +1,88 @@
+// The state and the choices of a step as the ops receive them: what the schemas of fused_step_ and fused_step_combine_ share.
+// Both backends read their arguments through here.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+#include "checks.h"
+#include "excess_risk_math.h"
+#include "param_layout.h"
+
+namespace excessmtl {
+
+// In the order of the schemas. The [T] vectors are float64 unless they say otherwise.
+struct StepTensors {
+  Tensor sq_grad_sum;  // [T, padded P]
+  Tensor grad_mean;    // [T, padded P], or [T, 0] without momentum
+  Tensor excess_risk;
+  Tensor relative_excess_risk;
+  Tensor baseline_excess_risk;
+  Tensor log_task_weights;
+  Tensor task_weights;
+  Tensor num_steps;          // [] int64
+  Tensor num_task_steps;     // [T] int64
+  Tensor num_skipped_steps;  // [] int64
+  Tensor found_nonfinite;    // [T] bool
+  Tensor ticket;             // [1] int32, CUDA only
+
+  int64_t num_tasks() const { return sq_grad_sum.size(0); }
+
+  // Each backend's struct of pointers to the vectors and counters.
+  template <class TaskState>
+  TaskState task_state() const {
+    TaskState state = {};
+    state.excess_risk = excess_risk.mutable_data_ptr<double>();
+    state.relative_excess_risk = relative_excess_risk.mutable_data_ptr<double>();
+    state.baseline_excess_risk = baseline_excess_risk.mutable_data_ptr<double>();
+    state.log_task_weights = log_task_weights.mutable_data_ptr<double>();
+    state.task_weights = task_weights.mutable_data_ptr<double>();
+    state.num_steps = num_steps.mutable_data_ptr<int64_t>();
+    state.num_task_steps = num_task_steps.mutable_data_ptr<int64_t>();
+    state.num_skipped_steps = num_skipped_steps.mutable_data_ptr<int64_t>();
+    state.found_nonfinite = found_nonfinite.mutable_data_ptr<bool>();
+    return state;
+  }
+};
+
+struct StepChoices {
+  bool sqrt_fisher;
+  double eps;
+  double gradient_momentum;
+  double robust_step_size;
+  int64_t num_warmup_steps;
+  bool relative;
+  double min_weight;
+  double weight_total;
+
+  TaskOptions task_options(const ParamLayout& layout) const {
+    const double raw_risk_scale =
+        sqrt_fisher || layout.num_params == 0 ? 1.0 : 1.0 / static_cast<double>(layout.num_params);
+    return {gradient_momentum, num_warmup_steps, relative,    raw_risk_scale,
+            robust_step_size,  min_weight,       weight_total};
+  }
+};
+
+inline void check_step(const StepTensors& state, const StepChoices& choices,
+                       const ParamLayout& layout) {
+  const Tensor& sums = state.sq_grad_sum;
+  check_state(sums, state.grad_mean, layout, choices.gradient_momentum > 0.0);
+  const int64_t num_tasks = state.num_tasks();
+  check_num_tasks(num_tasks);
+  check_element_options(choices.eps, choices.gradient_momentum);
+  check_weight_options(choices.robust_step_size, choices.min_weight, choices.weight_total,
+                       num_tasks);
+  constexpr ScalarType kDouble = ScalarType::Double;
+  check_vector(state.excess_risk, "excess_risk", num_tasks, kDouble, sums);
+  check_vector(state.relative_excess_risk, "relative_excess_risk", num_tasks, kDouble, sums);
+  check_vector(state.baseline_excess_risk, "baseline_excess_risk", num_tasks, kDouble, sums);
+  check_vector(state.log_task_weights, "log_task_weights", num_tasks, kDouble, sums);
+  check_vector(state.task_weights, "task_weights", num_tasks, kDouble, sums);
+  check_vector(state.num_steps, "num_steps", 1, ScalarType::Long, sums);
+  check_vector(state.num_task_steps, "num_task_steps", num_tasks, ScalarType::Long, sums);
+  check_vector(state.num_skipped_steps, "num_skipped_steps", 1, ScalarType::Long, sums);
+  check_vector(state.found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, sums);
+}
+
+}  // namespace excessmtl
