@@ -276,6 +276,25 @@ class ExcessMTL(Balancer):
             accumulate=accumulate,
         )
 
+    def _update_and_combine(
+        self,
+        task_grads: list[Tensor],
+        outputs: list[Tensor],
+        losses: Tensor | None,
+        tasks: list[int],
+        scale: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        functional.fused_step_combine_(
+            task_grads,
+            outputs,
+            self._bound_layout(),
+            self.step_state,
+            self.step_options,
+            scale,
+            accumulate=accumulate,
+        )
+
     def _moves_weights(self) -> bool:
         return self._num_calls % self.update_every == 0
 

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 from _asserts import assert_equal_bits, assert_states_close
-from _inputs import DTYPES, PARAM_NUMELS, make_task_grads
+from _inputs import DTYPES, PARAM_NUMELS, make_problem, make_task_grads
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from excessmtl_ext import _extension, reference
+from excessmtl_ext import ExcessMTL, _extension, reference
 from excessmtl_ext import functional as F
 from excessmtl_ext.functional import ParamLayout, StepOptions, StepState, init_state
 
@@ -396,6 +397,32 @@ def test_wrong_output_raises_before_the_step_changes_anything(outputs, message):
         F.fused_step_combine_(grads, outputs, layout, state, options)
     assert_equal_bits(list(state), before)
     assert all(bool((output == 0).all()) for output in outputs)
+
+
+class _OpLog(TorchDispatchMode):
+    """Names of this package's ops, as they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "excessmtl_ext":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("nonfinite", "expected"),
+    [("skip", ["fused_step_combine_"]), ("raise", ["fused_step_", "combine_"])],
+)
+def test_a_balanced_step_is_one_op_unless_flags_are_read_in_between(nonfinite, expected):
+    problem = make_problem()
+    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, nonfinite=nonfinite)
+    losses = problem.losses()
+    with _OpLog() as log:
+        balancer.backward(losses)
+    assert log.names == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
