@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _datasets import make_nyuv2_frame, write_nyuv2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,40 +22,23 @@ NUM_TRAIN, NUM_TEST = 20, 3
 
 
 def make_frame(number: int) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(number)
-    normals = generator.normal(size=(HEIGHT, WIDTH, 3))
-    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-    normals[0, 0] = 0
-    depth = generator.uniform(0.5, 9, size=(HEIGHT, WIDTH, 1))
-    depth[1, 1] = 0
-    return {
-        "image": generator.uniform(0.2, 0.8, size=(HEIGHT, WIDTH, 3)).astype(np.float32),
-        "label": generator.integers(-1, 13, size=(HEIGHT, WIDTH)).astype(np.float32),
-        "depth": depth.astype(np.float32),
-        "normal": normals.astype(np.float32),
-    }
+    return make_nyuv2_frame(number, HEIGHT, WIDTH)
+
+
+def write_frames(root: Path) -> Path:
+    return write_nyuv2(root, num_train=NUM_TRAIN, num_test=NUM_TEST, height=HEIGHT, width=WIDTH)
 
 
 @pytest.fixture(scope="module")
 def frames_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set that no test changes."""
-    return write_nyuv2(tmp_path_factory.mktemp("frames"))
+    return write_frames(tmp_path_factory.mktemp("frames"))
 
 
 @pytest.fixture
 def own_root(tmp_path: Path) -> Path:
     """A data set that a test may damage."""
-    return write_nyuv2(tmp_path)
-
-
-def write_nyuv2(root: Path) -> Path:
-    for part, count, first in (("train", NUM_TRAIN, 0), ("val", NUM_TEST, 100)):
-        for number in range(count):
-            for kind, array in make_frame(first + number).items():
-                folder = root / "nyuv2" / part / kind
-                folder.mkdir(parents=True, exist_ok=True)
-                np.save(folder / f"{number}.npy", array)
-    return root
+    return write_frames(tmp_path)
 
 
 def frames(split: Split) -> FrameSplit:

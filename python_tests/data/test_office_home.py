@@ -10,34 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from _datasets import OFFICE_HOME_CLASSES as CLASSES
+from _datasets import OFFICE_HOME_IMAGES as NUM_IMAGES
+from _datasets import office_home_colour as colour_of
+from _datasets import write_office_home
 from PIL import Image
 from torch import Tensor
 
 from excessmtl_ext.data import MultiTaskData, Split
 from excessmtl_ext.data.office_home import DomainSplit, load_office_home, read_image
-
-CLASSES = ("Alarm_Clock", "Backpack", "Bed")
-# Images of each class: 30, 60, 45 and 90 in a domain.
-NUM_IMAGES = {"Art": 10, "Clipart": 20, "Product": 15, "Real World": 30}
-
-
-def colour_of(domain: str, class_name: str, number: int) -> tuple[int, int, int]:
-    return (
-        20 + 60 * list(NUM_IMAGES).index(domain),
-        30 + 80 * CLASSES.index(class_name),
-        8 * number,
-    )
-
-
-def write_office_home(root: Path) -> Path:
-    for domain, count in NUM_IMAGES.items():
-        for class_name in CLASSES:
-            folder = root / domain / class_name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                colour = colour_of(domain, class_name, number)
-                Image.new("RGB", (12, 9), colour).save(folder / f"{number:05}.jpg", quality=95)
-    return root
 
 
 @pytest.fixture(scope="module")

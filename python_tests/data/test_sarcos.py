@@ -10,23 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _datasets import make_sarcos_rows as make_rows
+from _datasets import write_sarcos
 from scipy.io import savemat
 
 from excessmtl_ext.data import MultiTaskData, TensorSplit
 from excessmtl_ext.data.sarcos import load_sarcos
 
 NUM_TRAIN_ROWS, NUM_TEST_ROWS = 200, 40
-
-
-def make_rows(count: int, seed: int) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    return generator.normal(3.0, 5.0, size=(count, 28))
-
-
-def write_sarcos(folder: Path, train: np.ndarray, test: np.ndarray) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    savemat(folder / "sarcos_inv.mat", {"sarcos_inv": train})
-    savemat(folder / "sarcos_inv_test.mat", {"sarcos_inv_test": test})
 
 
 @pytest.fixture
