@@ -19,6 +19,8 @@ from excessmtl_ext.arguments import check_choice, check_count, checked_parameter
 from excessmtl_ext.collapse import effective_num_tasks
 from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.gradients import Losses, Root
+from excessmtl_ext.history import History, HistoryWriter
+from excessmtl_ext.report import BalancerReport, make_report
 
 WeightScale = Literal["simplex", "num_tasks"]
 HeadWeighting = Literal["none", "task_weights"]
@@ -107,6 +109,7 @@ class Balancer(nn.Module, ABC):
         self._layout: ParamLayout | None = None
         self._stream: _Stream | None = None
         self._num_calls = 0
+        self._history: History | None = None
         if shared_parameters is not None:
             self.shared_parameters = checked_parameters(shared_parameters)
             self._layout = ParamLayout([parameter.numel() for parameter in self.shared_parameters])
@@ -151,6 +154,8 @@ class Balancer(nn.Module, ABC):
         """Forgets everything: the state is as before the first step, also the sizes if no parameters were given."""
         self._stream = None
         self._num_calls = 0
+        if self._history is not None:
+            self._history.restart()
         if self.shared_parameters is None:
             self._layout = None
         for name, tensor in self._initial_state(self.task_weights.device).items():
@@ -235,6 +240,78 @@ class Balancer(nn.Module, ABC):
     def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
         """Whether a buffer that is not yet sized may take the size of a saved one."""
         return False
+
+    # ---- insight
+
+    @property
+    def history(self) -> History | None:
+        """What :meth:`record_history` has begun, or None."""
+        return self._history
+
+    def record_history(
+        self,
+        *,
+        every: int = 1,
+        flush_every: int = 100,
+        keep: int = 10_000,
+        gradients: bool = False,
+        task_names: Sequence[str] | None = None,
+        writers: Iterable[HistoryWriter] = (),
+    ) -> History:
+        """Records weights, risks and skipped steps from now on, without changing any of them.
+
+        A recorded step adds two or three small kernels and waits for nothing; a flush is one copy to the host. Close
+        the history, or use it in a ``with`` statement, so that the last records are written. Not in ``state_dict``.
+
+        Args:
+            every: Record calls 1, 1 + every, 1 + 2 * every, ...
+            flush_every: Records on the device between two flushes.
+            keep: Latest records that stay in the host's memory, for ``history.records()`` and :meth:`report`.
+            gradients: Also the norm of each task's gradient, its noise share and its cosine with the combined
+                gradient, in recorded steps that compute task gradients. For the cost see
+                :class:`excessmtl_ext.gradient_statistics.GradientStatistics`; a larger ``every``
+                divides it. No cosine in streaming, where only one gradient lives at a time.
+            task_names: T names for writers and report.
+            writers: Such as :class:`excessmtl_ext.history.CSVWriter` and ``TensorBoardWriter``. With several
+                processes, give writers to one.
+
+        Raises:
+            RuntimeError: a history is being recorded already.
+            ValueError: an argument is out of range.
+        """
+        if self._history is not None and not self._history.is_closed:
+            raise RuntimeError(
+                "Expected no history under way, but one is being recorded. Call history.close() first."
+            )
+        self._history = History(
+            self,
+            every=every,
+            flush_every=flush_every,
+            keep=keep,
+            gradients=gradients,
+            task_names=task_names,
+            writers=writers,
+        )
+        return self._history
+
+    def report(self) -> BalancerReport:
+        """How each task fares, to print: weight, risk, gradient, skips, and which task looks noisy or stuck.
+
+        Gradient norm, noise share and cosine need ``record_history(gradients=True)``. Waits for the device.
+        """
+        return make_report(self)
+
+    def _record_gradients(
+        self, task_grads: Sequence[Tensor], tasks: Sequence[int], scale: Tensor | None
+    ) -> None:
+        """Shows the history the gradients of ``tasks`` before combining overwrites them."""
+        if self._history is not None:
+            numels = self._bound_layout().numels
+            self._history.take_gradients(self, self._num_calls, task_grads, tasks, numels, scale)
+
+    def _record_step(self, tasks: Sequence[int]) -> None:
+        if self._history is not None:
+            self._history.end_step(self, self._num_calls, tasks)
 
     # ---- what a method defines
 
@@ -403,12 +480,14 @@ class Balancer(nn.Module, ABC):
                 if flat is None:
                     self._call_op(self._update, flat, values, tasks, scale)
                 else:
+                    self._record_gradients(flat, range(self.num_tasks), scale)
                     self._call_op(self._update_and_combine, flat, [], values, tasks, scale, False)
                 self._raise_if_nonfinite()
         else:
             self.found_nonfinite.zero_()
         self._num_calls += 1
         self._after_call()
+        self._record_step(tasks)
         return self.task_weights
 
     def accumulate(
@@ -465,6 +544,7 @@ class Balancer(nn.Module, ABC):
         with torch.no_grad():
             flat = _flattened(grads)
             self._prepare(flat)
+            self._record_gradients(flat, [task], scale)
             if self._stream is None:
                 self._stream = self._new_stream()
             stream = self._stream
@@ -529,6 +609,7 @@ class Balancer(nn.Module, ABC):
             for heads in stream.heads:
                 heads.add(self.task_weights)
         self._after_call()
+        self._record_step(tasks)
 
     # ---- inside
 
@@ -564,6 +645,7 @@ class Balancer(nn.Module, ABC):
             )
         self._num_calls += 1
         self._after_call()
+        self._record_step(tasks)
 
     def _step_from_task_grads(
         self,
@@ -583,6 +665,7 @@ class Balancer(nn.Module, ABC):
         with torch.no_grad():
             flat = [grad for grads in task_grads for grad in _flattened(grads)]
             self._prepare(flat)
+            self._record_gradients(flat, range(self.num_tasks), scale)
             if self.nonfinite == "raise":  # the flags are read before any .grad is written
                 self._call_op(self._update, flat, values, tasks, scale)
                 if bool(self.found_nonfinite.any()):
