@@ -59,12 +59,15 @@ def main() -> None:
     results: Path = parser.parse_args().results
     rows = [
         row
-        for table in sorted(results.glob("screen_*.csv")) + sorted(results.glob("candidates_*.csv"))
+        for stage in ("screen", "candidates")
+        for table in sorted(results.glob(f"{stage}_*.csv"))
         for row in _read(table)
     ]
-    verdicts = judge(rows)
-    if verdicts:
-        with (results / "ranking.csv").open("w", newline="") as file:
+    full = [row for table in sorted(results.glob("full_*.csv")) for row in _read(table)]
+    for name, verdicts in (("ranking.csv", judge(rows)), ("full_ranking.csv", judge(full))):
+        if not verdicts:
+            continue
+        with (results / name).open("w", newline="") as file:
             writer = csv.DictWriter(file, list(verdicts[0]), lineterminator="\n")
             writer.writeheader()
             for verdict in verdicts:

@@ -2,6 +2,7 @@
 
     python bench/reproduction/estimator/screen.py sarcos --data-root DATA --output RESULTS --jobs 2
     python bench/reproduction/estimator/screen.py sarcos --stage candidates ...
+    python bench/reproduction/estimator/screen.py multimnist --stage full ...
 
 A finished run is one row of RESULTS/STAGE_DATASET.csv; runs that stand there are skipped.
 """
@@ -24,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from candidates import CandidateExcessMTL
-from grid import Cell, candidate_cells, screen_cells
+from grid import Cell, candidate_cells, full_cells, screen_cells
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from excessmtl_ext.data import MultiTaskData
@@ -36,6 +37,8 @@ from excessmtl_ext.training.run_record import METRICS, describe_environment, rea
 from excessmtl_ext.training.workloads import WORKLOADS
 
 METHODS["candidate"] = Method("Candidate", "#000000", CandidateExcessMTL)
+
+STAGES = {"screen": screen_cells, "candidates": candidate_cells, "full": full_cells}
 
 COLUMNS = [
     *("key", "stage", "dataset", "noise", "seed", "batch_size", "method", "step_size"),
@@ -50,18 +53,14 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("dataset")
-    parser.add_argument("--stage", choices=("screen", "candidates"), default="screen")
+    parser.add_argument("--stage", choices=tuple(STAGES), default="screen")
     parser.add_argument("--data-root")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, help="Run at most so many cells.")
     arguments = parser.parse_args()
 
-    cells = list(
-        screen_cells(arguments.dataset)
-        if arguments.stage == "screen"
-        else candidate_cells(arguments.dataset)
-    )
+    cells = list(STAGES[arguments.stage](arguments.dataset))
     arguments.output.mkdir(parents=True, exist_ok=True)
     table = arguments.output / f"{arguments.stage}_{arguments.dataset}.csv"
     done = _finished(table)
