@@ -208,7 +208,8 @@ def _load() -> tuple[BuildInfo | None, str | None]:
     except Exception as error:  # whatever a compiler or a damaged file raises, the reference works
         reason = ("EXCESSMTL_JIT=1: " if use_jit else "") + _first_error(error)
     warnings.warn(
-        f"No compiled extension ({reason}). Using excessmtl_ext.reference, which is slower.",
+        f"No compiled extension ({reason}). Using excessmtl_ext.reference, which is slower. "
+        "`python -m excessmtl_ext.doctor` looks closer.",
         RuntimeWarning,
         stacklevel=2,
     )
