@@ -45,6 +45,7 @@ from excessmtl_ext.training.loop import train as train_run
 from excessmtl_ext.training.methods import METHODS
 from excessmtl_ext.training.metrics import PRIMARY_METRIC
 from excessmtl_ext.training.paper_figures import draw_paper_figures
+from excessmtl_ext.training.run_report import write_report
 from excessmtl_ext.training.sweep import (
     FailedRun,
     SweepConfig,
@@ -456,6 +457,24 @@ def figures(results: tuple[Path, ...], output: Path) -> None:
     for report in reports:
         if report.path is None:
             _print_path(console, f"{report.name}: not drawn, needs", report.missing)
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The HTML file.  [default: RUN/report.html]",
+)
+def report(run: Path, output: Path | None) -> None:
+    """Show a run in one HTML file.
+
+    RUN is a folder that `excessmtl train` has filled or is filling. The file holds the curves of every task, the
+    results, the settings and where it ran; it can be sent to others as it is.
+    """
+    with _clear_errors():
+        path = write_report(run, output)
+    _print_path(Console(), "Report", path)
 
 
 def _train_one(console: Console, config: TrainConfig, output: Path, *, resume: bool) -> None:
