@@ -1,0 +1,60 @@
+"""Hugging Face Accelerate: a balancer beside a prepared model.
+
+The step needs no adapter: ``accelerator.backward(balancer(losses))``, also under
+``accelerator.accumulate`` and mixed precision, whose factors are undone before the weights are
+computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.integrations import missing_package
+from excessmtl_ext.integrations.weight_log import named_task_weights
+
+try:
+    from accelerate import Accelerator
+except ModuleNotFoundError as error:
+    raise missing_package("accelerate", error) from error
+
+BalancerT = TypeVar("BalancerT", bound=Balancer)
+
+
+def prepare_balancer(accelerator: Accelerator, balancer: BalancerT) -> BalancerT:
+    """Puts a balancer under the accelerator's care; call it after ``accelerator.prepare(model, ...)``.
+
+    Its state moves to the accelerator's device, and ``save_state`` and ``load_state`` take it along.
+    (``accelerator.prepare`` is for models: it would wrap the balancer and hide its verbs.)
+
+    Returns:
+        ``balancer`` itself.
+    """
+    balancer.to(accelerator.device)
+    accelerator.register_for_checkpointing(balancer)
+    return balancer
+
+
+def log_task_weights(
+    accelerator: Accelerator,
+    balancer: Balancer,
+    *,
+    step: int | None = None,
+    task_names: Sequence[str] | None = None,
+) -> None:
+    """Gives ``task_weight/NAME`` of every task and ``effective_num_tasks`` to the accelerator's trackers.
+
+    Waits for the device once, as trackers take numbers.
+
+    Args:
+        accelerator: Made with ``log_with=...``, its trackers initialised.
+        balancer: Whose weights.
+        step: Number of the step for the trackers.
+        task_names: T names; None for their numbers.
+
+    Raises:
+        ValueError: ``task_names`` does not fit.
+    """
+    named = named_task_weights(balancer, task_names)
+    accelerator.log({name: value.item() for name, value in named.items()}, step=step)

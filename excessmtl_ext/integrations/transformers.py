@@ -1,0 +1,138 @@
+"""Hugging Face transformers: a Trainer whose model returns one loss per task."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.integrations import missing_package
+from excessmtl_ext.integrations.weight_log import checked_task_names, named_task_weights
+
+try:
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+except ModuleNotFoundError as error:
+    raise missing_package("transformers", error) from error
+
+STATE_FILE = "balancer.pt"
+"""Name of the balancer's state in a checkpoint folder."""
+
+
+class _SaveBalancer(TrainerCallback):
+    """Adds the balancer's state to every checkpoint that the Trainer has just written."""
+
+    def __init__(self, balancer: Balancer) -> None:
+        self.balancer = balancer
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            torch.save(self.balancer.state_dict(), folder / STATE_FILE)
+
+
+class BalancedTrainer(Trainer):
+    """A Trainer that balances the task losses which the model returns.
+
+    The model's ``forward`` returns a dict (or ``ModelOutput``) with ``losses``: T scalars, None for
+    a task without labels in this batch, or one tensor [T]. Each backward pass is one step of the
+    balancer: with ``gradient_accumulation_steps=k`` the weights move k times per optimizer step.
+    Evaluation reports the plain mean of the losses, which can be compared across weights.
+
+    Args:
+        *args: As for ``transformers.Trainer``.
+        balancer: Made with the parameters of the model that is trained. Not a submodule of the
+            model, which is saved without it: its state goes to ``balancer.pt`` in each checkpoint
+            and comes back with ``train(resume_from_checkpoint=...)``.
+        task_names: T names for the log, ``task_weight/NAME``; None for their numbers.
+        losses_key: Where the losses are in the model's output.
+        **kwargs: As for ``transformers.Trainer``.
+
+    Raises:
+        ValueError: ``model_init`` is given, whose models the balancer would not know; several GPUs
+            in one process; ``task_names`` does not fit; or the model's output has no losses.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        balancer: Balancer,
+        task_names: Sequence[str] | None = None,
+        losses_key: str = "losses",
+        **kwargs: Any,
+    ) -> None:
+        self.task_names = checked_task_names(balancer, task_names)
+        super().__init__(*args, **kwargs)
+        if self.model_init is not None:
+            raise ValueError(
+                "Expected `model`, but got `model_init`: the balancer holds the parameters of one model."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"Expected one GPU per process, but got {self.args.n_gpu}: DataParallel replicates the model and "
+                "the balancer would see the copies. Hide all but one with CUDA_VISIBLE_DEVICES."
+            )
+        self.balancer = balancer.to(self.args.device)
+        self.losses_key = losses_key
+        # compute_loss gives a per-batch value, which the Trainer divides by the accumulation steps.
+        self.loss_is_scaled_for_ga = False
+        self.add_callback(_SaveBalancer(self.balancer))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The balanced loss in training, the mean of the losses elsewhere; called by the Trainer."""
+        outputs = model(**inputs)
+        if self.losses_key not in outputs:
+            raise ValueError(
+                f"Expected the model's output to hold {self.losses_key!r}, the losses of the {self.balancer.num_tasks} "
+                f"tasks, but got {', '.join(map(repr, outputs))}. Return them there, or name them with `losses_key`."
+            )
+        losses = outputs[self.losses_key]
+        if torch.is_grad_enabled() and model.training:
+            loss = self.balancer(losses)
+        else:
+            present = [loss.detach() for loss in losses if loss is not None]
+            loss = torch.stack(present).mean()
+        if not return_outputs:
+            return loss
+        # What is left is what the Trainer gathers as predictions.
+        return loss, {name: value for name, value in outputs.items() if name != self.losses_key}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; adds the task weights to the rows of training."""
+        if "loss" in logs:
+            named = named_task_weights(self.balancer, self.task_names)
+            logs = {**logs, **{name: value.item() for name, value in named.items()}}
+        super().log(logs, *args, **kwargs)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's; a resumed run takes the balancer's state from the checkpoint, too.
+
+        Raises:
+            FileNotFoundError: the checkpoint has no ``balancer.pt``.
+        """
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        if checkpoint:
+            path = os.path.join(checkpoint, STATE_FILE)
+            if not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"Expected {STATE_FILE} in {checkpoint}, but there is none: it was not saved by a BalancedTrainer. "
+                    "Train without resume_from_checkpoint to start the weights anew."
+                )
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            self.balancer.load_state_dict(state)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
