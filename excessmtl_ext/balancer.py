@@ -260,7 +260,7 @@ class Balancer(nn.Module, ABC):
     ) -> History:
         """Records weights, risks and skipped steps from now on, without changing any of them.
 
-        A recorded step adds two or three small kernels and waits for nothing; a flush is one copy to the host. Close
+        A recorded step adds three small kernels and waits for nothing; a flush is one copy to the host. Close
         the history, or use it in a ``with`` statement, so that the last records are written. Not in ``state_dict``.
 
         Args:

@@ -169,7 +169,7 @@ class TensorBoardWriter:
 class History:
     """What a balancer did, see :meth:`excessmtl_ext.Balancer.record_history`, which makes it.
 
-    A recorded step adds its [T] vectors to a ring on their device: two small kernels and no wait. A flush is one copy
+    A recorded step adds its [T] vectors to a ring on their device: three small kernels and no wait. A flush is one copy
     to the host. Nothing here changes a number of the balancer, and nothing is in its ``state_dict``; a copied or
     unpickled balancer has no history. Steps inside a CUDA graph are not recorded: its replays run no Python.
 
