@@ -225,7 +225,7 @@ def draw_screen(
         if IS_ERROR[dataset] and uniform:
             row_axes[0].set_ylim(0.8 * min(uniform), 1.6 * max(uniform))
         elif uniform:
-            row_axes[0].set_ylim(min(uniform) - 0.12, max(uniform) + 0.03)
+            row_axes[0].set_ylim(min(uniform) - 0.06, max(uniform) + 0.02)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"{TITLES[dataset]}, batch {batch_size}, one seed per point")
