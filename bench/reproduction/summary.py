@@ -2,8 +2,8 @@
 
     python bench/reproduction/summary.py RESULTS
 
-Means over seeds, with the standard deviation where there are several, of the test metric at the epoch that was chosen on
-validation.
+Means over seeds, with the standard deviation where there are several, of the test metric at the epoch that validation
+chose.
 """
 
 from __future__ import annotations
