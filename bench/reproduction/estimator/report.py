@@ -39,6 +39,19 @@ COST = {False: 0.003, True: 0.02}  # clean tasks at noise 0 against Uniform
 LEAST_SHARE = 0.5  # of a task's uniform share, at noise 0
 
 COLOURS = {0.0: "#D55E00", 0.9: "#E69F00", 0.98: "#0072B2", 0.99: "#56B4E9"}
+CANDIDATE_COLOURS = {
+    "momentum": "#000000",
+    "debiased": "#009E73",
+    "consecutive": "#CC79A7",
+    "square": "#D55E00",
+}
+# By whether S forgets and whether the step size decays.
+CANDIDATE_MARKERS = {
+    (False, False): "x",
+    (False, True): "+",
+    (True, False): "1",
+    (True, True): "*",
+}
 GOALS = ("drop", "gain", "clean_weight", "cost", "no_collapse")
 
 
@@ -79,6 +92,11 @@ def main() -> None:
             [row for row in rows if row["dataset"] == dataset and row["stage"] == "screen"],
             dataset,
             results / f"screen_{dataset}.png",
+        )
+        draw_tradeoff(
+            [v for v in judge(rows) if v["dataset"] == dataset],
+            dataset,
+            results / f"tradeoff_{dataset}.png",
         )
     tables = sorted(results.glob("bias_*.csv"))
     if tables:
@@ -229,6 +247,49 @@ def draw_screen(
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"{TITLES[dataset]}, batch {batch_size}, one seed per point")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_tradeoff(
+    verdicts: list[dict[str, Any]], dataset: str, path: Path, batch_size: int = 256
+) -> None:
+    """Draws what the clean tasks gain over Uniform against what the noisy ones do, one point per setting."""
+    figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    groups: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    for verdict in verdicts:
+        if verdict["batch_size"] != batch_size or verdict["method"] == "uniform":
+            continue
+        options = json.loads(verdict["options"])
+        if verdict["method"] == "candidate":
+            label = f"candidates: {options['numerator']}" + (
+                ", S forgets" if options.get("forgetting") else ""
+            )
+            label += ", step size decays" if options.get("decay") else ""
+            marker = CANDIDATE_MARKERS["forgetting" in options, "decay" in options]
+            style = (marker, CANDIDATE_COLOURS[options["numerator"]])
+        else:
+            momentum = options["gradient_momentum"]
+            label = f"{options['fisher']} Fisher, momentum {momentum:g}"
+            style = ("o" if options["fisher"] == "linear" else "^", COLOURS[momentum])
+        groups[(label, *style)].append((verdict["noisy_gain"], verdict["gain"]))
+    if not groups:
+        plt.close(figure)
+        return
+    for (label, marker, colour), points in sorted(groups.items()):
+        axis.scatter(*zip(*points, strict=True), marker=marker, color=colour, s=26, label=label)
+    axis.axhline(0, color="#7F7F7F", lw=0.8)
+    axis.axvline(0, color="#7F7F7F", lw=0.8)
+    unit = "share of Uniform's error" if IS_ERROR[dataset] else "accuracy"
+    # Runs that lose more than this are off the picture; what they lose by is in ranking.csv.
+    axis.set_xlim(-0.6, 0.15)
+    axis.set_ylim(*((-0.3, 0.2) if IS_ERROR[dataset] else (-0.03, 0.015)))
+    axis.set_xlabel(f"noisy tasks, gain over Uniform ({unit}), at noise 0.8")
+    axis.set_ylabel(f"clean tasks, gain over Uniform ({unit})")
+    axis.set_title(
+        f"{TITLES[dataset]}, batch {batch_size}: what the clean tasks gain the noisy ones pay"
+    )
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
