@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.gradients import Losses, Root
 from excessmtl_ext.history import History, HistoryWriter
 from excessmtl_ext.report import BalancerReport, make_report
+
+if TYPE_CHECKING:
+    from excessmtl_ext.distributed import DataParallel, NumSamples
 
 WeightScale = Literal["simplex", "num_tasks"]
 HeadWeighting = Literal["none", "task_weights"]
@@ -73,6 +77,9 @@ class Balancer(nn.Module, ABC):
 
     requires: ClassVar[frozenset[str]] = frozenset()
     """What the weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing."""
+
+    _data_parallel: DataParallel | None = None
+    """Takes the step over where several ranks share it; see :mod:`excessmtl_ext.distributed`."""
 
     can_stream: bool = True
     """Whether ``accumulate`` works: not where the weight of one task depends on the gradients of the others."""
@@ -380,7 +387,13 @@ class Balancer(nn.Module, ABC):
 
     # ---- the verbs
 
-    def backward(self, losses: Losses, *, grad_scale: Tensor | float | None = None) -> None:
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        grad_scale: Tensor | float | None = None,
+        num_samples: NumSamples | None = None,
+    ) -> None:
         """One balanced step: weights from ``losses``, then gradients into ``.grad``.
 
         Args:
@@ -388,27 +401,36 @@ class Balancer(nn.Module, ABC):
                 one tensor [T].
             grad_scale: Loss scale, as from ``GradScaler.get_scale()``: all gradients come out
                 multiplied by it, the weights are computed without it.
+            num_samples: With several ranks, samples behind each loss of this one: one number, or T.
+                None: as many on each rank. One process needs none.
 
         Raises:
             ValueError: number, shape, device or graph of the losses is not as expected. State and
                 shared ``.grad`` are then as before.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
+            RuntimeError: another rank has failed; state and ``.grad`` are as before.
         """
-        roots = gradients.loss_roots(losses, self.num_tasks)
-        values = (
-            gradients.loss_values(losses, self.task_weights) if "losses" in self.requires else None
-        )
-        self._step(roots, values, self._as_scale(grad_scale))
+        with self._telling_ranks():
+            roots = gradients.loss_roots(losses, self.num_tasks)
+            gradients.check_device(roots, self._bound_parameters()[0].device)
+            values = (
+                gradients.loss_values(losses, self.task_weights)
+                if "losses" in self.requires
+                else None
+            )
+            scale = self._as_scale(grad_scale)
+        self._step(roots, values, scale, num_samples)
 
-    def forward(self, losses: Losses) -> Tensor:
+    def forward(self, losses: Losses, *, num_samples: NumSamples | None = None) -> Tensor:
         """The weighted loss as a scalar whose ``.backward()`` does what :meth:`backward` does.
 
         For loops that call ``backward`` themselves: Lightning, Accelerate, GradScaler (its scale is
-        undone inside). Its value is the sum of the losses under the weights so far. Without
-        ``.backward()`` nothing changes.
+        undone inside). Its value is the sum of the losses under the weights so far, of this rank's
+        batch. Without ``.backward()`` nothing changes. ``num_samples`` as in :meth:`backward`.
         """
-        roots = gradients.loss_roots(losses, self.num_tasks)
-        gradients.check_device(roots, self._bound_parameters()[0].device)
+        with self._telling_ranks():
+            roots = gradients.loss_roots(losses, self.num_tasks)
+            gradients.check_device(roots, self._bound_parameters()[0].device)
         values = gradients.loss_values(losses, self.task_weights)
         total = (
             self.task_weights * values.nan_to_num(0.0)
@@ -421,7 +443,9 @@ class Balancer(nn.Module, ABC):
             else next((loss for loss in losses if loss is not None), total)
         )
         anchor = torch.zeros((), device=total.device, requires_grad=True)
-        return _BalancedLoss.apply(anchor, self, roots, values, total.to(first.dtype))  # type: ignore[no-any-return]
+        return _BalancedLoss.apply(  # type: ignore[no-any-return]
+            anchor, self, roots, values, num_samples, total.to(first.dtype)
+        )
 
     def update_weights(
         self,
@@ -473,9 +497,9 @@ class Balancer(nn.Module, ABC):
         flat = None
         if task_grads is not None and "task_grads" in self.requires:
             flat, tasks = self._flat_task_grads(task_grads)
-        if not tasks:
-            return self.task_weights
-        if self._moves_weights():
+        if self._data_parallel is not None and flat is not None:
+            tasks = self._data_parallel.update(self, flat, scale)  # type: ignore[arg-type]
+        elif tasks and self._moves_weights():
             with torch.no_grad():
                 if flat is None:
                     self._call_op(self._update, flat, values, tasks, scale)
@@ -483,8 +507,10 @@ class Balancer(nn.Module, ABC):
                     self._record_gradients(flat, range(self.num_tasks), scale)
                     self._call_op(self._update_and_combine, flat, [], values, tasks, scale, False)
                 self._raise_if_nonfinite()
-        else:
+        elif tasks:
             self.found_nonfinite.zero_()
+        if not tasks:
+            return self.task_weights
         self._num_calls += 1
         self._after_call()
         self._record_step(tasks)
@@ -517,6 +543,11 @@ class Balancer(nn.Module, ABC):
             raise NotImplementedError(
                 f"{type(self).__name__} cannot stream: the weight of one task depends on the gradients of the others, "
                 "so all must live at once. Call backward(losses), or update_weights() with your own gradients."
+            )
+        if self._data_parallel is not None:
+            raise NotImplementedError(
+                "accumulate() works in one process: with several ranks call backward(losses), which holds two "
+                "gradients and 1 / W of the others at a time."
             )
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
             raise ValueError(
@@ -613,9 +644,23 @@ class Balancer(nn.Module, ABC):
 
     # ---- inside
 
-    def _step(self, roots: list[Root | None], values: Tensor | None, scale: Tensor | None) -> None:
+    def _telling_ranks(self) -> AbstractContextManager[None]:
+        """An error in the body is also raised on the ranks that wait for this one, if there are any."""
+        if self._data_parallel is None:
+            return nullcontext()
+        return self._data_parallel.reporting(self)  # type: ignore[arg-type]
+
+    def _step(
+        self,
+        roots: list[Root | None],
+        values: Tensor | None,
+        scale: Tensor | None,
+        num_samples: NumSamples | None = None,
+    ) -> None:
+        if self._data_parallel is not None:
+            self._data_parallel.step(self, roots, num_samples, scale)  # type: ignore[arg-type]
+            return
         shared = self._bound_parameters()
-        gradients.check_device(roots, shared[0].device)
         if self._stream is not None:
             raise RuntimeError("Expected finish() before another step: accumulate() has begun one.")
         tasks = [task for task, root in enumerate(roots) if root is not None]
@@ -838,17 +883,19 @@ class _BalancedLoss(torch.autograd.Function):
         balancer: Balancer,
         roots: list[Root | None],
         values: Tensor,
+        num_samples: NumSamples | None,
         total: Tensor,
     ) -> Tensor:
         ctx.balancer, ctx.roots, ctx.values = balancer, roots, values
+        ctx.num_samples = num_samples
         return total.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, None, None]:
         scale = ctx.balancer._as_scale(grad_outputs[0])
         with torch.enable_grad():
-            ctx.balancer._step(ctx.roots, ctx.values, scale)
-        return None, None, None, None, None
+            ctx.balancer._step(ctx.roots, ctx.values, scale, ctx.num_samples)
+        return None, None, None, None, None, None
 
 
 _NO_GRAD: dict[torch.device, Tensor] = {}

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from excessmtl_ext import functional
-from excessmtl_ext.arguments import check_choice, check_count, check_positive
+from excessmtl_ext.arguments import (
+    check_choice,
+    check_count,
+    check_positive,
+    checked_parameters,
+)
 from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
 from excessmtl_ext.collapse import CollapseGuard
 from excessmtl_ext.functional import Fisher, ParamLayout, StepOptions, StepState
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from excessmtl_ext.distributed import Reduce
 
 Preset = Literal["paper", "official", "recommended"]
 
 _STATE_NAMES = tuple(name for name in StepState._fields if name != "ticket")
 _SIZED_BY_FIRST_STEP = ("sq_grad_sum", "grad_mean")
+
+
+def _is_sharded(parameters: Sequence[Tensor] | None) -> bool:
+    """Whether ``fully_shard`` has cut the parameters; asked without importing torch.distributed."""
+    return any(hasattr(parameter, "device_mesh") for parameter in parameters or ())
 
 
 class ExcessMTL(Balancer):
@@ -55,6 +70,14 @@ class ExcessMTL(Balancer):
             pass.
         min_weight: Floor f of every weight, mixed in as (1 - T f) a + f; at most 1 / T.
         nonfinite: See :class:`excessmtl_ext.Balancer`.
+        process_group: Ranks that train together, each with a batch of its own, such as
+            ``torch.distributed.group.WORLD``. See :mod:`excessmtl_ext.distributed`.
+        reduce: ``"grads"``: weights and gradients are those of one process with the joined batch;
+            each rank keeps 1 / W of the state. ``"risks"``: each rank estimates risks from its own
+            gradients and T numbers are averaged: cheaper, and noisier.
+        model: With several ranks, the whole model, so that the gradients of its heads are averaged
+            too. If it is a DistributedDataParallel, that does all averaging, and ``process_group``
+            may be left out; so it may with ``fully_shard`` parameters.
 
     Shape:
         task_grads T * L tensors of P elements in all, float16, bfloat16, float32 or float64.
@@ -114,6 +137,9 @@ class ExcessMTL(Balancer):
         update_every: int = 1,
         min_weight: float = 0.0,
         nonfinite: NonFinite = "skip",
+        process_group: dist.ProcessGroup | None = None,
+        reduce: Reduce = "grads",
+        model: nn.Module | None = None,
     ) -> None:
         check_positive("robust_step_size", robust_step_size)
         check_choice("fisher", fisher, ("sqrt", "linear"))
@@ -146,6 +172,19 @@ class ExcessMTL(Balancer):
         self.update_every = update_every
         self.min_weight = float(min_weight)
         self._collapse_guard = CollapseGuard()
+        check_choice("reduce", reduce, ("grads", "risks"))
+        if shared_parameters is not None:
+            shared_parameters = checked_parameters(shared_parameters)
+        if process_group is not None or model is not None or _is_sharded(shared_parameters):
+            from excessmtl_ext.distributed import DataParallel
+
+            self._data_parallel = DataParallel(
+                shared_parameters,
+                num_tasks=num_tasks,
+                process_group=process_group,
+                reduce=reduce,
+                model=model,
+            )
         super().__init__(
             shared_parameters,
             num_tasks=num_tasks,
@@ -201,15 +240,38 @@ class ExcessMTL(Balancer):
         return StepState(*[buffers[name] for name in StepState._fields])  # type: ignore[misc]
 
     def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        # S and m get their size, type and device from the first gradients: [T, 0] until then.
+        # S and m get their size, type and device from the first gradients: [T, 0] until then. A rank's part of them
+        # is known beforehand, and torch.distributed.checkpoint loads into what is there.
+        parallel = self._data_parallel
         state = functional.init_state(
-            self.num_tasks, ParamLayout([]), device=device, weight_total=self.weight_total
+            self.num_tasks,
+            ParamLayout([]) if parallel is None else parallel.state_layout,
+            dtype=torch.float32 if parallel is None else parallel.wire_dtype,
+            device=device,
+            has_momentum=parallel is not None and self.gradient_momentum > 0,
+            weight_total=self.weight_total,
         )
         return state._asdict()
 
     def _register_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in state.items():
             self.register_buffer(name, tensor, persistent=name in _STATE_NAMES)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self._data_parallel is not None:
+            for name in _SIZED_BY_FIRST_STEP:
+                entries = self._data_parallel.exported(name, destination.pop(prefix + name))
+                destination.update({prefix + key: value for key, value in entries.items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self._data_parallel is not None:
+            state_dict = self._data_parallel.imported(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
         if name not in _SIZED_BY_FIRST_STEP or saved.dim() != 2 or saved.shape[0] != self.num_tasks:

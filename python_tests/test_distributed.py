@@ -1,0 +1,510 @@
+"""Several ranks against one process with the joined batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from _inputs import Problem, make_problem
+from _ranks import raised_by, run_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from excessmtl_ext import ExcessMTL
+from excessmtl_ext.distributed import Ranks, full_state_dict
+
+NUM_TASKS = 3
+NUM_STEPS = 6
+# The tolerance of the contract; atol for elements that cancel.
+TOLERANCE: dict[str, Any] = {
+    "rtol": 1e-5,
+    "atol": 1e-7,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "official": {"robust_step_size": 0.1},
+    "paper": {"robust_step_size": 0.1, "fisher": "linear", "num_warmup_steps": 2},
+    "momentum": {"robust_step_size": 1.0, "fisher": "linear", "gradient_momentum": 0.9},
+    "weighted_heads": {
+        "robust_step_size": 0.1,
+        "head_weighting": "task_weights",
+        "weight_scale": "num_tasks",
+    },
+    "every_second": {"robust_step_size": 0.1, "update_every": 2, "min_weight": 0.05},
+}
+
+# Rank 0 of four has 2 of 20 samples, the last one 8.
+UNEVEN = {1: [20], 2: [4, 16], 4: [2, 4, 6, 8]}
+
+
+class Net(nn.Module):
+    """Encoder and heads in one module, as DistributedDataParallel takes it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.encoder, self.heads = problem.encoder, problem.heads
+
+    def forward(self, inputs: Tensor) -> list[Tensor]:
+        features = self.encoder(inputs)
+        return [head(features).sum(1) for head in self.heads]  # one column, and no view
+
+
+def losses_of(outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
+    return [((out - targets[:, task]) ** 2).mean() for task, out in enumerate(outputs)]
+
+
+def own_rows(rank: int, sizes: list[int]) -> slice:
+    start = sum(sizes[:rank])
+    return slice(start, start + sizes[rank])
+
+
+def snapshot(balancer: ExcessMTL, model: nn.Module) -> dict[str, Tensor]:
+    state = {
+        "weights": balancer.task_weights.clone(),
+        "risks": balancer.excess_risk.clone(),
+        "relative": balancer.relative_excess_risk.clone(),
+    }
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        state[f"grad {name}"] = parameter.grad.clone()
+    return state
+
+
+def train(
+    rank: int,
+    num_ranks: int,
+    options: dict[str, Any],
+    sizes: list[int],
+    verb: str = "backward",
+    ddp: dict[str, Any] | None = None,
+) -> list[dict[str, Tensor]]:
+    """Weights, risks and gradients after each step; ``num_ranks`` 1 needs no group."""
+    problem = make_problem(NUM_TASKS)
+    net = Net(problem)
+    model = net if ddp is None else DistributedDataParallel(net, **ddp)
+    ranks: dict[str, Any] = {}
+    if num_ranks > 1:
+        ranks = {"process_group": dist.group.WORLD, "model": model}
+    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **options, **ranks)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(1)
+    states = []
+    for _ in range(NUM_STEPS):
+        inputs = torch.randn(20, 6, generator=generator)
+        rows = own_rows(rank, sizes)
+        losses = losses_of(model(inputs[rows]), problem.targets[rows])
+        optimizer.zero_grad()
+        num_samples = sizes[rank] if len(set(sizes)) > 1 else None
+        if verb == "backward":
+            balancer.backward(losses, num_samples=num_samples)
+        else:
+            balancer(losses, num_samples=num_samples).backward()
+        states.append(snapshot(balancer, net))
+        optimizer.step()
+    return states
+
+
+def assert_same(results: list[list[dict[str, Tensor]]], expected: list[dict[str, Tensor]]) -> None:
+    """Equal to one process to the tolerance, and to each other to the bit."""
+    for step, states in enumerate(zip(*results, strict=True)):
+        for name, value in states[0].items():
+            torch.testing.assert_close(
+                value, expected[step][name], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+            )
+            for other in states[1:]:
+                assert torch.equal(value, other[name]), f"step {step}: {name} differs over ranks"
+
+
+@pytest.mark.parametrize("verb", ["backward", "forward"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_two_ranks_equal_one_process_on_the_joined_batch(
+    options: dict[str, Any], verb: str
+) -> None:
+    results = run_ranks(2, train, options, [10, 10], verb)
+    assert_same(results, train(0, 1, options, [20]))
+
+
+@pytest.mark.parametrize("options", [OPTIONS["official"], OPTIONS["momentum"]], ids=str)
+def test_four_ranks_equal_one_process_on_the_joined_batch(options: dict[str, Any]) -> None:
+    assert_same(run_ranks(4, train, options, [5] * 4), train(0, 1, options, [20]))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_batches_of_unequal_size_are_weighted_by_their_samples(num_ranks: int) -> None:
+    results = run_ranks(num_ranks, train, OPTIONS["official"], UNEVEN[num_ranks])
+    assert_same(results, train(0, 1, OPTIONS["official"], [20]))
+
+
+DDP = {
+    "plain": {},
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+    "views": {"gradient_as_bucket_view": True},
+    "unused_views": {"find_unused_parameters": True, "gradient_as_bucket_view": True},
+    "static_views": {"static_graph": True, "gradient_as_bucket_view": True},
+}
+
+
+@pytest.mark.parametrize("verb", ["backward", "forward"])
+@pytest.mark.parametrize("ddp", DDP.values(), ids=DDP)
+def test_a_ddp_model_gives_the_gradients_of_one_process(ddp: dict[str, Any], verb: str) -> None:
+    results = run_ranks(2, train, OPTIONS["official"], [10, 10], verb, ddp)
+    assert_same(results, train(0, 1, OPTIONS["official"], [20]))
+
+
+@pytest.mark.parametrize("name", ["weighted_heads", "every_second"])
+def test_a_ddp_model_keeps_the_options_of_heads_and_intervals(name: str) -> None:
+    results = run_ranks(2, train, OPTIONS[name], UNEVEN[2], "backward", {})
+    assert_same(results, train(0, 1, OPTIONS[name], [20]))
+
+
+def accumulate_with_no_sync(rank: int, num_ranks: int) -> list[dict[str, Tensor]]:
+    problem = make_problem(NUM_TASKS)
+    net = Net(problem)
+    model = DistributedDataParallel(net) if num_ranks > 1 else net
+    ranks = {"model": model} if num_ranks > 1 else {}
+    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    rows = own_rows(rank, [20 // num_ranks] * num_ranks)
+    states = []
+    for _ in range(2):  # twice: the reducer must be left ready for the next round
+        for parameter in net.parameters():
+            parameter.grad = None
+        losses = losses_of(model(problem.inputs[rows]), problem.targets[rows])
+        if num_ranks > 1:
+            with model.no_sync():
+                first = losses_of(model(problem.inputs[rows]), problem.targets[rows])
+                balancer.backward(first)
+        else:
+            balancer.backward(losses_of(model(problem.inputs[rows]), problem.targets[rows]))
+        losses = losses_of(model(problem.inputs[rows] * 2), problem.targets[rows])
+        balancer.backward(losses)
+        states.append(snapshot(balancer, net))
+    return states
+
+
+def test_gradients_accumulate_under_no_sync() -> None:
+    assert_same(run_ranks(2, accumulate_with_no_sync), accumulate_with_no_sync(0, 1))
+
+
+# ---- absent tasks, parameters out of reach
+
+
+def train_with_absent(rank: int, num_ranks: int, ddp: dict[str, Any] | None) -> Any:
+    """Task 1 is on the last rank alone, task 2 nowhere in the second step."""
+    problem = make_problem(NUM_TASKS)
+    net = Net(problem)
+    model = net if ddp is None or num_ranks == 1 else DistributedDataParallel(net, **ddp)
+    ranks: dict[str, Any] = {}
+    if num_ranks > 1:
+        ranks = {"process_group": dist.group.WORLD, "model": model}
+    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    rows = own_rows(rank, [20 // num_ranks] * num_ranks)
+    last = own_rows(num_ranks - 1, [20 // num_ranks] * num_ranks) if num_ranks > 1 else None
+    states = []
+    for step in range(4):
+        outputs = model(problem.inputs[rows])
+        losses: list[Tensor | None] = [*losses_of(outputs, problem.targets[rows])]
+        if num_ranks == 1:  # the joined batch: task 1 is labelled in the last quarter or half
+            half = slice(10, 20)
+            losses[1] = ((outputs[1][half] - problem.targets[half, 1]) ** 2).mean()
+        elif rank != num_ranks - 1:
+            assert last is not None
+            losses[1] = None
+        if step == 1:
+            losses[2] = None
+        optimizer.zero_grad()
+        balancer.backward(losses)
+        states.append(
+            {
+                "weights": balancer.task_weights.clone(),
+                **{
+                    f"grad {name}": torch.zeros_like(parameter)
+                    if parameter.grad is None
+                    else parameter.grad.clone()
+                    for name, parameter in net.named_parameters()
+                },
+            }
+        )
+        optimizer.step()
+    return states
+
+
+@pytest.mark.parametrize(
+    "ddp",
+    [None, {}, {"find_unused_parameters": True}, {"static_graph": True}],
+    ids=["plain_model", "ddp", "ddp_unused", "ddp_static"],
+)
+def test_a_task_absent_on_a_rank_counts_for_the_others(ddp: dict[str, Any] | None) -> None:
+    assert_same(run_ranks(2, train_with_absent, ddp), train_with_absent(0, 1, ddp))
+
+
+def step_with_a_branch(rank: int, num_ranks: int) -> list[bool]:
+    """Parameter 1 is used on rank 1 alone, parameter 2 nowhere."""
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    balancer = ExcessMTL(parameters, num_tasks=2, process_group=dist.group.WORLD)
+    used = parameters[0].sum() + (parameters[1].sum() if rank == 1 else 0.0)
+    balancer.backward([used, used**2])
+    assert num_ranks == 2
+    if rank == 0:
+        assert parameters[1].grad is not None
+        # Half of 0.5 * 1 + 0.5 * 2 * 6: the mean over ranks under uniform weights.
+        torch.testing.assert_close(parameters[1].grad, torch.full((3,), 3.25))
+    return [parameter.grad is not None for parameter in parameters]
+
+
+def test_a_parameter_without_gradient_keeps_none_unless_some_rank_reached_it() -> None:
+    assert run_ranks(2, step_with_a_branch) == [[True, True, False]] * 2
+
+
+# ---- errors reach every rank
+
+
+def fail(rank: int, num_ranks: int, kind: str) -> tuple[tuple[str, str], bool, bool]:
+    problem = make_problem(NUM_TASKS)
+    options: dict[str, Any] = {"robust_step_size": 0.5 if kind == "options" and rank else 0.1}
+    balancer = ExcessMTL(
+        problem.encoder.parameters(),
+        num_tasks=NUM_TASKS,
+        process_group=dist.group.WORLD,
+        model=None if kind == "absent" else nn.ModuleList([problem.encoder, problem.heads]),
+        **options,
+    )
+    if kind != "options":
+        balancer.backward(problem.losses())
+    before = full_state_dict(balancer)
+    problem.zero_grad()
+    losses: list[Any] = problem.losses()
+    num_samples: Any = None
+    if rank == 1:
+        if kind == "detached":
+            losses[2] = losses[2].detach()
+        if kind == "unreached":  # found only in the pass of the last task, when two have been sent
+            losses[2] = problem.heads[2](torch.ones(1, 8)).sum()
+        if kind == "absent":
+            losses[2] = None
+        if kind == "samples":
+            num_samples = -1
+        if kind == "engine":
+            losses[1] = losses[1] * Failing.apply(torch.ones((), requires_grad=True))
+    error = raised_by(lambda: balancer.backward(losses, num_samples=num_samples))
+    after = full_state_dict(balancer)
+    is_whole = all(
+        torch.equal(value, after[name])
+        for name, value in before.items()
+        if isinstance(value, Tensor)
+    )
+    has_no_grad = all(parameter.grad is None for parameter in problem.parameters())
+    if kind not in ("options", "absent"):
+        balancer.backward(problem.losses())  # the group is in step again
+    assert num_ranks == 2
+    return error, is_whole, has_no_grad
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, one: Tensor) -> Tensor:
+        return one.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise OverflowError("out of luck")
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "others"),
+    [
+        ("detached", "losses[2]` to require grad", "rank(s) [1] failed"),
+        ("unreached", "losses[2]` to depend on the shared parameters", "rank(s) [1] failed"),
+        ("engine", "out of luck", "rank(s) [1] failed"),
+        ("samples", "`num_samples` > 0", "rank(s) [1] failed"),
+        ("absent", "task 2 has no loss on rank 1", "task 2 has no loss on rank 1"),
+        ("options", "the same options", "the same options"),
+    ],
+)
+def test_an_error_on_one_rank_is_an_error_on_all_and_changes_nothing(
+    kind: str, own: str, others: str
+) -> None:
+    results = run_ranks(2, fail, kind)
+    assert others in results[0][0][1]
+    assert own in results[1][0][1]
+    assert [result[1:] for result in results] == [(True, True)] * 2
+
+
+def skip(rank: int, num_ranks: int, nonfinite: str, reduce: str) -> Any:
+    problem = make_problem(NUM_TASKS)
+    balancer = ExcessMTL(
+        problem.encoder.parameters(),
+        num_tasks=NUM_TASKS,
+        nonfinite=nonfinite,
+        reduce=reduce,
+        process_group=dist.group.WORLD,
+        model=nn.ModuleList([problem.encoder, problem.heads]),
+    )
+    for _ in range(3):
+        balancer.backward(problem.losses())
+    before = full_state_dict(balancer)
+    problem.zero_grad()
+    losses = problem.losses()
+    if rank == num_ranks - 1:
+        losses[1] = losses[1] * float("inf")
+    error = raised_by(lambda: balancer.backward(losses))
+    after = full_state_dict(balancer)
+    for name in ("log_task_weights", "baseline_excess_risk", "num_steps", "excess_risk"):
+        assert torch.equal(before[name], after[name]), name
+    torch.testing.assert_close(after["sq_grad_sum"], before["sq_grad_sum"])
+    grads = [parameter.grad for parameter in problem.encoder.parameters()]
+    return error[0], int(balancer.num_skipped_steps), [grad is None for grad in grads], grads
+
+
+@pytest.mark.parametrize("reduce", ["grads", "risks"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_nonfinite_gradient_on_one_rank_skips_the_step_on_all(
+    num_ranks: int, reduce: str
+) -> None:
+    for error, skipped, _, grads in run_ranks(num_ranks, skip, "skip", reduce):
+        assert (error, skipped) == ("nothing", 1)
+        assert all(bool(grad.isnan().all()) for grad in grads)
+
+
+@pytest.mark.parametrize("reduce", ["grads", "risks"])
+def test_a_nonfinite_gradient_on_one_rank_raises_on_all_if_asked(reduce: str) -> None:
+    for error, _, has_no_grad, _ in run_ranks(2, skip, "raise", reduce):
+        assert error == "FloatingPointError"
+        assert all(has_no_grad)
+
+
+# ---- what is sent and what is kept
+
+
+def written_bytes() -> int:
+    """What the process has written to files and sockets, from the kernel."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["wchar"])
+
+
+def measure(rank: int, num_ranks: int, num_tasks: int, reduce: str) -> tuple[int, int, int, int]:
+    generator = torch.Generator().manual_seed(rank)
+    encoder = nn.Linear(400, 300)
+    balancer = ExcessMTL(
+        encoder.parameters(), num_tasks=num_tasks, process_group=dist.group.WORLD, reduce=reduce
+    )
+
+    def step() -> None:
+        features = encoder(torch.randn(2, 400, generator=generator))
+        balancer.backward([(features**2).mean() * (1 + task) for task in range(num_tasks)])
+
+    step()  # the first one opens connections
+    assert balancer._data_parallel is not None
+    counted, written = balancer._data_parallel.ranks.num_bytes_sent, written_bytes()
+    step()
+    counted = balancer._data_parallel.ranks.num_bytes_sent - counted
+    assert balancer.sq_grad_sum.shape[0] == num_tasks
+    return (
+        written_bytes() - written,
+        counted,
+        sum(parameter.numel() for parameter in encoder.parameters()),
+        balancer.sq_grad_sum.numel(),
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_rank_sends_at_most_one_gradient_per_task_and_one_more(num_ranks: int) -> None:
+    num_tasks = 3
+    for written, counted, num_params, state_numel in run_ranks(
+        num_ranks, measure, num_tasks, "grads"
+    ):
+        share = (num_ranks - 1) / num_ranks
+        assert written <= (num_tasks + 1) * num_params * 4
+        assert counted == pytest.approx(share * (num_tasks + 1) * num_params * 4, rel=1e-3)
+        assert written == pytest.approx(counted, rel=0.01)  # gloo's own headers
+        assert state_numel <= num_tasks * (num_params / num_ranks + 32)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_averaged_risks_cost_no_more_than_plain_data_parallel(num_ranks: int) -> None:
+    for written, _, num_params, state_numel in run_ranks(num_ranks, measure, 3, "risks"):
+        share = (num_ranks - 1) / num_ranks
+        assert written == pytest.approx(2 * share * num_params * 4, rel=0.01)
+        assert state_numel >= 3 * num_params
+
+
+def approximate(rank: int, num_ranks: int, is_same_batch: bool) -> list[dict[str, Tensor]]:
+    problem = make_problem(NUM_TASKS)
+    net = Net(problem)
+    ranks: dict[str, Any] = {}
+    if num_ranks > 1:
+        ranks = {"process_group": dist.group.WORLD, "model": net, "reduce": "risks"}
+    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    rows = slice(0, 20) if is_same_batch else own_rows(rank, [20 // num_ranks] * num_ranks)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    states = []
+    for _ in range(NUM_STEPS):
+        optimizer.zero_grad()
+        balancer.backward(losses_of(net(problem.inputs[rows]), problem.targets[rows]))
+        states.append(snapshot(balancer, net))
+        optimizer.step()
+    return states
+
+
+def test_averaged_risks_are_exact_where_all_ranks_see_the_same() -> None:
+    assert_same(run_ranks(2, approximate, True), approximate(0, 1, True))
+
+
+def test_averaged_risks_overestimate_where_batches_differ() -> None:
+    results = run_ranks(2, approximate, False)
+    assert_same(results, results[0])  # the ranks agree to the bit all the same
+    # Jensen: the mean of |g_r|^2 is at least |mean of g_r|^2, coordinate by coordinate.
+    assert (results[0][0]["risks"] > approximate(0, 1, False)[0]["risks"]).all()
+
+
+# ---- gradients of one's own
+
+
+def update(rank: int, num_ranks: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shared = [torch.zeros(7, 3, requires_grad=True), torch.zeros(5, requires_grad=True)]
+    ranks: dict[str, Any] = {"process_group": dist.group.WORLD} if num_ranks > 1 else {}
+    balancer = ExcessMTL(shared, num_tasks=2, robust_step_size=0.5, **ranks)
+    for _ in range(5):
+        grads = torch.randn(4, 2, 26, generator=generator)
+        own = grads[rank * (4 // num_ranks) : (rank + 1) * (4 // num_ranks)].mean(0)
+        balancer.update_weights([[row[:21].view(7, 3), row[21:]] for row in own])
+    return balancer.task_weights
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_update_weights_averages_the_gradients_it_is_given(num_ranks: int) -> None:
+    results = run_ranks(num_ranks, update)
+    torch.testing.assert_close(results[0], update(0, 1), **TOLERANCE)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+# ---- arguments, without a group
+
+
+def test_arguments_without_ranks_are_refused() -> None:
+    encoder = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="Expected `process_group`, or a `model`"):
+        ExcessMTL(encoder.parameters(), num_tasks=2, model=encoder)
+    with pytest.raises(ValueError, match="Expected `reduce` to be one of"):
+        ExcessMTL(encoder.parameters(), num_tasks=2, reduce="mean")  # type: ignore[arg-type]
+
+
+def refuse(rank: int, num_ranks: int) -> list[tuple[str, str]]:
+    encoder = nn.Linear(3, 2)
+    balancer = ExcessMTL(encoder.parameters(), num_tasks=2, process_group=dist.group.WORLD)
+    group = dist.group.WORLD
+    assert Ranks(group).size == num_ranks and Ranks(group).rank == rank  # type: ignore[arg-type]
+    return [
+        raised_by(lambda: ExcessMTL(num_tasks=2, process_group=group)),
+        raised_by(lambda: balancer.accumulate(0, encoder(torch.ones(1, 3)).sum())),
+    ]
+
+
+def test_what_needs_one_process_is_refused_at_once() -> None:
+    for without_parameters, streaming in run_ranks(2, refuse):
+        assert without_parameters[1].startswith("Expected `shared_parameters` with `process_group`")
+        assert streaming[0] == "NotImplementedError"
