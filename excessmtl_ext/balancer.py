@@ -419,7 +419,7 @@ class Balancer(nn.Module, ABC):
                 else None
             )
             scale = self._as_scale(grad_scale)
-        self._step(roots, values, scale, num_samples)
+        self._run_step(roots, values, scale, num_samples)
 
     def forward(self, losses: Losses, *, num_samples: NumSamples | None = None) -> Tensor:
         """The weighted loss as a scalar whose ``.backward()`` does what :meth:`backward` does.
@@ -650,16 +650,19 @@ class Balancer(nn.Module, ABC):
             return nullcontext()
         return self._data_parallel.reporting(self)  # type: ignore[arg-type]
 
-    def _step(
+    def _run_step(
         self,
         roots: list[Root | None],
         values: Tensor | None,
         scale: Tensor | None,
-        num_samples: NumSamples | None = None,
+        num_samples: NumSamples | None,
     ) -> None:
-        if self._data_parallel is not None:
+        if self._data_parallel is None:
+            self._step(roots, values, scale)
+        else:
             self._data_parallel.step(self, roots, num_samples, scale)  # type: ignore[arg-type]
-            return
+
+    def _step(self, roots: list[Root | None], values: Tensor | None, scale: Tensor | None) -> None:
         shared = self._bound_parameters()
         if self._stream is not None:
             raise RuntimeError("Expected finish() before another step: accumulate() has begun one.")
@@ -894,7 +897,7 @@ class _BalancedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, None, None]:
         scale = ctx.balancer._as_scale(grad_outputs[0])
         with torch.enable_grad():
-            ctx.balancer._step(ctx.roots, ctx.values, scale, ctx.num_samples)
+            ctx.balancer._run_step(ctx.roots, ctx.values, scale, ctx.num_samples)
         return None, None, None, None, None, None
 
 
