@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 # One server process imports torch; the ranks are its forks, so a group starts in a fraction of a second.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "excessmtl_ext"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "excessmtl_ext"])
 
 COLLECTIVE_TIMEOUT_S = 30
 """A rank that waits longer for another one fails: what would be a hang is an error in the test."""
@@ -35,7 +35,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_rank_main, args=(rank, num_ranks, folder, function, args), daemon=True
             )
             for rank in range(num_ranks)
