@@ -1,0 +1,71 @@
+"""torch.compile: a compiled model with an eager balancer, and what of a whole step can be compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from _inputs import Problem, make_problem
+from torch import Tensor
+
+from excessmtl_ext import ExcessMTL
+
+NUM_STEPS = 4
+BACKEND = "aot_eager"  # the graph and its backward pass as compiled, without generating code
+
+
+def train(
+    problem: Problem,
+    losses: Callable[[], list[Tensor]],
+    compile_step: Callable[[Callable[[], None]], Callable[[], None]] = lambda step: step,
+    verb: str = "backward",
+) -> list[Tensor]:
+    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, robust_step_size=0.5)
+    optimizer = torch.optim.SGD(problem.parameters(), lr=0.05)
+
+    def step() -> None:
+        if verb == "backward":
+            balancer.backward(losses())
+        else:
+            balancer(losses()).backward()
+
+    step = compile_step(step)
+    for _ in range(NUM_STEPS):
+        optimizer.zero_grad()
+        step()
+        optimizer.step()
+    return [balancer.task_weights, *problem.parameters()]
+
+
+def assert_same(results: list[Tensor], expected: list[Tensor]) -> None:
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_compiled_model_trains_as_an_eager_one_under_an_eager_balancer() -> None:
+    expected_problem, problem = make_problem(), make_problem()
+    expected = train(expected_problem, expected_problem.losses)
+    compiled = torch.compile(problem.losses, backend=BACKEND, fullgraph=True)
+    assert_same(train(problem, compiled), expected)
+
+
+def test_a_compiled_model_trains_through_the_weighted_loss_too() -> None:
+    expected_problem, problem = make_problem(), make_problem()
+    expected = train(expected_problem, expected_problem.losses)
+    compiled = torch.compile(problem.losses, backend=BACKEND, fullgraph=True)
+    assert_same(train(problem, compiled, verb="forward"), expected)
+
+
+# Dynamo itself looks at .grad of the losses as it wraps them.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_step_breaks_at_the_backward_passes_and_trains_the_same() -> None:
+    # torch.autograd.backward cannot be traced, so a step is not one graph; that of the ops alone is
+    # (test_fused_step.py).
+    expected_problem, problem = make_problem(), make_problem()
+    expected = train(expected_problem, expected_problem.losses)
+
+    def compile_step(step: Callable[[], None]) -> Callable[[], None]:
+        return torch.compile(step, backend=BACKEND)
+
+    assert_same(train(problem, problem.losses, compile_step), expected)
