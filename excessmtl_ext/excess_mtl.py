@@ -94,8 +94,7 @@ class ExcessMTL(Balancer):
             changes no number.
 
     Memory: T * P state elements (twice that with momentum), each parameter padded to a multiple of
-        32, held from the first step
-    on; all of it is in ``state_dict``.
+    32, held from the first step on; all of it is in ``state_dict``.
 
     Example, one task with one parameter, so that every number can be checked by hand (g = 3, then g
     = 4):

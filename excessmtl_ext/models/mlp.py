@@ -20,7 +20,7 @@ def mlp(
         hidden: Widths of the shared layers, at least one.
 
     Shape:
-        Inputs float [B, *input_shape]; returns T tensors [B, num_outputs[i]].
+        Inputs float ``[B, *input_shape]``; returns T tensors [B, num_outputs[i]].
 
     Raises:
         ValueError: ``hidden`` is empty: there would be nothing to share.
