@@ -1,0 +1,71 @@
+"""The programs that the tutorials quote run, without a warning, and show what the tutorials say of them."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(name: str) -> dict[str, Any]:
+    """The program's names after it has run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sizes at which a second thread only costs
+    try:
+        return runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_own_loop_keeps_the_noisy_task_down_and_the_others_better_than_uniform(capsys):
+    names = run("own_loop.py")
+    uniform, balanced = names["test_errors"]["Uniform"], names["test_errors"]["ExcessMTL"]
+    assert all(ours < theirs for ours, theirs in zip(balanced, uniform, strict=True))
+    weights = names["balancer"].task_weights
+    assert weights[names["NOISY"]] < 0.15
+    printed = capsys.readouterr().out
+    assert "torque looks noisy" in printed
+    assert "bit for bit" in printed
+    assert torch.equal(
+        names["stateful"]["balancer"].sq_grad_sum, names["resumed"]["balancer"].sq_grad_sum
+    )
+
+
+def test_amp_counts_all_steps_but_the_one_that_overflowed(capsys):
+    names = run("amp.py")
+    balancer = names["balancer"]
+    assert balancer.num_steps.item() == 19
+    assert balancer.num_skipped_steps.item() == 1
+    assert names["scaler"].get_scale() != 2.0**10
+    assert all(parameter.isfinite().all() for parameter in names["encoder"].parameters())
+    assert "19 steps counted, 1 skipped" in capsys.readouterr().out
+
+
+def test_a_task_without_labels_keeps_its_weight_share(capsys):
+    names = run("missing_labels.py")
+    assert names["balancer"].num_task_steps.tolist() == [24, 24, 12]
+    weights = torch.stack(names["weights"])
+    absent = torch.arange(24) % 8 < 4  # the first half of each epoch's batches
+    moved = (weights[1:, 2] - weights[:-1, 2]).abs() > 1e-12  # the others are normalised anew
+    assert not moved[absent[1:]].any()
+    assert moved[~absent[1:]][1:].any()
+    assert "took part in 12 of 24 steps" in capsys.readouterr().out
+
+
+def test_many_tasks_streamed_agree_with_all_at_once(capsys):
+    names = run("many_tasks.py")
+    assert names["balancer"].task_weights.shape == (40,)
+    assert names["grads"]["streamed"][0].abs().max() > 0
+    assert "agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_run_by_a_test(path):
+    tests = [*Path(__file__).parent.rglob("test_*.py")]
+    assert any(f'"{path.name}"' in test.read_text(encoding="utf-8") for test in tests)
