@@ -1,0 +1,204 @@
+"""The pages build without a warning, hang together, need no network, and quote what is really in the repository."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import excessmtl_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+SPHINX_PACKAGES = ("sphinx", "furo", "myst_parser", "latex2mathml")
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+# ---- what the pages quote
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_every_block_of_a_tutorial_stands_in_its_program(page):
+    """Up to indentation; test_examples.py runs the programs."""
+    program = (ROOT / "examples" / f"{page.stem}.py").read_text(encoding="utf-8")
+    lines = [line.strip() for line in program.splitlines() if line.strip()]
+    found = blocks(page, "python")
+    assert found
+    for block in found:
+        quoted = [line.strip() for line in block.splitlines() if line.strip()]
+        starts = range(len(lines) - len(quoted) + 1)
+        assert any(lines[start : start + len(quoted)] == quoted for start in starts), block
+
+
+def test_the_quick_start_runs_and_moves_the_weights(capsys):
+    names: dict[str, object] = {}
+    for block in blocks(DOCS / "quickstart.md", "python"):
+        exec(compile(block, "quickstart.md", "exec"), names)
+    balancer = names["balancer"]
+    assert isinstance(balancer, excessmtl_ext.ExcessMTL)
+    assert balancer.num_steps.item() == 100
+    assert balancer.task_weights.std() > 0
+    assert "speed" in capsys.readouterr().out
+    resumed = excessmtl_ext.ExcessMTL.from_preset(
+        "recommended", names["encoder"].parameters(), num_tasks=3
+    )
+    resumed.load_state_dict(names["checkpoint"]["balancer"])
+
+
+def test_the_walk_through_an_op_quotes_the_sources():
+    page = DOCS / "kernels.md"
+    sources = [path.read_text() for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    squeezed = [re.sub(r"\s+", "", source) for source in sources]
+    quoted = blocks(page, "cpp")
+    assert len(quoted) == 3
+    for block in quoted:
+        # A string literal may be broken elsewhere.
+        text = re.sub(r"\s+", "", block).replace('""', "")
+        assert any(text in source.replace('""', "") for source in squeezed), block
+    (wrapper,) = blocks(page, "python")
+    (shown,) = ast.parse(wrapper).body
+    module = ast.parse((ROOT / "excessmtl_ext" / "functional.py").read_text())
+    (real,) = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == "fold_"]
+    real.body = real.body[1:]  # without its docstring
+    assert ast.dump(shown) == ast.dump(real)
+
+
+def test_every_file_that_the_kernel_and_contribution_pages_name_exists():
+    for page in (DOCS / "kernels.md", ROOT / "CONTRIBUTING.md"):
+        text = page.read_text(encoding="utf-8")
+        names = re.findall(
+            r"`((?:csrc|excessmtl_ext|python_tests|bench|docs|examples)/[\w./*]*)`", text
+        )
+        assert len(names) > 5
+        for name in names:
+            assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}"
+
+
+def test_every_committed_timing_of_the_step_is_on_the_performance_page():
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    runs = sorted((ROOT / "bench" / "results").glob("fused_step*/README.md"))
+    assert runs
+    for run in runs:
+        assert run.relative_to(ROOT).as_posix() in page
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: p.stem)
+def test_links_of_a_page_work_in_the_repository(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not urlsplit(target).scheme:
+            name = target.partition("#")[0]
+            assert (page.parent / name).exists(), f"{page.name} links to {target}"
+
+
+# ---- the site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly in a process of its own."""
+    missing = [name for name in SPHINX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install excessmtl-ext[docs]")
+    output = tmp_path_factory.mktemp("site")
+    result = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html",
+         "-d", str(output / "doctrees"), str(DOCS), str(output / "html")],
+        capture_output=True, text=True, check=False, cwd=output,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return output / "html"
+
+
+class Page(HTMLParser):
+    """The ids of a page, what it links to, and what it loads."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value for name, value in attrs if value}
+        if "id" in given:
+            self.ids.add(given["id"])
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        if tag == "link" and "href" in given:
+            self.loads.append(given["href"])
+        if tag in ("script", "img", "iframe", "source") and "src" in given:
+            self.loads.append(given["src"])
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+
+
+def test_internal_links_of_the_site_resolve(pages):
+    broken = []
+    for path, page in pages.items():
+        for link in [*page.links, *page.loads]:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            anchors = pages[target].ids if target in pages else {parts.fragment}
+            if not target.exists() or (parts.fragment and parts.fragment not in anchors):
+                broken.append((path.name, link))
+    assert not broken
+    assert sum(len(page.links) for page in pages.values()) > 500
+
+
+def test_the_site_is_readable_without_a_network(site, pages):
+    for path, page in pages.items():
+        assert not [name for name in page.loads if urlsplit(name).netloc], path.name
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(\s*['\"]?(https?:)?//", style.read_text(encoding="utf-8")), (
+            style
+        )
+
+
+def test_every_public_name_has_a_place_in_the_reference(pages):
+    ids = set().union(*(page.ids for path, page in pages.items() if path.parent.name == "api"))
+    missing = [
+        name
+        for name in excessmtl_ext.__all__
+        if f"excessmtl_ext.{name}" not in ids and f"module-excessmtl_ext.{name}" not in ids
+    ]
+    assert not missing
+
+
+def test_formulas_of_docstrings_are_drawn(site):
+    text = (site / "api" / "balancers.html").read_text(encoding="utf-8")
+    assert text.count("<math") > 20
+    shown = re.sub(r"<(pre|code|span class=\"pre\").*?</\1>", "", text, flags=re.DOTALL)
+    assert not re.findall(r"\\(?:alpha|sum|frac|leftarrow|operatorname)\b", shown)
+
+
+def test_a_formula_that_cannot_be_drawn_is_an_error(monkeypatch):
+    pytest.importorskip("latex2mathml", reason="latex2mathml is not installed")
+    monkeypatch.syspath_prepend(str(DOCS / "_ext"))
+    from mathml import to_mathml  # type: ignore[import-not-found]
+
+    assert "<mfrac>" in to_mathml(r"\frac{1}{2}", is_block=True)
+    assert to_mathml(r"a, \\ b", is_block=True).count("<mtr>") == 2
+    with pytest.raises(ValueError, match="nosuch"):
+        to_mathml(r"a \nosuch b", is_block=False)
