@@ -202,8 +202,12 @@ class ExcessMTL(Balancer):
             preset: ``"official"``: follows the weights of the authors' code (step size 0.01, its
                 default). ``"paper"``: the text as printed (linear Fisher, weights on the simplex);
                 its warm-up is 3 epochs, so ``num_warmup_steps`` must be given. ``"recommended"``:
-                gradient momentum 0.98, linear Fisher, step size 3, from this project's first noise
-                sweeps; a study of its own is to confirm it.
+                gradient momentum 0.98, linear Fisher, step size 3. Of 120 settings the one that met every
+                part of the goal on SARCOS and on MultiMNIST at 14 px (one seed, batch 256, 80 % of the
+                noisy tasks' labels corrupted): clean tasks' error 13 % below Uniform's on SARCOS
+                (0.0563 and 0.0648), their accuracy no worse on MultiMNIST (0.923 and 0.922), at zero noise
+                1 % less error and 0.6 points more. The noisy tasks pay: 35 % more error, 8 points.
+                docs/estimator.md has the study.
             shared_parameters: As for the class.
             **options: ``num_tasks`` and whatever should differ from the set.
 
