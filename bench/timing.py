@@ -35,6 +35,9 @@ MIN_SAMPLE_S = 5e-4
 CPU_FLUSH_BYTES = 256 << 20
 """Written before a cold call on the CPU: larger than the cache that a few cores share."""
 
+MIN_STEP_SAMPLE_S = 0.03
+"""A sample of training steps lasts at least this long: a slow first step after a change of caches weighs little."""
+
 DEFAULT_CUDA_FLUSH_BYTES = 256 << 20
 """Above twice the L2 of an H100 (50 MiB); takes 0.1 ms, in which the host queues the timed call."""
 
@@ -169,6 +172,70 @@ def measure(
         for name in names:
             samples[name].append(stopwatch.sample(calls[name], repeats[name], cache))
         names.reverse()  # nobody always follows the same neighbour
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def wall_seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
+    """Mean wall clock of ``count`` calls in a row, the device's work included: what a training loop waits for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(count):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) / count
+
+
+def measure_steps(
+    steps: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    periods: Mapping[str, int],
+    rounds: int,
+    budget_s: float,
+    min_rounds: int = 5,
+    on_round: Callable[[int], object] | None = None,
+) -> dict[str, Timing]:
+    """Times training steps in turn, round after round.
+
+    Unlike :func:`measure`, on CUDA too the clock is the wall's between two synchronisations: a
+    step's launches are part of what it costs.
+
+    Args:
+        steps: Name to step; each changes its own model only.
+        device: Where they work.
+        periods: Name to the number of steps after which costs repeat; a sample is the mean over
+            whole periods. 1 where a name is missing.
+        rounds: Samples of each step.
+        budget_s: No round begins after this wall clock, but ``min_rounds`` there are.
+        min_rounds: Rounds whatever the budget, at most ``rounds``.
+        on_round: Called after each round with the rounds so far.
+
+    Returns:
+        Name to timing, all with equally many samples.
+    """
+    counts = {}
+    is_short = {}
+    for name, step in steps.items():
+        period = periods.get(name, 1)
+        wall_seconds(step, 2, device)  # makes optimizer state, faults pages in, chooses kernels
+        once = wall_seconds(step, period, device)
+        counts[name] = period * max(1, math.ceil(MIN_STEP_SAMPLE_S / max(once * period, 1e-9)))
+        is_short[name] = once < MIN_STEP_SAMPLE_S
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    deadline = time.perf_counter() + budget_s
+    names = list(steps)
+    for round_index in range(rounds):
+        if round_index >= min_rounds and time.perf_counter() > deadline:
+            break
+        for name in names:
+            if is_short[name]:
+                steps[name]()  # untimed: brings the step's own data back into the caches
+            samples[name].append(wall_seconds(steps[name], counts[name], device))
+        names.reverse()  # nobody always follows the same neighbour
+        if on_round is not None:
+            on_round(round_index + 1)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
