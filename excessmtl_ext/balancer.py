@@ -290,6 +290,11 @@ class Balancer(nn.Module, ABC):
             raise RuntimeError(
                 "Expected no history under way, but one is being recorded. Call history.close() first."
             )
+        if gradients and self._data_parallel is not None:
+            raise NotImplementedError(
+                "record_history(gradients=True) works in one process: with several ranks no rank holds the whole "
+                "gradient of a task. Weights, risks and skipped steps are recorded with gradients=False."
+            )
         self._history = History(
             self,
             every=every,

@@ -501,10 +501,11 @@ def refuse(rank: int, num_ranks: int) -> list[tuple[str, str]]:
     return [
         raised_by(lambda: ExcessMTL(num_tasks=2, process_group=group)),
         raised_by(lambda: balancer.accumulate(0, encoder(torch.ones(1, 3)).sum())),
+        raised_by(lambda: balancer.record_history(gradients=True)),
     ]
 
 
 def test_what_needs_one_process_is_refused_at_once() -> None:
-    for without_parameters, streaming in run_ranks(2, refuse):
+    for without_parameters, streaming, history in run_ranks(2, refuse):
         assert without_parameters[1].startswith("Expected `shared_parameters` with `process_group`")
-        assert streaming[0] == "NotImplementedError"
+        assert streaming[0] == history[0] == "NotImplementedError"

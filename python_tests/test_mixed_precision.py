@@ -124,3 +124,27 @@ def test_an_overflow_leaves_weights_baseline_and_state_and_the_scaler_backs_off(
 def test_an_overflow_on_one_rank_backs_off_the_scaler_of_every_rank() -> None:
     for before, after in run_ranks(2, overflow, "forward", {}):
         assert after == before / 2
+
+
+def train_scaled(rank: int, num_ranks: int, scale: float | None, reduce: Any) -> list[Tensor]:
+    problem = make_problem()
+    group = torch.distributed.group.WORLD
+    balancer = ExcessMTL(
+        problem.encoder.parameters(), num_tasks=3, process_group=group, reduce=reduce
+    )
+    rows = slice(rank, None, num_ranks)
+    problem.inputs, problem.targets = problem.inputs[rows], problem.targets[rows]
+    for _ in range(3):
+        problem.zero_grad()
+        balancer.backward(problem.losses(), grad_scale=scale)
+    grads = [parameter.grad for parameter in problem.encoder.parameters()]
+    scaled = [grad / (scale or 1.0) for grad in grads if grad is not None]
+    return [balancer.task_weights, balancer.excess_risk, *scaled]
+
+
+@pytest.mark.parametrize("reduce", ["grads", "risks"])
+def test_a_loss_scale_changes_no_bit_of_weights_risks_and_gradients_of_ranks(reduce: str) -> None:
+    plain = run_ranks(2, train_scaled, None, reduce)[0]
+    for results in run_ranks(2, train_scaled, 2.0**12, reduce):
+        assert len(results) == len(plain) == 6
+        assert all(torch.equal(*pair) for pair in zip(results, plain, strict=True))
