@@ -343,6 +343,11 @@ class Row:
     is_cheaper: bool = False
     packages: tuple[str, ...] = ()
 
+    @property
+    def is_released_excess(self) -> bool:
+        """Whether it is another package's ExcessMTL, and not a loop written for this comparison."""
+        return self.kind == "peer" and bool(self.packages) and self.agrees_with is not None
+
     def missing(self) -> str | None:
         """Why the row cannot run here, or None."""
         absent = [name for name in self.packages if importlib.util.find_spec(name) is None]

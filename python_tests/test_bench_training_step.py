@@ -290,7 +290,8 @@ def test_redraw_wants_measurements(tmp_path):
 # ---- pictures
 
 
-SPEEDS = {"uniform": 0.5, "lower_bound": 1.0, "exact": 1.04, "streaming": 1.2, "eager": 1.9}
+SPEEDS = {"uniform": 0.5, "lower_bound": 1.0, "exact": 1.04, "streaming": 1.2, "eager": 1.5}
+SPEEDS |= {"torchjd_excess": 1.9, "torchjd_excess_sequential": 2.1}
 
 
 def made_up_measurement(key, section, num_tasks, num_shared, speeds=SPEEDS):
@@ -353,7 +354,10 @@ def test_pictures_and_readme_are_drawn_from_a_file_of_measurements(tmp_path):
         "mlp: ExcessMTL / lower bound: 1.04 (1.04-1.04), fastest samples 1.04, goal at most 1.05: met"
         in readme
     )
-    assert "fastest peer (plain PyTorch) / ExcessMTL: 1.83" in readme
+    assert "mlp: fastest package (torchjd ExcessMTL) / ExcessMTL: 1.83 (1.83-1.83)" in readme
+    assert (
+        "mlp: plain PyTorch / ExcessMTL: 1.44 (1.44-1.44), fastest samples 1.44, no goal" in readme
+    )
     assert "torchjd UPGrad: not installed: quadprog (mlp, tasks_2" in readme
     assert "![cost against tasks](cost_against_tasks.png)" in readme
 
