@@ -28,7 +28,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from excessmtl_ext.data import Split, Task
+from excessmtl_ext.data import MultiTaskData, Split, Task
 from excessmtl_ext.data.seeding import seeded_generator
 from excessmtl_ext.models import EncoderHeads
 from excessmtl_ext.training.config import TrainConfig
@@ -92,8 +92,7 @@ def measure(config: TrainConfig, epochs: int) -> list[list[object]]:
     data = workload.load(config)
     tasks, train = data.tasks, data.train
     lowest = [
-        lowest_loss_alone(config, train, tasks, index, epochs * ALONE_EPOCHS)
-        for index in range(len(tasks))
+        lowest_loss_alone(config, data, index, epochs * ALONE_EPOCHS) for index in range(len(tasks))
     ]
     model, optimizer = _fresh(config, data)
     shared = list(model.encoder.parameters())
@@ -151,11 +150,10 @@ def measure(config: TrainConfig, epochs: int) -> list[list[object]]:
     return rows
 
 
-def lowest_loss_alone(
-    config: TrainConfig, train: Split, tasks: tuple[Task, ...], index: int, epochs: int
-) -> float:
+def lowest_loss_alone(config: TrainConfig, data: MultiTaskData, index: int, epochs: int) -> float:
     """Returns the lowest training loss of a task trained alone, its learning rate falling to 0 along a cosine."""
-    model, optimizer = _fresh(config, WORKLOADS[config.dataset].load(config))
+    tasks, train = data.tasks, data.train
+    model, optimizer = _fresh(config, data)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     lowest = float("inf")
     for epoch in track(range(epochs), description=f"{tasks[index].name} alone"):
@@ -174,9 +172,9 @@ def lowest_loss_alone(
     return lowest
 
 
-def _fresh(config: TrainConfig, data: object) -> tuple[EncoderHeads, torch.optim.Optimizer]:
+def _fresh(config: TrainConfig, data: MultiTaskData) -> tuple[EncoderHeads, torch.optim.Optimizer]:
     torch.manual_seed(config.seed)
-    model = WORKLOADS[config.dataset].build_model(data, config)  # type: ignore[arg-type]
+    model = WORKLOADS[config.dataset].build_model(data, config)
     return model, torch.optim.Adam(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )

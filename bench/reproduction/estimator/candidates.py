@@ -87,12 +87,9 @@ class CandidateExcessMTL(Balancer):
         b = self.momentum
         self.grad_mean.mul_(b).add_(grads, alpha=1 - b)
         self.sq_grad_mean.mul_(b).addcmul_(grads, grads, value=1 - b)
-        if self.forgetting is None:
-            self.sq_grad_sum.addcmul_(grads, grads)
-            accumulated = self.sq_grad_sum
-        else:
-            self.sq_grad_sum.mul_(self.forgetting).addcmul_(grads, grads)
-            accumulated = self.sq_grad_sum
+        if self.forgetting is not None:
+            self.sq_grad_sum.mul_(self.forgetting)
+        self.sq_grad_sum.addcmul_(grads, grads)
         mean = self.grad_mean / (1 - b**step)
         if self.numerator == "square":
             numerator = grads.square()
@@ -110,7 +107,7 @@ class CandidateExcessMTL(Balancer):
                 else grads.square()
             )
         self.previous = grads
-        h = accumulated + 1e-7
+        h = self.sq_grad_sum + 1e-7
         risk = (numerator / (h.sqrt() if self.fisher == "sqrt" else h)).sum(1)
         if self.baseline is None:
             self.baseline = risk.clone() if self.relative else torch.full_like(risk, grads.shape[1])

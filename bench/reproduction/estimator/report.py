@@ -77,7 +77,8 @@ def main() -> None:
         for row in _read(table)
     ]
     full = [row for table in sorted(results.glob("full_*.csv")) for row in _read(table)]
-    for name, verdicts in (("ranking.csv", judge(rows)), ("full_ranking.csv", judge(full))):
+    screened = judge(rows)
+    for name, verdicts in (("ranking.csv", screened), ("full_ranking.csv", judge(full))):
         if not verdicts:
             continue
         with (results / name).open("w", newline="") as file:
@@ -94,7 +95,7 @@ def main() -> None:
             results / f"screen_{dataset}.png",
         )
         draw_tradeoff(
-            [v for v in judge(rows) if v["dataset"] == dataset],
+            [v for v in screened if v["dataset"] == dataset],
             dataset,
             results / f"tradeoff_{dataset}.png",
         )
