@@ -218,25 +218,27 @@ class _Run:
         self.balancer.backward(losses)
         self.step += 1
         # Adam would carry a NaN in its running means for ever. A method that looks at no gradient notices nothing.
-        values = torch.stack([loss.detach() for loss in losses if loss is not None])
+        zero = torch.zeros((), device=self.device)
+        values = torch.stack([zero if loss is None else loss.detach() for loss in losses])
         if bool(self.balancer.found_nonfinite.any() | ~values.isfinite().all()):
             self.num_skipped_steps += 1
         else:
             self.optimizer.step()
-            self._add_to_epoch(losses, batch.targets)
+            self._add_to_epoch(values, losses, batch.targets)
         if self.step % self.config.task_weight_interval == 0:
             self.weight_rows.append((self.step, self.balancer.task_weights.clone()))
 
     def _add_to_epoch(
-        self, losses: Sequence[Tensor | None], targets: Sequence[Tensor | None]
+        self,
+        values: Tensor,
+        losses: Sequence[Tensor | None],
+        targets: Sequence[Tensor | None],
     ) -> None:
         counts = [
             0 if loss is None or target is None else len(target)
             for loss, target in zip(losses, targets, strict=True)
         ]
         num_samples = torch.tensor(counts, dtype=torch.float64, device=self.device)
-        zero = torch.zeros((), device=self.device)
-        values = torch.stack([zero if loss is None else loss.detach() for loss in losses])
         rows = [values * num_samples, num_samples, self.balancer.task_weights]
         rows += [getattr(self.balancer, name) for name in self._risk_names()]
         for total, row in zip(self.epoch_sums, rows, strict=False):
