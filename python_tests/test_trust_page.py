@@ -1,0 +1,45 @@
+"""Every row of docs/trust.md names tests, and each of them exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "python_tests"
+LINES = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8").splitlines()
+# Without the head of each table and the rule below it.
+ROWS = [
+    line
+    for line, below in zip(LINES, [*LINES[1:], ""], strict=True)
+    if line.startswith("| ") and not below.startswith("|---")
+]
+
+
+@cache
+def names_in(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_page_has_rows() -> None:
+    assert len(ROWS) >= 8
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip()[:60])
+def test_every_row_names_tests_that_exist(row: str) -> None:
+    cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+    assert len(cells) == 3
+    assert all(cells)
+    named = re.findall(r"`([^`]+)`", cells[2])
+    assert named
+    for name in named:
+        file, separator, test = name.partition("::")
+        assert separator, f"Expected `file.py::test_name`, but got {name}."
+        assert (TESTS / file).is_file(), f"{file} is not in python_tests"
+        assert test.startswith("test_")
+        assert test in names_in(TESTS / file), f"{file} has no {test}"
