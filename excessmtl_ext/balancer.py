@@ -9,13 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from excessmtl_ext import functional, gradients
+from excessmtl_ext import functional, gradients, streaming
 from excessmtl_ext.arguments import check_choice, check_count, checked_parameters
 from excessmtl_ext.collapse import effective_num_tasks
 from excessmtl_ext.functional import ParamLayout
@@ -32,19 +31,6 @@ NonFinite = Literal["skip", "raise"]
 
 STATE_VERSION = 1
 """Version of what ``state_dict`` holds; raised when its meaning changes."""
-
-
-@dataclass
-class _Stream:
-    """What lives between ``accumulate`` and ``finish``: at most two buffers of P elements, whatever T is."""
-
-    running_sum: Tensor  # [padded P]: sum of exp(log_weight_i - running_log_max) g_i
-    plain_sum: Tensor | None  # [padded P]: sum of g_i, only where the weights have a floor
-    running_log_max: Tensor  # []
-    reached: list[bool]  # [L]: whether any task gave this parameter a gradient
-    log_weights: dict[int, Tensor] = field(default_factory=dict)
-    losses: dict[int, Tensor] = field(default_factory=dict)
-    heads: list[gradients.HeadGrads] = field(default_factory=list)
 
 
 class Balancer(nn.Module, ABC):
@@ -114,7 +100,7 @@ class Balancer(nn.Module, ABC):
         self.nonfinite: NonFinite = nonfinite
         self.shared_parameters: list[Tensor] | None = None
         self._layout: ParamLayout | None = None
-        self._stream: _Stream | None = None
+        self._stream: streaming.Stream | None = None
         self._num_calls = 0
         self._history: History | None = None
         if shared_parameters is not None:
@@ -337,15 +323,18 @@ class Balancer(nn.Module, ABC):
     ) -> None:
         """Moves the weights by one step; ``task_grads``: T * L, empty where there is none; ``losses``: [T]."""
 
-    @abstractmethod
     def _stream_task(
         self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
     ) -> Tensor:
-        """Takes in one task of a streamed step; returns its new log-weight [], up to a constant common to all."""
+        """Takes in one task of a streamed step; returns its new log-weight [], up to a constant common to all.
 
-    @abstractmethod
+        Like :meth:`_stream_finish` not needed by a method with ``can_stream = False``.
+        """
+        raise NotImplementedError
+
     def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
         """Moves the weights once every task of a streamed step has been taken in."""
+        raise NotImplementedError
 
     def _moves_weights(self) -> bool:
         """Whether this call moves the weights or only applies them."""
@@ -544,59 +533,11 @@ class Balancer(nn.Module, ABC):
         Raises:
             NotImplementedError: the method needs the gradients of all tasks at once.
         """
-        if not self.can_stream:
-            raise NotImplementedError(
-                f"{type(self).__name__} cannot stream: the weight of one task depends on the gradients of the others, "
-                "so all must live at once. Call backward(losses), or update_weights() with your own gradients."
-            )
-        if self._data_parallel is not None:
-            raise NotImplementedError(
-                "accumulate() works in one process: with several ranks call backward(losses), which holds two "
-                "gradients and 1 / W of the others at a time."
-            )
-        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
-            raise ValueError(
-                f"Expected `task` between 0 and {self.num_tasks - 1}, but got {task!r}."
-            )
-        if self._stream is not None and task in self._stream.log_weights:
-            raise ValueError(
-                f"Expected each task once per step, but got task {task} again. Call finish() to end the step."
-            )
+        streaming.check_task(self, task)
         gradients.check_loss(loss, "loss")
-        shared = self._bound_parameters()
-        gradients.check_device([loss], shared[0].device)
-        heads = None
-        if self.head_weighting == "task_weights":
-            heads = gradients.HeadGrads([None] * task + [loss], shared)
-        with gradients.set_aside_grads([*shared, *(heads.all_parameters() if heads else ())]):
-            scale = self._as_scale(grad_scale)
-            gradients.run_backward(
-                [loss], [gradients.start_of(loss, scale)], retain_graph=retain_graph
-            )
-            grads = gradients.take_grads(shared)
-            gradients.check_reached(grads, task)
-            if heads is not None:
-                heads.take(task)
-        with torch.no_grad():
-            flat = _flattened(grads)
-            self._prepare(flat)
-            self._record_gradients(flat, [task], scale)
-            if self._stream is None:
-                self._stream = self._new_stream()
-            stream = self._stream
-            layout = self._bound_layout()
-            log_weight = self._call_op(self._stream_task, task, flat, loss.detach(), scale)
-            functional.fold_(flat, layout, log_weight, stream.running_sum, stream.running_log_max)
-            if stream.plain_sum is not None:
-                zero = torch.zeros_like(log_weight)
-                functional.fold_(flat, layout, zero, stream.plain_sum, zero.clone())
-            stream.reached = [
-                was or grad is not None for was, grad in zip(stream.reached, grads, strict=True)
-            ]
-            stream.log_weights[task] = log_weight
-            stream.losses[task] = loss.detach()
-            if heads is not None:
-                stream.heads.append(heads)
+        gradients.check_device([loss], self._bound_parameters()[0].device)
+        scale = self._as_scale(grad_scale)
+        streaming.accumulate(self, task, loss, retain_graph=retain_graph, scale=scale)
 
     def finish(self) -> None:
         """Streaming: moves the weights and adds the weighted sum of the step's gradients to the shared ``.grad``.
@@ -610,42 +551,13 @@ class Balancer(nn.Module, ABC):
                 "Expected accumulate() before finish(): no task has been taken in since the last step."
             )
         self._stream = None
-        tasks = sorted(stream.log_weights)
         with torch.no_grad():
-            self._stream_finish(tasks, stream.losses)
+            self._stream_finish(stream.tasks, stream.losses)
             self._raise_if_nonfinite()
             self._num_calls += 1
-            # Every present task's log-weight moved by one common constant when it was normalised.
-            shift = self.log_task_weights[tasks[0]] - stream.log_weights[tasks[0]]
-            share = (stream.running_log_max + shift - self.log_task_weights.logsumexp(0)).exp()
-            floor = self._min_weight()
-            factors = [self.weight_total * (1.0 - self.num_tasks * floor) * share]
-            layout, shared = self._bound_layout(), self._bound_parameters()
-            sums = _segments(stream.running_sum, layout)
-            if stream.plain_sum is not None:
-                factors.append(torch.full_like(share, self.weight_total * floor))
-                sums += _segments(stream.plain_sum, layout)
-            flags = self.found_nonfinite.any().expand(len(factors)).contiguous()
-            shape_like = [
-                parameter if was else None
-                for parameter, was in zip(shared, stream.reached, strict=True)
-            ]
-            outputs, accumulate = gradients.combine_targets(
-                shared, [None if p is None else torch.empty_like(p) for p in shape_like]
-            )
-            functional.weighted_sum_(
-                sums,
-                outputs,
-                layout,
-                torch.stack(factors),
-                found_nonfinite=flags,
-                accumulate=accumulate,
-            )
-            gradients.assign_grads(shared, outputs)
-            for heads in stream.heads:
-                heads.add(self.task_weights)
+            streaming.combine(self, stream)
         self._after_call()
-        self._record_step(tasks)
+        self._record_step(stream.tasks)
 
     # ---- inside
 
@@ -716,7 +628,7 @@ class Balancer(nn.Module, ABC):
                 roots, shared, scale=scale, on_task=heads.take if heads else None
             )
         with torch.no_grad():
-            flat = [grad for grads in task_grads for grad in _flattened(grads)]
+            flat = [grad for grads in task_grads for grad in gradients.flattened(grads)]
             self._prepare(flat)
             self._record_gradients(flat, range(self.num_tasks), scale)
             if self.nonfinite == "raise":  # the flags are read before any .grad is written
@@ -758,24 +670,6 @@ class Balancer(nn.Module, ABC):
 
     def _min_weight(self) -> float:
         return 0.0
-
-    def _new_stream(self) -> _Stream:
-        layout, shared = self._bound_layout(), self._bound_parameters()
-        wide = (
-            torch.float64
-            if any(parameter.dtype == torch.float64 for parameter in shared)
-            else torch.float32
-        )
-        device = shared[0].device
-        self.found_nonfinite.zero_()
-        return _Stream(
-            running_sum=torch.zeros(layout.padded_numel, dtype=wide, device=device),
-            plain_sum=torch.zeros(layout.padded_numel, dtype=wide, device=device)
-            if self._min_weight() > 0
-            else None,
-            running_log_max=torch.full((), float("-inf"), dtype=torch.float64, device=device),
-            reached=[False] * len(shared),
-        )
 
     def _raise_if_nonfinite(self) -> None:
         if self.nonfinite == "raise" and bool(self.found_nonfinite.any()):
@@ -862,7 +756,7 @@ class Balancer(nn.Module, ABC):
                 f"`task_grads` has parameters of sizes {_short(numels)}, but this balancer has accumulated "
                 f"{_short(known)}. Call reset() to start on a new model."
             )
-        flat = [grad for row in rows for grad in _flattened(row)]
+        flat = [grad for row in rows for grad in gradients.flattened(row)]
         self._prepare(flat)
         return flat, [
             task for task, row in enumerate(rows) if any(grad is not None for grad in row)
@@ -906,17 +800,6 @@ class _BalancedLoss(torch.autograd.Function):
         return None, None, None, None, None, None
 
 
-_NO_GRAD: dict[torch.device, Tensor] = {}
-
-
-def _flattened(grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Replaces None by a tensor without elements, which is how the ops spell "no gradient"."""
-    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
-    if device not in _NO_GRAD:
-        _NO_GRAD[device] = torch.empty(0, device=device)
-    return [_NO_GRAD[device] if grad is None else grad for grad in grads]
-
-
 def _short(sizes: Sequence[object]) -> str:
     shown = ", ".join(map(str, sizes[:6]))
     return f"[{shown}, ... ({len(sizes)} in all)]" if len(sizes) > 6 else f"[{shown}]"
@@ -929,8 +812,3 @@ def _split(row: Tensor, layout: ParamLayout) -> list[Tensor | None]:
             "Call reset() to start on a new model."
         )
     return list(row.split(list(layout.numels)))
-
-
-def _segments(flat: Tensor, layout: ParamLayout) -> list[Tensor]:
-    """The parameters' parts of a flat padded vector, as views."""
-    return list(functional.segments(flat, layout.param_numels))

@@ -167,6 +167,17 @@ def take_grads(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     return grads
 
 
+_NO_GRAD: dict[torch.device, Tensor] = {}
+
+
+def flattened(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Replaces None by a tensor without elements, which is how the ops spell "no gradient"."""
+    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
+    if device not in _NO_GRAD:
+        _NO_GRAD[device] = torch.empty(0, device=device)
+    return [_NO_GRAD[device] if grad is None else grad for grad in grads]
+
+
 def nodes_of(roots: Iterable[Root]) -> Iterator[Node]:
     """Yields every node that a pass from ``roots`` may visit, once."""
     starts = (root.grad_fn if isinstance(root, Tensor) else root.node for root in roots)

@@ -182,14 +182,6 @@ class GradNorm(Balancer):
                 "Pass None for the last tensor of two dimensions or more and what follows it."
             )
 
-    def _stream_task(
-        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
-    ) -> Tensor:
-        raise AssertionError("accumulate() refuses before this")
-
-    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
-        raise AssertionError("accumulate() refuses before this")
-
     def _options(self) -> dict[str, Any]:
         options = super()._options()
         return {

@@ -104,14 +104,6 @@ class GramianBalancer(Balancer):
         if self._weigh(task_grads, tasks, scale):
             self.num_steps += 1
 
-    def _stream_task(
-        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
-    ) -> Tensor:
-        raise AssertionError("accumulate() refuses before this")
-
-    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
-        raise AssertionError("accumulate() refuses before this")
-
 
 def move_to_gradients(balancer: Balancer, task_grads: Sequence[Tensor]) -> None:
     """Moves the state of a balancer that was made without parameters to where its gradients are."""

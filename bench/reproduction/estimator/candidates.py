@@ -40,6 +40,8 @@ class CandidateExcessMTL(Balancer):
 
     requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
 
+    can_stream = False
+
     def __init__(
         self,
         shared_parameters: Iterable[Tensor] | None = None,
@@ -118,11 +120,3 @@ class CandidateExcessMTL(Balancer):
             self.log_task_weights.copy_(moved - moved.logsumexp(0))
             self.task_weights.copy_(self.weight_total * self.log_task_weights.exp())
         self.num_steps += 1
-
-    def _stream_task(
-        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
-    ) -> Tensor:
-        raise NotImplementedError("The study does not stream.")
-
-    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
-        raise NotImplementedError("The study does not stream.")
