@@ -636,11 +636,7 @@ class Balancer(nn.Module, ABC):
                 if bool(self.found_nonfinite.any()):
                     self._combine(flat, [], scale, accumulate=False)
                     self._raise_if_nonfinite()
-            reached = [
-                next((grads[index] for grads in task_grads if grads[index] is not None), None)
-                for index in range(len(shared))
-            ]
-            outputs, accumulate = gradients.combine_targets(shared, reached)
+            outputs, accumulate = gradients.combine_targets(shared, task_grads)
             if self.nonfinite == "raise":
                 self._combine(flat, outputs, scale, accumulate=accumulate)
             else:

@@ -7,6 +7,7 @@ begins. Parameters that are not shared (heads) receive their gradient from the s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -387,7 +388,8 @@ def weighted_backward(
         add_grads(
             shared,
             saved,
-            [None if grad is None else grad.mul_(weight.to(grad.dtype)) for grad in grads],
+            # Not in place: two gradients may be views of one tensor, see _storage_of().
+            [None if grad is None else grad * weight.to(grad.dtype) for grad in grads],
         )
         return
     heads = HeadGrads(roots, shared)
@@ -401,7 +403,7 @@ def weighted_backward(
             for task in tasks:
                 grad = task_grads[task][index]
                 if grad is not None:
-                    scaled = grad.mul_(task_weights[task].to(grad.dtype))
+                    scaled = grad * task_weights[task].to(grad.dtype)
                     total = scaled if total is None else total.add_(scaled)
             parameter.grad = total
         return
@@ -430,33 +432,51 @@ def add_grads(
 
 
 def combine_targets(
-    shared: Sequence[Tensor], grads: Sequence[Tensor | None]
+    shared: Sequence[Tensor], task_grads: Sequence[Sequence[Tensor | None]]
 ) -> tuple[list[Tensor], bool]:
     """Where the weighted sum goes: into ``.grad`` where one is, else into a gradient that is no longer needed.
 
-    ``grads``: for each parameter one of the step's own gradients, whose memory may be written, or
-    None where no task reached it.
+    ``task_grads``: a row of L gradients per task, whose memory may be written; None where the task
+    did not reach the parameter.
     """
-    outputs: list[Tensor] = []
+    tasks = [
+        next((task for task, grads in enumerate(task_grads) if grads[index] is not None), None)
+        for index in range(len(shared))
+    ]
+    used_tasks = {task for task in tasks if task is not None}
     accumulate = any(
         parameter.grad is not None
-        for parameter, grad in zip(shared, grads, strict=True)
-        if grad is not None
+        for parameter, task in zip(shared, tasks, strict=True)
+        if task is not None
     )
-    for parameter, grad in zip(shared, grads, strict=True):
-        if grad is None:
+    uses = {task: Counter(map(_storage_of, task_grads[task])) for task in used_tasks}
+    outputs: list[Tensor] = []
+    for index, (parameter, task) in enumerate(zip(shared, tasks, strict=True)):
+        if task is None:
             outputs.append(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
         elif parameter.grad is not None:
             outputs.append(parameter.grad.contiguous())
         elif accumulate:
             outputs.append(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
         else:
+            grad = task_grads[task][index]
+            assert grad is not None
+            is_alone = uses[task][_storage_of(grad)] == 1
             outputs.append(
                 grad
-                if grad.is_contiguous()
+                if is_alone and grad.is_contiguous()
                 else torch.empty_like(grad, memory_format=torch.contiguous_format)
             )
     return outputs, accumulate
+
+
+def _storage_of(grad: Tensor | None) -> int:
+    """Where a gradient's storage begins.
+
+    Parameters may share one: for ``a.view(-1) + b.view(-1)`` autograd makes both ``.grad`` views of
+    one tensor, and a sum written for a would change what is read for b.
+    """
+    return 0 if grad is None else grad.untyped_storage().data_ptr()
 
 
 def assign_grads(shared: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

@@ -133,7 +133,7 @@ def combine(balancer: Balancer, stream: Stream) -> None:
         parameter if was else None for parameter, was in zip(shared, stream.reached, strict=True)
     ]
     outputs, adds = gradients.combine_targets(
-        shared, [None if p is None else torch.empty_like(p) for p in shape_like]
+        shared, [[None if p is None else torch.empty_like(p) for p in shape_like]]
     )
     functional.weighted_sum_(
         sums,

@@ -149,6 +149,48 @@ def test_a_parameter_that_one_task_does_not_use_gets_the_others_share():
     torch.testing.assert_close(extra.grad, torch.full((2,), 0.5))
 
 
+def sum_of_views(a: Tensor, b: Tensor) -> Tensor:
+    return a.view(-1) + b.view(-1)
+
+
+def overlapping_views(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([torch.ones(2), a.view(-1)]) + torch.cat([b.view(-1), torch.ones(2)])
+
+
+@pytest.mark.parametrize("join", [sum_of_views, overlapping_views])
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
+def test_parameters_whose_gradients_share_memory_get_their_own_sums(make, join):
+    """Autograd makes both ``.grad`` views of one tensor: what is written for one would change the other."""
+    a, b = nn.Parameter(torch.randn(6, 1)), nn.Parameter(torch.randn(2, 3))
+    balancer = make([a, b])
+    inputs = torch.randn(3, join(a, b).numel())
+
+    def losses() -> list[Tensor]:
+        return list((inputs @ join(a, b)).square())
+
+    for _ in range(3):
+        a.grad = b.grad = None
+        balancer.backward(losses())
+        weighted = (balancer.task_weights.float() * torch.stack(losses())).sum()
+        for parameter, expected in zip((a, b), torch.autograd.grad(weighted, (a, b)), strict=True):
+            torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_a_gradient_shared_in_a_later_task_only_is_not_written():
+    """Task 0 does not reach b, so b's sum could go where task 1 keeps the gradients of both."""
+    a, b = nn.Parameter(torch.randn(6, 1)), nn.Parameter(torch.randn(2, 3))
+    balancer = ExcessMTL([b, a], num_tasks=2, robust_step_size=1.0)
+    inputs = torch.randn(2, 6)
+    losses = [(inputs[0] @ a.view(-1)).square(), (inputs[1] @ sum_of_views(a, b)).square()]
+    expected = [
+        torch.autograd.grad(sum(losses) / 2, parameter, retain_graph=True)[0]
+        for parameter in (a, b)
+    ]
+    balancer.backward(losses)
+    for parameter, want in zip((a, b), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, want)
+
+
 def test_tied_parameters_count_once():
     layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
     other.weight = layer.weight
