@@ -217,10 +217,14 @@ class _Run:
         self.optimizer.zero_grad()
         self.balancer.backward(losses)
         self.step += 1
-        # Adam would carry a NaN in its running means for ever. A method that looks at no gradient notices nothing.
+        # Adam would carry a NaN in its running means for ever. No method looks at the gradients of the heads, and
+        # some look at no gradient: the largest element tells, which no sum of squares can overflow.
         zero = torch.zeros((), device=self.device)
         values = torch.stack([zero if loss is None else loss.detach() for loss in losses])
-        if bool(self.balancer.found_nonfinite.any() | ~values.isfinite().all()):
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm(grads, norm_type=float("inf"))
+        is_finite = values.isfinite().all() & largest.isfinite()
+        if bool(self.balancer.found_nonfinite.any() | ~is_finite):
             self.num_skipped_steps += 1
         else:
             self.optimizer.step()

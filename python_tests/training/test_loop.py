@@ -248,6 +248,60 @@ def test_a_nan_loss_costs_a_step_and_not_the_model(
     assert result["final"]["test/top_left_accuracy"] > 0.2
 
 
+class _NaNGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * float("nan")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_nan_gradient_of_a_finite_loss_costs_a_step_under_every_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    honest, calls = loop.task_losses, iter(range(10**9))
+
+    def broken(*arguments: Any) -> list[Any]:
+        losses = honest(*arguments)
+        if next(calls) == 2:
+            losses[0] = _NaNGradient.apply(losses[0])
+        return losses
+
+    assert_one_skipped_step(broken, method, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["excessmtl-recommended", "uniform"])
+def test_a_nan_gradient_of_a_head_alone_costs_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    honest, calls = loop.task_losses, iter(range(10**9))
+    hooks: list[Any] = []
+
+    def broken(outputs: Any, *arguments: Any) -> list[Any]:
+        for hook in hooks:
+            hook.remove()
+        if next(calls) == 2:
+            bias = outputs[0].grad_fn.next_functions[0][0].variable
+            hooks.append(bias.register_hook(lambda grad: grad * float("nan")))
+        return honest(outputs, *arguments)
+
+    assert_one_skipped_step(broken, method, tmp_path, monkeypatch)
+
+
+def assert_one_skipped_step(
+    losses: Callable[..., Any], method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "task_losses", losses)
+    task = "top_left" if METHODS[method].requires_task else None
+    config = dataclasses.replace(CONFIG, method=method, task=task, epochs=1)
+    assert train(config, folder)["num_skipped_steps"] == 1
+    model = torch.load(folder / "best_model.pt", weights_only=True)["model"]
+    assert all(bool(tensor.isfinite().all()) for tensor in model.values())
+
+
 def test_a_method_with_held_out_batches_trains_on_the_rest(tmp_path: Path) -> None:
     train(dataclasses.replace(CONFIG, method="moml", epochs=1, batch_size=400), tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
