@@ -443,6 +443,23 @@ def test_replaced_parameter_objects_are_an_error_and_change_nothing(name):
     assert all(map(torch.equal, run.state().values(), before.values()))
 
 
+@every_method
+def test_one_replaced_parameter_counts_as_a_heads(name):
+    """Nothing tells it from a head that serves all tasks: it gets their plain sum."""
+    run = make_run(name, "mlp")
+    run.step(0)
+    layer = run.model.encoder[1]
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    run.model.zero_grad()
+    plain = run.losses(1)
+    total = plain[FAULTY] if name == "single task" else sum(plain)
+    (expected,) = torch.autograd.grad(total, [layer.weight])
+    run.weigh(1)
+    if name != "official":  # which weighs heads
+        torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-4, atol=1e-6)
+    run.assert_sound(name)
+
+
 @every_network
 @every_method
 def test_a_parameter_frozen_midway_rests_and_the_others_train_on(name, network):
