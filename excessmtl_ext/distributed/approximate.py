@@ -1,0 +1,63 @@
+"""``reduce="risks"``, and steps that only apply the weights: nothing but a weighted sum travels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import functional
+from excessmtl_ext.distributed.agreement import agree_on_end
+from excessmtl_ext.distributed.partition import Partition
+from excessmtl_ext.distributed.rank_step import RankStep, run_pass
+from excessmtl_ext.distributed.weights import repair, update_from_own
+
+
+def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
+    """Runs the passes and moves the weights; returns the L shared gradients to add."""
+    balancer, agreed = step.balancer, step.agreed
+    none = torch.empty(0, dtype=parallel.wire_dtype, device=parallel.device)
+    flat: list[Tensor] = []
+    for task in range(parallel.num_tasks):
+        grads = run_pass(parallel, step, task) or [None] * len(parallel.shared)
+        flat += [none if grad is None else grad for grad in grads]
+    step.reached = agree_on_end(parallel, step)
+    with torch.no_grad():
+        update_from_own(parallel, balancer, flat, agreed, step.scale)
+        repair(parallel, balancer, flat, step.scale)
+        balancer._raise_if_nonfinite()
+        outputs = [
+            torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            for parameter in parallel.shared
+        ]
+        shares = torch.tensor(agreed.shares, dtype=torch.float64, device=parallel.device)
+        functional.weighted_sum_(
+            flat,
+            outputs,
+            parallel.layout,
+            balancer.task_weights * shares,
+            found_nonfinite=balancer.found_nonfinite,
+        )
+        return parallel.averaged(outputs)
+
+
+def weighted_step(parallel: Partition, step: RankStep) -> list[Tensor]:
+    """A step that only applies the weights: T passes, and one average of P elements."""
+    balancer, agreed = step.balancer, step.agreed
+    totals: list[Tensor | None] = [None] * len(parallel.shared)
+    for task in agreed.tasks:
+        grads = run_pass(parallel, step, task) or [None] * len(parallel.shared)
+        factor = balancer.task_weights[task] * agreed.shares[task]
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                scaled = grad * factor.to(grad.dtype)
+                total = totals[index]
+                totals[index] = scaled if total is None else total.add_(scaled)
+    step.reached = agree_on_end(parallel, step)
+    balancer.found_nonfinite.zero_()
+    with torch.no_grad():
+        return parallel.averaged(
+            [
+                torch.zeros_like(parameter) if total is None else total
+                for parameter, total in zip(parallel.shared, totals, strict=True)
+            ]
+        )

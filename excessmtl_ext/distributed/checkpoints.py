@@ -1,0 +1,160 @@
+"""Sharded state in checkpoints: as DTensors, and whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import functional
+from excessmtl_ext.distributed.dtensors import local_part
+from excessmtl_ext.distributed.partition import Partition
+
+if TYPE_CHECKING:
+    from excessmtl_ext.excess_mtl import ExcessMTL
+
+SHARDED_NAMES = ("sq_grad_sum", "grad_mean")
+"""State of T * P elements, of which a rank may hold a part."""
+
+
+def exported(parallel: Partition, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """State entries of ``name``, as DTensors that torch.distributed.checkpoint can lay out for other ranks.
+
+    ``reduce="risks"``: the rank's own tensor. ``"grads"``: one [T, P] cut by columns. With
+    ``fully_shard``: ``name.0``, ``name.1``, ... of [T, *shape], cut as each parameter is.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if tensor.shape[1] == 0 or (parallel.reduce == "risks"):
+        return {name: tensor}
+    if parallel.is_sharded:
+        entries = {}
+        pieces = functional.segments(tensor, parallel.state_layout.param_numels)
+        for index, (parameter, piece) in enumerate(zip(parallel.shared, pieces, strict=True)):
+            local = piece.reshape(parallel.num_tasks, *local_part(parameter).shape)
+            key = f"{name}.{index}"
+            if not isinstance(parameter, DTensor):
+                entries[key] = local
+                continue
+            placements = [
+                Shard(placement.dim + 1) if isinstance(placement, Shard) else Replicate()
+                for placement in parameter.placements
+            ]
+            shape = torch.Size([parallel.num_tasks, *parameter.shape])
+            entries[key] = DTensor.from_local(
+                local,
+                parameter.device_mesh,
+                placements,
+                run_check=False,
+                shape=shape,
+                stride=torch.empty(shape, device="meta").stride(),
+            )
+        return entries
+    if parallel.mesh is None:
+        parallel.mesh = DeviceMesh.from_group(parallel.ranks.group, tensor.device.type)
+    num_params = parallel.layout.num_params
+    start = min(parallel.ranks.rank * parallel.shard_numel, num_params)
+    num_own = min(parallel.shard_numel, num_params - start)
+    return {
+        name: DTensor.from_local(
+            tensor[:, :num_own],
+            parallel.mesh,
+            [Shard(1)],
+            run_check=False,
+            shape=torch.Size([parallel.num_tasks, num_params]),
+            stride=(num_params, 1),
+        )
+    }
+
+
+def imported(parallel: Partition, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A copy of ``state_dict`` in which the sharded state is this rank's part of what was saved.
+
+    Takes what :meth:`exported` gave, also on another number of ranks, and the [T, padded P] of
+    a single process or of :func:`full_state_dict`.
+    """
+    state_dict = dict(state_dict)
+    for name in SHARDED_NAMES:
+        whole = state_dict.get(prefix + name)
+        keys = [f"{prefix}{name}.{index}" for index in range(len(parallel.shared))]
+        if keys[0] in state_dict:
+            pieces = [local_part(state_dict.pop(key)).flatten(1) for key in keys]
+        elif whole is None or whole.shape[1] == 0 or parallel.reduce == "risks":
+            continue
+        else:
+            pieces = _own_pieces(parallel, whole)
+        own = pieces[0].new_zeros(parallel.num_tasks, parallel.state_layout.padded_numel)
+        targets = functional.segments(own, parallel.state_layout.param_numels)
+        for target, piece in zip(targets, pieces, strict=True):
+            target[:, : piece.shape[1]].copy_(piece)
+        state_dict[prefix + name] = own
+    return state_dict
+
+
+def _own_pieces(parallel: Partition, whole: Tensor) -> list[Tensor]:
+    """This rank's part of one tensor [T, P] or [T, padded P]."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(whole, DTensor):
+        if whole.device_mesh.size() == parallel.ranks.size:
+            return [whole.to_local()]
+        whole = whole.full_tensor()
+    if whole.shape[1] == parallel.layout.padded_numel:
+        split = list(functional.segments(whole, parallel.layout.param_numels))
+    else:
+        split = list(whole.split_with_sizes(list(parallel.layout.numels), dim=1))
+    if not parallel.is_sharded:
+        start = parallel.ranks.rank * parallel.shard_numel
+        return [torch.cat(split, dim=1)[:, start : start + parallel.shard_numel]]
+    pieces = []
+    for parameter, piece in zip(parallel.shared, split, strict=True):
+        if not isinstance(parameter, DTensor):
+            pieces.append(piece)
+            continue
+        rows = [
+            local_part(
+                distribute_tensor(
+                    row.reshape(parameter.shape).contiguous(),
+                    parameter.device_mesh,
+                    parameter.placements,
+                    src_data_rank=None,
+                )
+            ).reshape(-1)
+            for row in piece
+        ]
+        pieces.append(torch.stack(rows))
+    return pieces
+
+
+def full_state_dict(balancer: ExcessMTL) -> dict[str, Any]:
+    """The state as a balancer of one process would save it; every rank calls this, and any may write it.
+
+    Loads into any balancer with the same options and parameters: of one process, of another number
+    of ranks, with ``fully_shard`` or without. With ``reduce="risks"`` it is the rank's own state.
+    """
+    from torch.distributed.tensor import DTensor
+
+    state = balancer.state_dict()
+    parallel = balancer._data_parallel
+    if parallel is None:
+        return state
+    for name in SHARDED_NAMES:
+        keys = [f"{name}.{index}" for index in range(len(parallel.shared))]
+        if keys[0] in state:
+            whole = [state.pop(key) for key in keys]
+            split = [
+                (piece.full_tensor() if isinstance(piece, DTensor) else piece).flatten(1)
+                for piece in whole
+            ]
+        elif isinstance(state[name], DTensor):
+            split = state[name].full_tensor().split_with_sizes(list(parallel.layout.numels), dim=1)
+        else:
+            continue
+        full = split[0].new_zeros(balancer.num_tasks, parallel.layout.padded_numel)
+        targets = functional.segments(full, parallel.layout.param_numels)
+        for target, piece in zip(targets, split, strict=True):
+            target.copy_(piece)
+        state[name] = full
+    return state

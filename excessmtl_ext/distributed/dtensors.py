@@ -1,0 +1,46 @@
+"""What ``fully_shard`` makes of parameters: tensors of which a rank holds a part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def like_dtensor(local: Tensor, like: Tensor) -> Tensor:
+    """A part of a gradient, as the DTensor of which it is a part."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def common_mesh(parameters: Sequence[Tensor]) -> Any:
+    meshes = {
+        parameter.device_mesh if is_dtensor(parameter) else None  # type: ignore[attr-defined]
+        for parameter in parameters
+    }
+    mesh = next(iter(meshes))
+    if len(meshes) != 1 or mesh is None or mesh.ndim != 1:
+        raise ValueError(
+            "Expected `shared_parameters` on one device mesh of one dimension, but got "
+            f"{', '.join(map(str, meshes))}. Call fully_shard on the whole encoder, with a mesh of one dimension."
+        )
+    return mesh

@@ -1,0 +1,102 @@
+"""``reduce="grads"``: every task's gradient is averaged over the ranks before it is squared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import functional
+from excessmtl_ext.distributed.agreement import agree_on_end
+from excessmtl_ext.distributed.collectives import PendingShard
+from excessmtl_ext.distributed.partition import Partition
+from excessmtl_ext.distributed.rank_step import Agreement, RankStep, run_pass
+from excessmtl_ext.distributed.weights import repair, update_from_parts
+from excessmtl_ext.functional import ParamLayout
+
+if TYPE_CHECKING:
+    from excessmtl_ext.excess_mtl import ExcessMTL
+
+
+def exact_step(parallel: Partition, step: RankStep) -> list[Tensor]:
+    """Runs the passes and moves the weights; returns the L shared gradients to add."""
+    balancer, agreed = step.balancer, step.agreed
+    pending: dict[int, PendingShard] = {}
+    local: dict[int, Tensor] = {}
+    previous: list[PendingShard] = []
+    for task in agreed.tasks:
+        packed = parallel.packed(run_pass(parallel, step, task), agreed.shares[task])
+        if parallel.ddp is not None:
+            local[task] = packed
+        # Runs while the next task's pass does; two buffers of P are in flight at most.
+        pending[task] = parallel.ranks.reduce_scatter(packed)
+        previous.append(pending[task])
+        if len(previous) > 1:
+            previous.pop(0).wait()
+    step.reached = agree_on_end(parallel, step)
+    unscale = _times_size(parallel, step.scale)
+    with torch.no_grad():
+        parts = _parts(parallel, pending)
+        update_from_parts(parallel, balancer, parts, agreed, unscale)
+        if balancer.nonfinite == "raise":
+            repair(parallel, balancer, parts, unscale)
+            balancer._raise_if_nonfinite()
+        if parallel.ddp is not None:
+            repair(parallel, balancer, parts, unscale)
+            return _combined_here(parallel, balancer, local)
+        own = torch.empty(parallel.shard_numel, dtype=parallel.grad_dtype, device=parallel.device)
+        state = balancer.step_state
+        state = state._replace(task_weights=state.task_weights / parallel.ranks.size)
+        functional.combine_(
+            parts, [own], parallel.state_layout, state, balancer.step_options, unscale
+        )
+        return parallel.unpacked(parallel.ranks.all_gather(own))
+
+
+def update_from_grads(
+    parallel: Partition,
+    balancer: ExcessMTL,
+    rows: list[list[Tensor]],
+    agreed: Agreement,
+    scale: Tensor | None,
+) -> None:
+    """Moves the weights from this rank's own gradients, T lists of L."""
+    pending = {}
+    for task in agreed.tasks:
+        row = [grad if grad.numel() > 0 else None for grad in rows[task]]
+        pending[task] = parallel.ranks.reduce_scatter(parallel.packed(row, agreed.shares[task]))
+    parts = _parts(parallel, pending)
+    unscale = _times_size(parallel, scale)
+    update_from_parts(parallel, balancer, parts, agreed, unscale)
+    repair(parallel, balancer, parts, unscale)
+
+
+def _parts(parallel: Partition, pending: dict[int, PendingShard]) -> list[Tensor]:
+    """The own coordinates of every task's summed gradient; empty for absent tasks."""
+    none = torch.empty(0, dtype=parallel.wire_dtype, device=parallel.device)
+    return [pending[task].wait() if task in pending else none for task in range(parallel.num_tasks)]
+
+
+def _times_size(parallel: Partition, scale: Tensor | None) -> Tensor:
+    """What the sum over the ranks is divided by, inside the kernel, to be the unscaled mean."""
+    if scale is None:
+        return torch.tensor(float(parallel.ranks.size), device=parallel.device)
+    return scale * parallel.ranks.size
+
+
+def _combined_here(
+    parallel: Partition, balancer: ExcessMTL, local: dict[int, Tensor]
+) -> list[Tensor]:
+    """This rank's own weighted sum, for DistributedDataParallel to average."""
+    none = torch.empty(0, dtype=parallel.wire_dtype, device=parallel.device)
+    rows = [local.get(task, none) for task in range(parallel.num_tasks)]
+    total = torch.empty_like(next(iter(local.values())), dtype=parallel.grad_dtype)
+    functional.weighted_sum_(
+        rows,
+        [total],
+        ParamLayout([total.numel()]),
+        balancer.task_weights,
+        found_nonfinite=balancer.found_nonfinite,
+    )
+    return parallel.unpacked(total)

@@ -1,0 +1,130 @@
+"""Who holds which part of the parameters and of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from excessmtl_ext.distributed.collectives import Ranks
+from excessmtl_ext.distributed.dtensors import common_mesh, is_dtensor, local_part
+from excessmtl_ext.functional import ParamLayout
+
+Reduce = Literal["grads", "risks"]
+NumSamples: TypeAlias = float | Sequence[float]
+"""Samples behind each loss of this rank: one number, or T."""
+
+
+class Partition:
+    """The ranks, the parameters, and which part of parameters and state is whose.
+
+    Args:
+        shared_parameters: The balancer's.
+        num_tasks: T.
+        process_group: The ranks; None for those of ``model`` or of the DTensor parameters.
+        reduce: ``"grads"``: exact. ``"risks"``: the cheap approximation.
+        model: The whole model, so that heads are known on ranks where their task is absent. A
+            DistributedDataParallel averages all gradients itself; those of a plain module are
+            averaged here. None: gradients of heads are left as the rank computed them.
+
+    Raises:
+        ValueError: there is no process group, no parameter, or the parameters are sharded in more
+            than one dimension.
+    """
+
+    def __init__(
+        self,
+        shared_parameters: Sequence[Tensor] | None,
+        *,
+        num_tasks: int,
+        process_group: dist.ProcessGroup | None,
+        reduce: Reduce,
+        model: nn.Module | None,
+    ) -> None:
+        if not shared_parameters:
+            raise ValueError(
+                "Expected `shared_parameters` with `process_group`: each rank's part of the state is cut from them. "
+                "Give the balancer model.encoder.parameters()."
+            )
+        self.shared = list(shared_parameters)
+        self.num_tasks = num_tasks
+        self.reduce: Reduce = reduce
+        self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        self.is_sharded = any(is_dtensor(parameter) for parameter in self.shared)
+        self.mesh = common_mesh(self.shared) if self.is_sharded else None
+        if process_group is None and self.ddp is not None:
+            process_group = self.ddp.process_group
+        if process_group is None and self.mesh is not None:
+            process_group = self.mesh.get_group()
+        if process_group is None:
+            raise ValueError(
+                "Expected `process_group`, or a `model` that has one, but got neither. Call "
+                "torch.distributed.init_process_group() and pass torch.distributed.group.WORLD."
+            )
+        if self.is_sharded and reduce == "risks":
+            raise ValueError(
+                "Expected reduce='grads' with fully_shard parameters, but got 'risks': their gradients arrive "
+                "averaged, so the exact risks cost no more."
+            )
+        self.ranks = Ranks(process_group)
+        ids = {id(parameter) for parameter in self.shared}
+        self.heads: list[Tensor] | None = None
+        if model is not None:
+            self.heads = [
+                parameter
+                for parameter in model.parameters()
+                if parameter.requires_grad and id(parameter) not in ids
+            ]
+        self.layout = ParamLayout([parameter.numel() for parameter in self.shared])
+        num_params = self.layout.num_params
+        self.shard_numel = -(-num_params // self.ranks.size)
+        if self.is_sharded:
+            self.state_layout = ParamLayout([local_part(p).numel() for p in self.shared])
+        elif reduce == "grads":
+            self.state_layout = ParamLayout([self.shard_numel])
+        else:
+            self.state_layout = self.layout
+        dtypes = {parameter.dtype for parameter in self.shared}
+        # Sums over ranks are taken in float32 at least: 16 bits would round them, and float16 overflow.
+        self.wire_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.grad_dtype = dtypes.pop() if len(dtypes) == 1 else self.wire_dtype
+        self.device = self.shared[0].device
+
+    def packed(self, grads: Sequence[Tensor | None] | None, share: float) -> Tensor:
+        """Gradients of the L parameters as one vector [W * shard], times the rank's share; zero where there is none."""
+        numel = self.ranks.size * self.shard_numel
+        packed = torch.empty(numel, dtype=self.wire_dtype, device=self.device)
+        if grads is None:
+            return packed.zero_()
+        packed[self.layout.num_params :].zero_()
+        for target, grad in zip(packed.split_with_sizes(self._split_sizes), grads, strict=False):
+            if grad is None:
+                target.zero_()
+            else:
+                target.view(grad.shape).copy_(grad)
+        return packed if share == 1.0 else packed.mul_(share)
+
+    @property
+    def _split_sizes(self) -> list[int]:
+        rest = self.ranks.size * self.shard_numel - self.layout.num_params
+        return [*self.layout.numels, rest]
+
+    def unpacked(self, packed: Tensor) -> list[Tensor]:
+        """The L parameters' parts of one vector [W * shard], in their shapes and dtypes."""
+        pieces = packed[: self.layout.num_params].split_with_sizes(list(self.layout.numels))
+        return [
+            piece.view(parameter.shape).to(parameter.dtype)
+            for piece, parameter in zip(pieces, self.shared, strict=True)
+        ]
+
+    def averaged(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The mean over the ranks of the L shared gradients; left to DistributedDataParallel where there is one."""
+        if self.ddp is not None:
+            return tensors
+        packed = self.packed(tensors, 1.0)
+        self.ranks.all_reduce(packed)
+        return self.unpacked(packed.div_(self.ranks.size))

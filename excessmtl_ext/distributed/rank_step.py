@@ -1,0 +1,84 @@
+"""One rank's side of a step: what was agreed before it, and its own backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from excessmtl_ext import gradients
+from excessmtl_ext.distributed.partition import Partition
+from excessmtl_ext.gradients import Root
+
+if TYPE_CHECKING:
+    from excessmtl_ext.excess_mtl import ExcessMTL
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks know of each other before a step.
+
+    Attributes:
+        tasks: Tasks that some rank has.
+        shares: [T]: W times this rank's part of the samples of each task; 0 where it has none. The mean over the
+            ranks of share times gradient is the gradient of the joined batch.
+    """
+
+    tasks: list[int]
+    shares: list[float]
+
+
+@dataclass
+class RankStep:
+    """What a step starts from on this rank, and what its passes leave.
+
+    Attributes:
+        balancer: Whose step it is.
+        roots: One per task, None where it is absent on this rank.
+        agreed: With the other ranks.
+        scale: Loss scale, or None.
+        heads: Every parameter the passes can reach that is not shared.
+        head_grads: Their gradients, per task.
+        reached: Ids of the parameters that have a gradient.
+        error: What ended a pass; the later ones are not run.
+    """
+
+    balancer: ExcessMTL
+    roots: Sequence[Root | None]
+    agreed: Agreement
+    scale: Tensor | None
+    heads: list[Tensor]
+    head_grads: dict[int, list[Tensor | None]] = field(default_factory=dict)
+    reached: set[int] = field(default_factory=set)
+    error: Exception | None = None
+
+
+def other_leaves(parallel: Partition, roots: Sequence[Root | None]) -> list[Tensor]:
+    """Every parameter that the passes of this rank can reach and that is not shared."""
+    ids = {id(parameter) for parameter in parallel.shared}
+    leaves = gradients.leaves_of(*(root for root in roots if root is not None))
+    return [leaf for key, leaf in leaves.items() if key not in ids]
+
+
+def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | None] | None:
+    """The shared gradients of one task; None where it is absent, or after an error, which is kept."""
+    roots, root = step.roots, step.roots[task]
+    if root is None or step.error is not None:
+        return None
+    last = max(index for index, other in enumerate(roots) if other is not None)
+    targets = [*parallel.shared, *step.heads]
+    try:
+        grads = gradients.capture_grads(
+            root, gradients.start_of(root, step.scale), targets, retain_graph=task != last
+        )
+        shared_grads = grads[: len(parallel.shared)]
+        gradients.check_reached(shared_grads, task)
+    except Exception as error:
+        step.error = error  # the other ranks wait in a collective: they are told after the passes
+        return None
+    step.head_grads[task] = grads[len(parallel.shared) :]
+    reached = zip(targets, grads, strict=True)
+    step.reached.update(id(target) for target, grad in reached if grad is not None)
+    return shared_grads

@@ -1,0 +1,87 @@
+"""From gradients to risks and weights: the only place where ranks share a number that the state depends on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import functional
+from excessmtl_ext.distributed.partition import Partition
+from excessmtl_ext.distributed.rank_step import Agreement
+
+if TYPE_CHECKING:
+    from excessmtl_ext.excess_mtl import ExcessMTL
+
+
+def update_from_own(
+    parallel: Partition,
+    balancer: ExcessMTL,
+    flat: list[Tensor],
+    agreed: Agreement,
+    scale: Tensor | None,
+) -> None:
+    """Risks of the rank's own gradients: averaged, or summed where each rank has a part of one gradient."""
+    sums = _own_risk_sums(parallel, balancer, flat, scale)
+    if not parallel.is_sharded:
+        shares = torch.tensor(agreed.shares, dtype=torch.float64, device=parallel.device)
+        sums *= shares / parallel.ranks.size
+    parallel.ranks.all_reduce(sums)
+    _update_weights(parallel, balancer, sums, agreed)
+
+
+def update_from_parts(
+    parallel: Partition,
+    balancer: ExcessMTL,
+    parts: list[Tensor],
+    agreed: Agreement,
+    unscale: Tensor,
+) -> None:
+    sums = _own_risk_sums(parallel, balancer, parts, unscale)
+    parallel.ranks.all_reduce(sums)
+    _update_weights(parallel, balancer, sums, agreed)
+
+
+def _own_risk_sums(
+    parallel: Partition, balancer: ExcessMTL, flat: list[Tensor], scale: Tensor | None
+) -> Tensor:
+    state = balancer.step_state
+    sums = torch.zeros_like(state.excess_risk)
+    functional.accumulate_excess_risk_(
+        flat,
+        parallel.state_layout,
+        state.sq_grad_sum,
+        state.grad_mean,
+        sums,
+        state.ticket,
+        balancer.step_options,
+        scale,
+    )
+    return sums
+
+
+def _update_weights(
+    parallel: Partition, balancer: ExcessMTL, sums: Tensor, agreed: Agreement
+) -> None:
+    """From here on every rank computes the same from the same bits."""
+    state, options = balancer.step_state, balancer.step_options
+    state.found_nonfinite.zero_()
+    functional.update_task_risks_(sums, agreed.tasks, parallel.layout, state, options)
+    functional.update_task_weights_(agreed.tasks, state, options)
+
+
+def repair(
+    parallel: Partition, balancer: ExcessMTL, flat: list[Tensor], scale: Tensor | None
+) -> None:
+    """Takes the step out of the own state again if any rank's part was not finite."""
+    state = balancer.step_state
+    functional.repair_(
+        flat,
+        parallel.state_layout,
+        state.sq_grad_sum,
+        state.grad_mean,
+        state.found_nonfinite,
+        balancer.step_options,
+        scale,
+    )
