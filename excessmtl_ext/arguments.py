@@ -31,42 +31,44 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"Expected `{name}` >= {least}, but got {value}.")
 
 
-def checked_parameters(shared_parameters: Iterable[Tensor]) -> list[Tensor]:
+def checked_parameters(
+    shared_parameters: Iterable[Tensor], name: str = "shared_parameters"
+) -> list[Tensor]:
     """The shared parameters as a list; raises when empty, repeated, no leaves or on several devices."""
     if isinstance(shared_parameters, (Tensor, nn.Module)):
         raise TypeError(
-            f"Expected `shared_parameters` to be parameters, as from model.encoder.parameters(), but got a "
+            f"Expected `{name}` to be parameters, as from model.encoder.parameters(), but got a "
             f"{type(shared_parameters).__name__}."
         )
     parameters = list(shared_parameters)
     if not parameters:
         raise ValueError(
-            "Expected `shared_parameters` to hold at least one parameter, but got none. A generator such as "
+            f"Expected `{name}` to hold at least one parameter, but got none. A generator such as "
             "model.parameters() is empty once it has been read."
         )
     seen: dict[int, int] = {}
     for index, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor):
             raise TypeError(
-                f"Expected `shared_parameters[{index}]` to be a tensor, but got {type(parameter).__name__}. "
+                f"Expected `{name}[{index}]` to be a tensor, but got {type(parameter).__name__}. "
                 "Pass .parameters(), not .named_parameters()."
             )
         if not parameter.is_leaf:
             raise ValueError(
-                f"Expected `shared_parameters[{index}]` to be a leaf, but it was computed from other tensors. "
+                f"Expected `{name}[{index}]` to be a leaf, but it was computed from other tensors. "
                 "Pass the parameters themselves."
             )
         if not parameter.is_floating_point():
             raise ValueError(
-                f"Expected `shared_parameters[{index}]` to be real floating point, but got {parameter.dtype}."
+                f"Expected `{name}[{index}]` to be real floating point, but got {parameter.dtype}."
             )
         if id(parameter) in seen:
             raise ValueError(
-                f"Expected every parameter once, but `shared_parameters[{index}]` is number {seen[id(parameter)]}."
+                f"Expected every parameter once, but `{name}[{index}]` is number {seen[id(parameter)]}."
             )
         if parameter.device != parameters[0].device:
             raise ValueError(
-                f"Expected `shared_parameters` on one device, but got {parameters[0].device} and {parameter.device}."
+                f"Expected `{name}` on one device, but got {parameters[0].device} and {parameter.device}."
             )
         seen[id(parameter)] = index
     return parameters

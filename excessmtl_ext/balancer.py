@@ -70,6 +70,11 @@ class Balancer(nn.Module, ABC):
     can_stream: bool = True
     """Whether ``accumulate`` works: not where the weight of one task depends on the gradients of the others."""
 
+    cannot_stream_because: str = (
+        "the weight of one task depends on the gradients of the others, so all must live at once"
+    )
+    """What ``accumulate`` says where it does not work."""
+
     log_task_weights: Tensor
     task_weights: Tensor
     num_steps: Tensor

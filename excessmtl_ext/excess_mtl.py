@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from excessmtl_ext import functional
+from excessmtl_ext import cheaper_steps, functional
 from excessmtl_ext.arguments import (
     check_choice,
     check_count,
@@ -18,6 +18,7 @@ from excessmtl_ext.arguments import (
 from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
 from excessmtl_ext.collapse import CollapseGuard
 from excessmtl_ext.functional import Fisher, ParamLayout, StepOptions, StepState
+from excessmtl_ext.gradients import Root
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -68,6 +69,15 @@ class ExcessMTL(Balancer):
             differ). False: R = E, for the linear Fisher E / P.
         update_every: Weights move on every k-th step; the others are one ordinary weighted backward
             pass.
+        estimate_from: What risks are estimated from. ``"parameters"``: the gradients of all shared parameters.
+            Some of these parameters, such as the encoder's last layer: E, S and m are those of the
+            subset, and the full gradient comes from one pass of the weighted loss. A step then
+            costs T passes that end where the subset begins, and one whole pass; the state is as
+            small as the subset.
+        tasks_per_step: Tasks whose risk a step estimates, in rotation; None for all T. When each had
+            its turn, a round, the weights move once, with the latest risks; S and m of a task, its
+            share of ``num_warmup_steps`` and the momentum count its own turns. A step costs as many
+            passes and one more, whatever T is.
         min_weight: Floor f of every weight, mixed in as (1 - T f) a + f; at most 1 / T.
         nonfinite: See :class:`excessmtl_ext.Balancer`.
         process_group: Ranks that train together, each with a batch of its own, such as
@@ -134,6 +144,8 @@ class ExcessMTL(Balancer):
         gradient_momentum: float = 0.0,
         relative: bool = True,
         update_every: int = 1,
+        estimate_from: Literal["parameters"] | Iterable[Tensor] = "parameters",
+        tasks_per_step: int | None = None,
         min_weight: float = 0.0,
         nonfinite: NonFinite = "skip",
         process_group: dist.ProcessGroup | None = None,
@@ -171,6 +183,13 @@ class ExcessMTL(Balancer):
         self.update_every = update_every
         self.min_weight = float(min_weight)
         self._collapse_guard = CollapseGuard()
+        if tasks_per_step is not None:
+            check_count("tasks_per_step", tasks_per_step, 1)
+            if tasks_per_step > num_tasks:
+                raise ValueError(
+                    f"Expected `tasks_per_step` <= num_tasks = {num_tasks}, but got {tasks_per_step}."
+                )
+        self.tasks_per_step = tasks_per_step
         check_choice("reduce", reduce, ("grads", "risks"))
         if shared_parameters is not None:
             shared_parameters = checked_parameters(shared_parameters)
@@ -191,6 +210,28 @@ class ExcessMTL(Balancer):
             head_weighting=head_weighting,
             nonfinite=nonfinite,
         )
+        self._set_estimate(estimate_from)
+
+    def _set_estimate(self, estimate_from: Literal["parameters"] | Iterable[Tensor]) -> None:
+        """Settles whose gradients a step looks at, and checks that the other options allow it."""
+        self._rotation: cheaper_steps.TaskRotation | None = None
+        self._estimate_parameters: list[Tensor] | None = None
+        if self.tasks_per_step is not None and self.tasks_per_step < self.num_tasks:
+            self._rotation = cheaper_steps.TaskRotation(self.num_tasks, self.tasks_per_step)
+        if isinstance(estimate_from, str):
+            check_choice("estimate_from", estimate_from, ("parameters",))
+        else:
+            self._estimate_parameters = cheaper_steps.checked_subset(
+                estimate_from, self.shared_parameters
+            )
+            self._layout = ParamLayout([p.numel() for p in self._estimate_parameters])
+        if not self._looks_at_all:
+            cheaper_steps.check_supported(self)
+
+    @property
+    def _looks_at_all(self) -> bool:
+        """Whether a step that moves the weights takes the whole gradient of every task."""
+        return self._rotation is None and self._estimate_parameters is None
 
     @classmethod
     def from_preset(
@@ -360,6 +401,20 @@ class ExcessMTL(Balancer):
             accumulate=accumulate,
         )
 
+    def _step_from_task_grads(
+        self,
+        roots: list[Root | None],
+        values: Tensor | None,
+        tasks: list[int],
+        scale: Tensor | None,
+    ) -> None:
+        if self._looks_at_all:
+            super()._step_from_task_grads(roots, values, tasks, scale)
+        elif self._estimate_parameters is not None:
+            cheaper_steps.step_from_subset(self, roots, tasks, scale)
+        else:
+            cheaper_steps.step_in_rotation(self, roots, tasks, scale)
+
     def _moves_weights(self) -> bool:
         return self._num_calls % self.update_every == 0
 
@@ -373,12 +428,15 @@ class ExcessMTL(Balancer):
         """As for every balancer; the collapse guard may warn again."""
         super().reset()
         self._collapse_guard.reset()
+        if self._rotation is not None:
+            self._rotation.start_round()
 
     def get_extra_state(self) -> dict[str, Any]:
         """As for every balancer, and whether the collapse guard has warned."""
         return {
             **super().get_extra_state(),
             "has_warned_of_collapse": self._collapse_guard.has_warned,
+            "waiting_tasks": [] if self._rotation is None else list(self._rotation.waiting),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -386,12 +444,12 @@ class ExcessMTL(Balancer):
         super().set_extra_state(state)
         self._collapse_guard.reset()
         self._collapse_guard.has_warned = state.get("has_warned_of_collapse", False)
+        if self._rotation is not None:
+            self._rotation.start_round()
+            self._rotation.waiting = state.get("waiting_tasks") or self._rotation.waiting
 
-    def _stream_task(
-        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
-    ) -> Tensor:
-        if not self._moves_weights():
-            return self.log_task_weights[task].clone()
+    def _refresh_risk(self, task: int, grads: list[Tensor], scale: Tensor | None) -> None:
+        """Takes in the gradients of one task: S, m, risk and baseline; not finite, they change only its flag."""
         state, options, layout = self.step_state, self.step_options, self._bound_layout()
         row = slice(task, task + 1)
         excess_risk_sum = torch.zeros_like(state.excess_risk)
@@ -415,6 +473,14 @@ class ExcessMTL(Balancer):
             options,
             scale,
         )
+
+    def _stream_task(
+        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        if not self._moves_weights():
+            return self.log_task_weights[task].clone()
+        self._refresh_risk(task, grads, scale)
+        state = self.step_state
         is_past_warmup = (state.num_steps >= self.num_warmup_steps).to(state.log_task_weights.dtype)
         log_step = self.robust_step_size * state.relative_excess_risk[task]
         return state.log_task_weights[task] + is_past_warmup * log_step.clamp(
@@ -437,9 +503,17 @@ class ExcessMTL(Balancer):
             "gradient_momentum": self.gradient_momentum,
             "relative": self.relative,
             "update_every": self.update_every,
+            "estimate_from": self._described_estimate(),
+            "tasks_per_step": self.tasks_per_step,
             "min_weight": self.min_weight,
             "nonfinite": self.nonfinite,
         }
+
+    def _described_estimate(self) -> str:
+        if self._estimate_parameters is None:
+            return "parameters"
+        num_all = len(self.shared_parameters or ())
+        return f"{len(self._estimate_parameters)} of {num_all} parameters"
 
 
 _PRESETS: dict[str, dict[str, Any]] = {

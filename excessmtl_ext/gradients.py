@@ -310,6 +310,7 @@ def backward_per_task(
     *,
     scale: Tensor | None,
     on_task: Callable[[int], None] | None = None,
+    retain_graph: bool = False,
 ) -> list[list[Tensor | None]]:
     """Runs one backward pass per present task and takes the gradients of the shared parameters.
 
@@ -321,6 +322,7 @@ def backward_per_task(
         shared: The L shared parameters.
         scale: Factor of every loss (a loss scale), or None.
         on_task: Called after each task's pass.
+        retain_graph: Keep the graphs after the last pass, for another one.
 
     Returns:
         T lists of L gradients; None where a task does not reach a parameter, and for an absent
@@ -334,7 +336,9 @@ def backward_per_task(
     for task in present:
         root = roots[task]
         assert root is not None
-        run_backward([root], [start_of(root, scale)], retain_graph=task != present[-1])
+        run_backward(
+            [root], [start_of(root, scale)], retain_graph=retain_graph or task != present[-1]
+        )
         task_grads[task] = take_grads(shared)
         check_reached(task_grads[task], task)
         if on_task is not None:

@@ -62,8 +62,8 @@ def check_task(balancer: Balancer, task: int) -> None:
     """Raises unless ``balancer`` can take in ``task`` as the next one of a streamed step."""
     if not balancer.can_stream:
         raise NotImplementedError(
-            f"{type(balancer).__name__} cannot stream: the weight of one task depends on the gradients of the others, "
-            "so all must live at once. Call backward(losses), or update_weights() with your own gradients."
+            f"{type(balancer).__name__} cannot stream: {balancer.cannot_stream_because}. "
+            "Call backward(losses), or update_weights() with your own gradients."
         )
     if balancer._data_parallel is not None:
         raise NotImplementedError(
