@@ -24,7 +24,9 @@ NUM_HUES = 13
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Draws a made-up Office-Home for the runs named smoke and overfit."
+    )
     parser.add_argument("output", type=Path, help="Folder for OfficeHome/DOMAIN/CLASS/*.jpg.")
     parser.add_argument("--images", type=int, default=8, help="Of each class in each domain.")
     parser.add_argument("--size", type=int, default=64, help="Width and height in pixels.")

@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 
 _INCLUDE = re.compile(r"^```\{include\} (\S+)$", re.MULTILINE)
@@ -37,7 +39,19 @@ def _rewrite(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = _LINK.sub(page_link, source[0])
 
 
+def _redirect(app: Sphinx, doctree: nodes.document) -> None:
+    """Does the same to the links of what a page includes, whose source no event shows."""
+    docs = Path(app.srcdir)
+    pages = pages_by_included_file(docs)
+    for link in doctree.findall(pending_xref):
+        if link.get("refdomain") == "doc":
+            page = pages.get((docs / f"{link['reftarget']}.md").resolve())
+            if page is not None:
+                link["reftarget"] = page.relative_to(docs).with_suffix("").as_posix()
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Rewrites each page's source as it is read."""
+    """Rewrites each page's source as it is read, and the links of included files after that."""
     app.connect("source-read", _rewrite)
+    app.connect("doctree-read", _redirect)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

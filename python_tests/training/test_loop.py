@@ -179,7 +179,7 @@ def test_a_diverged_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_unknown_data_set_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Expected `dataset` to be one of multimnist, .*digits"):
+    with pytest.raises(ValueError, match=r"Expected `dataset` to be one of multimnist, .*digits"):
         train(dataclasses.replace(CONFIG, dataset="cifar"), tmp_path)
 
 

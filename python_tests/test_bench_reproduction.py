@@ -1,0 +1,104 @@
+"""What is committed of a sweep draws the same pictures, and its README and claims quote its tables."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from _sweeps import write_sweep
+
+from excessmtl_ext.training.paper_figures import draw_paper_figures
+from excessmtl_ext.training.sweep_results import read_results
+
+REPRODUCTION = Path(__file__).parents[1] / "bench" / "reproduction"
+RESULTS = REPRODUCTION / "results"
+SWEEPS = sorted(path.parent for path in RESULTS.glob("*/sweep.json"))
+METHODS = ["excessmtl-official", "excessmtl-recommended", "uniform", "moml", "single-task"]
+
+
+def run_script(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.syspath_prepend(REPRODUCTION)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    importlib.import_module(name).main()
+
+
+def draw(folder: Path, output: Path) -> dict[str, bytes]:
+    draw_paper_figures([read_results(folder)], output, draw_toy=Path.touch)
+    return {path.name: path.read_bytes() for path in output.glob("*.png")}
+
+
+def test_what_is_kept_of_a_sweep_draws_the_same_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(tmp_path / "sarcos", "sarcos", METHODS, (0.0, 0.4, 0.8), num_epochs=4)
+    (sweep / "step_sizes.csv").write_text("method,step_size\n")
+    run_script("keep_results", monkeypatch, sweep, tmp_path / "kept" / "sarcos")
+    kept = tmp_path / "kept" / "sarcos"
+    assert (kept / "results.csv").read_bytes() == (sweep / "results.csv").read_bytes()
+    assert (kept / "step_sizes.csv").is_file()
+    epochs = read_results(kept).epochs
+    assert {row["epoch"] for row in epochs if row["noise"] == 0.8} == {1, 2, 3, 4}
+    assert {row["epoch"] for row in epochs if row["noise"] != 0.8} == {4}
+    before, after = draw(sweep, tmp_path / "before"), draw(kept, tmp_path / "after")
+    assert len(before) >= 6
+    assert after == before
+
+
+def test_the_summary_gives_mean_and_spread_over_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Offsets of the made-up runs: 0 for the first method, 0.2 for the third; accuracy 0.6 - offset / 10."""
+    sweep = write_sweep(tmp_path / "sweep", "multimnist", METHODS)
+    run_script("summary", monkeypatch, sweep)
+    shown = capsys.readouterr().out
+    assert shown.startswith("multimnist, 2 seed(s), ")
+    clean = shown[shown.index("| clean tasks, accuracy, at noise | 0 | 0.8 |") :]
+    assert "| ExcessMTL, official | 0.6000 ± 0.0000 | 0.6000 ± 0.0000 |" in clean
+    assert "| Uniform | 0.5800 ± 0.0000 | 0.5800 ± 0.0000 |" in clean
+    weight = shown[shown.index("| clean tasks' weight") :]
+    assert "| Uniform | 0.1000 ± 0.0000 | 0.2600 ± 0.0000 |" in weight
+    assert "Single task" not in weight
+
+
+@pytest.mark.parametrize("folder", SWEEPS, ids=lambda folder: folder.name)
+def test_the_readme_of_a_committed_sweep_quotes_its_tables(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script("summary", monkeypatch, folder)
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert tables
+    quoted = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in tables if line not in quoted] == []
+
+
+def test_every_committed_sweep_has_its_command_environment_and_figures() -> None:
+    assert SWEEPS
+    for folder in SWEEPS:
+        assert "excessmtl sweep" in (folder / "README.md").read_text(encoding="utf-8")
+        assert (folder / "environment.json").is_file()
+        assert list(folder.glob("fig*.png"))
+
+
+def test_claims_point_to_what_is_committed() -> None:
+    page = (REPRODUCTION / "CLAIMS.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((results/[^)#]+)\)", page)
+    assert links
+    assert [link for link in links if not (REPRODUCTION / link).is_file()] == []
+    named = {link.split("/")[1] for link in links}
+    assert {folder.name for folder in SWEEPS} <= named
+
+
+def test_draws_an_office_home_that_the_loader_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from excessmtl_ext.data.office_home import load_office_home
+
+    run_script("draw_office_home", monkeypatch, tmp_path, "--images", 3, "--size", 8)
+    data = load_office_home(tmp_path, noise=0.0, seed=0, image_size=8)
+    assert [task.num_outputs for task in data.tasks] == [65] * 4
+    assert len(data.train) == 65
+    shutil.rmtree(tmp_path / "OfficeHome")
