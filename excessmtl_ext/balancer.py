@@ -401,7 +401,7 @@ class Balancer(nn.Module, ABC):
             grad_scale: Loss scale, as from ``GradScaler.get_scale()``: all gradients come out
                 multiplied by it, the weights are computed without it.
             num_samples: With several ranks, samples behind each loss of this one: one number, or T.
-                None: as many on each rank. One process needs none.
+                None: as many on each rank. 0: the loss weighs nothing. One process needs none.
 
         Raises:
             ValueError: number, shape, device or graph of the losses is not as expected. State and

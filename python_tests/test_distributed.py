@@ -241,6 +241,51 @@ def test_a_task_absent_on_a_rank_counts_for_the_others(ddp: dict[str, Any] | Non
     assert_same(run_ranks(2, train_with_absent, ddp), train_with_absent(0, 1, ddp))
 
 
+def train_with_an_idle_rank(
+    rank: int, num_ranks: int, kind: str, ddp: dict[str, Any] | None
+) -> list[dict[str, Tensor]]:
+    """The last rank has no sample: it passes no loss, or one of a sample that weighs nothing."""
+    problem = make_problem(NUM_TASKS)
+    net = Net(problem)
+    model = net if ddp is None or num_ranks == 1 else DistributedDataParallel(net, **ddp)
+    ranks: dict[str, Any] = {}
+    if num_ranks > 1:
+        ranks = {"process_group": dist.group.WORLD, "model": model}
+    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    is_idle = rank == 1
+    states = []
+    for _ in range(3):
+        losses: list[Any] = losses_of(
+            model(problem.inputs[:1] if is_idle else problem.inputs),
+            problem.targets[:1] if is_idle else problem.targets,
+        )
+        if is_idle and kind == "no_loss":
+            losses = [None] * NUM_TASKS
+        optimizer.zero_grad()
+        balancer.backward(losses, num_samples=0 if is_idle else 20)
+        states.append(snapshot(balancer, net))
+        optimizer.step()
+    return states
+
+
+@pytest.mark.parametrize(
+    ("kind", "ddp"),
+    [
+        ("no_loss", None),
+        ("no_loss", {}),
+        ("no_weight", None),
+        ("no_weight", {}),
+        ("no_weight", {"find_unused_parameters": True}),
+        ("no_weight", {"static_graph": True}),
+    ],
+    ids=str,
+)
+def test_a_rank_without_samples_changes_nothing(kind: str, ddp: dict[str, Any] | None) -> None:
+    results = run_ranks(2, train_with_an_idle_rank, kind, ddp)
+    assert_same(results, train_with_an_idle_rank(0, 1, kind, ddp))
+
+
 def step_with_a_branch(rank: int, num_ranks: int) -> list[bool]:
     """Parameter 1 is used on rank 1 alone, parameter 2 nowhere."""
     parameters = [nn.Parameter(torch.ones(3)) for _ in range(3)]
@@ -319,7 +364,7 @@ class Failing(torch.autograd.Function):
         ("detached", "losses[2]` to require grad", "rank(s) [1] failed"),
         ("unreached", "losses[2]` to depend on the shared parameters", "rank(s) [1] failed"),
         ("engine", "out of luck", "rank(s) [1] failed"),
-        ("samples", "`num_samples` > 0", "rank(s) [1] failed"),
+        ("samples", "`num_samples` >= 0", "rank(s) [1] failed"),
         ("absent", "task 2 has no loss on rank 1", "task 2 has no loss on rank 1"),
         ("options", "the same options", "the same options"),
     ],

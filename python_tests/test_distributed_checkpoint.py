@@ -108,6 +108,38 @@ def test_a_fully_sharded_step_adds_one_all_reduce_of_one_number_per_task() -> No
         assert seen == [("all_gather", 3 + NUM_TASKS), ("all_reduce", NUM_TASKS)]
 
 
+def run_with_missing_labels(rank: int, num_ranks: int, kind: str) -> list[dict[str, Tensor]]:
+    """Task 1 has samples on rank 0 alone, task 2 nowhere in the second step."""
+    run = Run(rank, num_ranks, kind)
+    states = []
+    for step in range(3):
+        losses: list[Any] = losses_of(
+            run.net(run.problem.inputs[run.rows]), run.problem.targets[run.rows]
+        )
+        counts = [20 // num_ranks] * NUM_TASKS
+        if num_ranks == 1:  # rank 0 of two has the first half
+            outputs = run.net(run.problem.inputs[:10])
+            losses[1] = losses_of(outputs, run.problem.targets[:10])[1]
+        elif rank == 1:
+            counts[1] = 0
+        if step == 1:
+            losses[2] = None
+        run.optimizer.zero_grad()
+        run.balancer.backward(losses, num_samples=counts)
+        run.optimizer.step()
+        parameters = {name: whole(p.detach()).clone() for name, p in run.net.named_parameters()}
+        states.append({"weights": run.balancer.task_weights.clone(), **parameters})
+    return states
+
+
+def test_a_loss_of_no_samples_stands_in_for_a_task_that_a_fully_sharded_rank_lacks() -> None:
+    expected = run_with_missing_labels(0, 1, "plain")
+    for states in run_ranks(2, run_with_missing_labels, "fsdp"):
+        for state, one in zip(states, expected, strict=True):
+            for name, value in state.items():
+                torch.testing.assert_close(value, one[name], **TOLERANCE)
+
+
 def save(rank: int, num_ranks: int, kind: str, folder: str) -> dict[str, Tensor]:
     """Three steps, a checkpoint, two more steps."""
     run = Run(rank, num_ranks, kind)

@@ -16,6 +16,9 @@ from excessmtl_ext.distributed.rank_step import Agreement, RankStep
 if TYPE_CHECKING:
     from excessmtl_ext.excess_mtl import ExcessMTL
 
+ABSENT = -1.0
+"""Instead of a number of samples: the rank has no loss of that task. 0: it has one that weighs nothing."""
+
 
 def agree(
     parallel: Partition,
@@ -45,19 +48,18 @@ def agree(
                 f"Expected the same {what} of the balancer on every rank, but they differ. Build it alike on all "
                 "ranks, load the same checkpoint, and call backward equally often."
             )
-    totals = [sum(row[3 + task] for row in rows) for task in range(parallel.num_tasks)]
-    tasks = [task for task, total in enumerate(totals) if total > 0]
-    absent = [(task, rank) for task in tasks for rank, row in enumerate(rows) if row[3 + task] == 0]
-    idle = [rank for rank, row in enumerate(rows) if not any(row[3:])]
-    _check_absent(parallel, absent, idle if tasks else [])
+    all_counts: list[list[float]] = [row[3:] for row in rows]
+    totals = [sum((max(c, 0.0) for c in column), 0.0) for column in zip(*all_counts, strict=True)]
+    _check_absent(parallel, all_counts, totals)
     shares = [
-        parallel.ranks.size * count / total if total > 0 else 0.0
+        parallel.ranks.size * max(count, 0.0) / total if total > 0 else 0.0
         for count, total in zip(counts, totals, strict=True)
     ]
-    return Agreement(tasks, shares)
+    return Agreement([task for task, total in enumerate(totals) if total > 0], shares)
 
 
 def _counts(num_tasks: int, present: Sequence[bool], num_samples: NumSamples | None) -> list[float]:
+    """Samples of this rank per task; ``ABSENT`` where it has no loss."""
     given = 1.0 if num_samples is None else num_samples
     per_task = [given] * num_tasks if isinstance(given, (int, float)) else given
     counts = [float(number) for number in per_task]
@@ -65,36 +67,57 @@ def _counts(num_tasks: int, present: Sequence[bool], num_samples: NumSamples | N
         raise ValueError(
             f"Expected `num_samples` to be one number or {num_tasks}, one per task, but got {len(counts)}."
         )
-    counts = [count if there else 0.0 for count, there in zip(counts, present, strict=True)]
     for task, count in enumerate(counts):
-        if not 0 <= count < math.inf or (present[task] and count == 0):
+        if present[task] and not 0 <= count < math.inf:
             raise ValueError(
-                f"Expected `num_samples` > 0 for task {task}, but got {count}. Pass None as the loss of a task "
-                "that has no samples on this rank."
+                f"Expected `num_samples` >= 0 for task {task}, but got {count}. Pass how many samples stand behind "
+                "the loss on this rank."
             )
-    return counts
+    return [count if there else ABSENT for count, there in zip(counts, present, strict=True)]
 
 
-def _check_absent(parallel: Partition, absent: list[tuple[int, int]], idle: list[int]) -> None:
-    if not absent:
-        return
-    task, rank = absent[0]
-    found = f"but task {task} has no loss on rank {rank}"
+def _check_absent(parallel: Partition, all_counts: list[list[float]], totals: list[float]) -> None:
+    """Raises where a task is missing on some ranks in a way that the others cannot make up for.
+
+    Args:
+        parallel: Says which ways there are.
+        all_counts: Per rank the samples of each task.
+        totals: Of each task over the ranks.
+    """
     if parallel.is_sharded:
-        raise RuntimeError(
-            f"Expected every task on every rank with fully_shard parameters, {found}: its backward pass is "
-            "collective. Pass 0 * the loss of that task's output instead of None."
-        )
+        _check_all_or_none(all_counts)
+        return
+    missing = [
+        (task, rank)
+        for task, total in enumerate(totals)
+        for rank, counts in enumerate(all_counts)
+        if total > 0 and counts[task] <= 0
+    ]
+    if not missing:
+        return
+    task, rank = missing[0]
     if parallel.heads is None:
         raise RuntimeError(
-            f"Expected every task on every rank, {found}, which cannot know the task's head. Pass model= to the "
-            "balancer: the whole model, or its DistributedDataParallel."
+            f"Expected every task on every rank, but task {task} has no loss on rank {rank}, which cannot know the "
+            "task's head. Pass model= to the balancer: the whole model, or its DistributedDataParallel."
         )
+    idle = [rank for rank, counts in enumerate(all_counts) if max(counts) == ABSENT]
     if idle and parallel.ddp is not None and parallel.ddp.find_unused_parameters:
         raise RuntimeError(
             f"Expected some loss on every rank, but rank {idle[0]} has none, and without a graph "
-            "DistributedDataParallel's unused parameters are unknown. Set find_unused_parameters=False."
+            "DistributedDataParallel's unused parameters are unknown. Pass losses with num_samples=0, or set "
+            "find_unused_parameters=False."
         )
+
+
+def _check_all_or_none(all_counts: list[list[float]]) -> None:
+    for task, counts in enumerate(zip(*all_counts, strict=True)):
+        if ABSENT in counts and max(counts) > ABSENT:
+            raise RuntimeError(
+                "Expected every task on every rank with fully_shard parameters, but task "
+                f"{task} has no loss on rank {counts.index(ABSENT)}: its backward pass is collective. Pass a loss of "
+                "that task's output with num_samples=0 instead of None."
+            )
 
 
 def _raise_if_some(flags: Sequence[float]) -> None:

@@ -25,14 +25,14 @@ def fully_sharded_step(parallel: Partition, step: RankStep) -> None:
     moves = balancer._moves_weights()
     with gradients.set_aside_grads([*parallel.shared, *plain_heads]):
         rows: list[list[Tensor | None]] = []
+        last = max(task for task, root in enumerate(step.roots) if root is not None)
         for task, root in enumerate(step.roots):
-            assert root is not None
+            if root is None:  # on every rank
+                rows.append([None] * len(parallel.shared))
+                continue
             start = gradients.start_of(root, step.scale)
-            gradients.run_backward(
-                [root],
-                [start * agreed.shares[task]],
-                retain_graph=task != parallel.num_tasks - 1,
-            )
+            share = agreed.shares[task]  # 0: the pass is run for the others, who take part in it
+            gradients.run_backward([root], [start * share], retain_graph=task != last)
             rows.append(gradients.take_grads(parallel.shared))
             gradients.check_reached(rows[-1], task)
         head_grads = gradients.take_grads(plain_heads)

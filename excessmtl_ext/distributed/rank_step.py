@@ -63,11 +63,11 @@ def other_leaves(parallel: Partition, roots: Sequence[Root | None]) -> list[Tens
 
 
 def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | None] | None:
-    """The shared gradients of one task; None where it is absent, or after an error, which is kept."""
-    roots, root = step.roots, step.roots[task]
-    if root is None or step.error is not None:
+    """The shared gradients of one task; None where it weighs nothing, or after an error, which is kept."""
+    root, shares = step.roots[task], step.agreed.shares
+    if root is None or shares[task] == 0.0 or step.error is not None:
         return None
-    last = max(index for index, other in enumerate(roots) if other is not None)
+    last = max(index for index, share in enumerate(shares) if share > 0.0)
     targets = [*parallel.shared, *step.heads]
     try:
         grads = gradients.capture_grads(
