@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import threading
@@ -45,6 +46,7 @@ from excessmtl_ext.training.loop import train as train_run
 from excessmtl_ext.training.methods import METHODS
 from excessmtl_ext.training.metrics import PRIMARY_METRIC
 from excessmtl_ext.training.paper_figures import draw_paper_figures
+from excessmtl_ext.training.ranks import OtherRankFailed, is_main_process
 from excessmtl_ext.training.run_report import write_report
 from excessmtl_ext.training.sweep import (
     FailedRun,
@@ -66,7 +68,7 @@ SWEEP_NOISE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SECONDS_OF_SPEED = 3600.0
 
 # What a user can cause and repair; anything else is a fault of ours and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, OtherRankFailed)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -253,6 +255,11 @@ def _run_options() -> _Decorator:
                 help="Decides parameters, splits, noise and batch order.",
             ),
             click.option(
+                "--distributed",
+                type=click.Choice(["ddp", "fsdp"]),
+                help="Share each batch among the processes that torchrun has started.  [default: one process]",
+            ),
+            click.option(
                 "--output",
                 type=click.Path(file_okay=False, path_type=Path),
                 help="Folder for the run.  [default: runs/DATASET/METHOD_noiseNOISE_seedSEED]",
@@ -343,7 +350,7 @@ def _add_train_command(dataset: str, workload: Workload) -> None:
         method_options: tuple[tuple[str, Any], ...],
         **values: Any,
     ) -> None:
-        console = Console()
+        console = Console(quiet=not is_main_process())
         with _clear_errors():
             config = TrainConfig(
                 dataset=dataset,
@@ -478,7 +485,7 @@ def report(run: Path, output: Path | None) -> None:
 
 
 def _train_one(console: Console, config: TrainConfig, output: Path, *, resume: bool) -> None:
-    """Trains with a progress bar, draws the run and prints its numbers."""
+    """Trains with a progress bar, draws the run and prints its numbers; of several processes only the first shows."""
     method = METHODS[config.method]
     selection = SELECTION_METRIC if config.task is None else f"validation/{config.task}_score"
     with _stop_on_signal(console) as should_stop, _progress_bar(console) as bar:
@@ -495,6 +502,8 @@ def _train_one(console: Console, config: TrainConfig, output: Path, *, resume: b
             )
 
         metrics = train_run(config, output, resume=resume, report=report, should_stop=should_stop)
+    if not is_main_process():
+        return
     kinds = {task["kind"] for task in metrics["tasks"]}
     figure = output / FIGURE
     draw_training(
@@ -722,12 +731,13 @@ def _stop_on_signal(
     """Yields a function that says whether Ctrl-C or a termination signal has come.
 
     The loop asks between steps, so that the checkpoint never holds half a step; the interrupted run then ends with
-    the exit status that shells expect, 130 for Ctrl-C. A second Ctrl-C does not wait.
+    the exit status that shells expect, 130 for Ctrl-C. A second Ctrl-C does not wait, but for processes of torchrun:
+    they get each signal twice, from the terminal and from torchrun, which ends them itself if they take too long.
     """
     received: list[int] = []
 
     def request(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         received.append(number)
 
@@ -739,7 +749,8 @@ def _stop_on_signal(
         yield lambda: bool(received)
     except TrainingInterrupted as interrupted:
         console.print(f"{interrupted} A checkpoint is saved. {hint}", highlight=False)
-        raise SystemExit(128 + received[0]) from interrupted
+        # Of several processes perhaps another one was asked.
+        raise SystemExit(128 + (received[0] if received else signal.SIGTERM)) from interrupted
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 # A resumed run may read its data from elsewhere or go on for longer; anything else would make it another run.
 FREE_ON_RESUME = frozenset({"data_root", "epochs", "num_workers"})
@@ -17,7 +17,7 @@ class TrainConfig:
         dataset: A key of `excessmtl_ext.training.workloads.WORKLOADS`.
         method: A key of `excessmtl_ext.training.methods.METHODS`.
         epochs: Passes over the training data.
-        batch_size: Samples per step; the last batch of an epoch may be smaller.
+        batch_size: Samples per step, of all processes together; the last batch of an epoch may be smaller.
         lr: Learning rate of Adam, constant.
         weight_decay: Of Adam, added to the gradient.
         noise: Share of the noisy task's training labels that is corrupted.
@@ -35,6 +35,8 @@ class TrainConfig:
         image_size: Height of the images, for runs on small machines; the width follows (NYUv2: 4 / 3 of it, both
             multiples of 16; Office-Home: square). None: 288 for NYUv2, 224 for Office-Home.
         network_width: NYUv2: channels of SegNet's first stage; None: 64.
+        distributed: How several processes share the run: ``"ddp"``, ``"fsdp"``, or None for one process.
+        num_ranks: How many they are; filled in by the run.
     """
 
     dataset: str
@@ -57,6 +59,8 @@ class TrainConfig:
     pretrained: bool = False
     image_size: int | None = None
     network_width: int | None = None
+    distributed: Literal["ddp", "fsdp"] | None = None
+    num_ranks: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "task_weight_interval"):
@@ -71,3 +75,7 @@ class TrainConfig:
             raise ValueError(f"Expected `weight_decay` >= 0, but got {self.weight_decay}.")
         if not 0 <= self.noise <= 1:
             raise ValueError(f"Expected `noise` in [0, 1], but got {self.noise}.")
+        if self.distributed not in (None, "ddp", "fsdp"):
+            raise ValueError(
+                f"Expected `distributed` to be 'ddp', 'fsdp' or None, but got {self.distributed!r}."
+            )

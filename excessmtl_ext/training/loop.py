@@ -6,19 +6,23 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from excessmtl_ext import Balancer
+from excessmtl_ext import Balancer, ExcessMTL
 from excessmtl_ext.data import Batch, MultiTaskData, Split, Task
 from excessmtl_ext.data.seeding import seeded_generator
+from excessmtl_ext.distributed import full_state_dict
+from excessmtl_ext.distributed.dtensors import local_part
 from excessmtl_ext.models import EncoderHeads
 from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.methods import METHODS, make_balancer
-from excessmtl_ext.training.metrics import evaluate, task_losses
+from excessmtl_ext.training.methods import METHODS, check_spans_ranks, make_balancer
+from excessmtl_ext.training.metrics import evaluate, label_counts, task_losses
+from excessmtl_ext.training.parallel_model import ParallelModel
+from excessmtl_ext.training.ranks import RunRanks, joined_ranks, local_device
 from excessmtl_ext.training.run_record import METRICS, TASK_WEIGHTS, TIMES, RunRecord
 from excessmtl_ext.training.workloads import find_workload
 
@@ -64,6 +68,10 @@ def train(
     optimizer, of the balancer and of torch's generators, the position within the epoch and the epoch's running sums.
     A resumed run therefore writes the very bytes that an undisturbed one does, on the same machine.
 
+    With ``config.distributed`` every process that torchrun has started calls this. Each batch is cut into as many
+    parts, so that the numbers are those of one process up to rounding; each process evaluates its share of the
+    batches; rank 0 writes the files. All return the same.
+
     Args:
         config: What to run.
         output: Folder for the run's files, see `RunRecord`.
@@ -80,16 +88,22 @@ def train(
         FileExistsError: ``output`` holds a run and ``resume`` is False.
         ValueError: the config is not that of the run in ``output``, or a value in it is out of range.
         FileNotFoundError: the data are missing.
+        OtherRankFailed: another process of the run has failed.
     """
     device = _find_device(config.device)
-    data = find_workload(config.dataset).load(config)
+    if config.distributed is not None:
+        check_spans_ranks(config.method)
+        device = local_device(device)
     cuda_devices = [device] if device.type == "cuda" else []
     # The caller's generators and cuDNN settings are not ours to change.
     with (
+        joined_ranks(config.distributed, device) as ranks,
         torch.random.fork_rng(devices=cuda_devices),
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
     ):
-        run = _Run(config, data, device, Path(output), resume=resume)
+        with ranks.sharing_errors():
+            data = find_workload(config.dataset).load(config)
+        run = _Run(config, data, device, ranks, Path(output), resume=resume)
         return run.train(report or (lambda progress: None), should_stop or (lambda: False))
 
 
@@ -101,12 +115,14 @@ class _Run:
         config: TrainConfig,
         data: MultiTaskData,
         device: torch.device,
+        ranks: RunRanks,
         output: Path,
         *,
         resume: bool,
     ) -> None:
         torch.manual_seed(config.seed)
         self.device = device
+        self.ranks = ranks
         self.tasks: tuple[Task, ...] = data.tasks
         # Worker processes read from the CPU's copy; their batches are moved.
         self.train_split = data.train if config.num_workers else data.train.to(device)
@@ -115,6 +131,7 @@ class _Run:
         # Initialised on the CPU: the same parameters on every device.
         workload = find_workload(config.dataset)
         self.model: EncoderHeads = workload.build_model(data, config).to(device)
+        self.parallel = ParallelModel(self.model, config.distributed, ranks)
         self.balancer: Balancer = make_balancer(
             config.method,
             self.model.encoder.parameters(),
@@ -122,7 +139,7 @@ class _Run:
             robust_step_size=config.robust_step_size,
             task=config.task,
             task_names=[task.name for task in self.tasks],
-            options=config.method_options,
+            options={**config.method_options, **self.parallel.balancer_options},
         ).to(device)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay
@@ -130,6 +147,7 @@ class _Run:
         self.config = dataclasses.replace(
             config,
             num_train=len(self.train_split),
+            num_ranks=None if config.distributed is None else ranks.size,
             robust_step_size=getattr(self.balancer, "robust_step_size", None),
         )
         # A task trained alone is selected by its own score: the others' heads are never trained.
@@ -152,21 +170,29 @@ class _Run:
 
         self.step = 0
         self.best_score = -float("inf")
-        # Sums over the epoch, one row each: losses times samples, samples, weights, risks, relative risks.
+        # Sums over the epoch, one row each: losses times labels, labels (both of this process), weights, risks,
+        # relative risks.
         self.epoch_sums = torch.zeros(5, len(self.tasks), dtype=torch.float64, device=device)
         self.num_finite_steps = 0
         self.num_skipped_steps = 0
         self.weight_rows: list[tuple[int, Tensor]] = []
         self.seconds = 0.0
 
-        self.record = RunRecord(
-            output,
-            {**dataclasses.asdict(self.config), "balancer": repr(self.balancer)},
-            resume=resume,
-        )
-        if self.record.checkpoint is not None:
-            self._restore(self.record.checkpoint)
-        self.latest = self.record.read_metrics()[-1] if self.step >= self.steps_per_epoch else {}
+        if ranks.rank > 0:  # one process' stream of random numbers is rank 0's
+            torch.manual_seed(seeded_generator(config.seed, "rank", ranks.rank).initial_seed())
+
+        checkpoint = ranks.first(lambda: self._open_record(output, resume=resume))
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.latest: dict[str, float] = {}
+        if self.step >= self.steps_per_epoch:
+            self.latest = ranks.first(lambda: self.record.read_metrics()[-1])
+
+    def _open_record(self, output: Path, *, resume: bool) -> dict[str, Any] | None:
+        """Rank 0 only, as everything else that touches ``self.record``; returns the checkpoint to go on from."""
+        config = {**dataclasses.asdict(self.config), "balancer": repr(self.balancer)}
+        self.record = RunRecord(output, config, resume=resume)
+        return self.record.checkpoint
 
     def train(
         self, report: Callable[[Progress], None], should_stop: Callable[[], bool]
@@ -177,8 +203,8 @@ class _Run:
             epoch, first_step = divmod(self.step, self.steps_per_epoch)
             batches = self._batches(epoch, first_step)
             started = time.perf_counter()
-            for batch in batches:
-                if should_stop():
+            for batch in self.ranks.in_step(batches):
+                if self.ranks.any(should_stop()):
                     self.seconds += time.perf_counter() - started
                     self._save()
                     raise TrainingInterrupted(
@@ -189,61 +215,62 @@ class _Run:
             self.seconds += time.perf_counter() - started
             self._end_epoch(epoch + 1)
             report(self._progress())
-        return self._finish()
+        return self.ranks.first(self._finish)
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """Yields the batches of an epoch from ``first_step`` on, the same for any number of workers."""
+    def _batches(self, epoch: int, first_step: int) -> Iterator[_Part]:
+        """Yields this process's parts of an epoch's batches from ``first_step`` on; workers change nothing."""
         order = torch.randperm(
             len(self.train_indices),
             generator=seeded_generator(self.config.seed, "batch_order", epoch),
         )
-        indices = self.train_indices[order].split(self.config.batch_size)[first_step:]
+        joined = self.train_indices[order].split(self.config.batch_size)[first_step:]
+        parts = [self.ranks.part(batch) for batch in joined]
+        are_own = [len(part) > 0 for part in parts]
+        indices = [
+            part if is_own else batch[:1]
+            for part, is_own, batch in zip(parts, are_own, joined, strict=True)
+        ]
         if not self.config.num_workers:
-            yield from (self.train_split.batch(batch, epoch=epoch) for batch in indices)
+            batches = (self.train_split.batch(batch, epoch=epoch) for batch in indices)
+            yield from map(_Part, batches, are_own)
             return
         loader = DataLoader(
             _BatchesOfSplit(self.train_split, indices, epoch),
             batch_size=None,
             num_workers=self.config.num_workers,
         )
-        yield from (batch.to(self.device) for batch in loader)
+        yield from map(_Part, (batch.to(self.device) for batch in loader), are_own)
 
-    def _train_step(self, batch: Batch) -> None:
-        losses = task_losses(self.model(batch.inputs), batch.targets, self.tasks)
+    def _train_step(self, part: _Part) -> None:
+        batch = part.batch
+        losses = task_losses(self.parallel.forward(batch.inputs), batch.targets, self.tasks)
+        counts = label_counts(batch.targets, self.tasks) if part.is_own else [0] * len(losses)
         if self.held_out is not None:
             clean = self.held_out.batch(self.step)
             clean_losses = task_losses(self.model(clean.inputs), clean.targets, self.tasks)
             self.balancer.observe_validation(clean_losses)  # type: ignore[operator]
         self.optimizer.zero_grad()
-        self.balancer.backward(losses)
+        self.balancer.backward(losses, num_samples=counts if self.ranks.size > 1 else None)
         self.step += 1
         # Adam would carry a NaN in its running means for ever. No method looks at the gradients of the heads, and
         # some look at no gradient: the largest element tells, which no sum of squares can overflow.
         zero = torch.zeros((), device=self.device)
         values = torch.stack([zero if loss is None else loss.detach() for loss in losses])
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
+        grads = [grad for grad in grads if grad.numel() > 0]
         largest = torch.nn.utils.get_total_norm(grads, norm_type=float("inf"))
         is_finite = values.isfinite().all() & largest.isfinite()
-        if bool(self.balancer.found_nonfinite.any() | ~is_finite):
+        if self.ranks.any(bool(self.balancer.found_nonfinite.any() | ~is_finite)):
             self.num_skipped_steps += 1
         else:
             self.optimizer.step()
-            self._add_to_epoch(values, losses, batch.targets)
+            self._add_to_epoch(values, counts)
         if self.step % self.config.task_weight_interval == 0:
             self.weight_rows.append((self.step, self.balancer.task_weights.clone()))
 
-    def _add_to_epoch(
-        self,
-        values: Tensor,
-        losses: Sequence[Tensor | None],
-        targets: Sequence[Tensor | None],
-    ) -> None:
-        counts = [
-            0 if loss is None or target is None else len(target)
-            for loss, target in zip(losses, targets, strict=True)
-        ]
-        num_samples = torch.tensor(counts, dtype=torch.float64, device=self.device)
-        rows = [values * num_samples, num_samples, self.balancer.task_weights]
+    def _add_to_epoch(self, values: Tensor, counts: Sequence[int]) -> None:
+        num_labels = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        rows = [values * num_labels, num_labels, self.balancer.task_weights]
         rows += [getattr(self.balancer, name) for name in self._risk_names()]
         for total, row in zip(self.epoch_sums, rows, strict=False):
             total += row
@@ -254,6 +281,11 @@ class _Run:
         names = ("excess_risk", "relative_excess_risk")
         return [name for name in names if hasattr(self.balancer, name)]
 
+    def _joined_epoch_sums(self) -> list[list[float]]:
+        """``epoch_sums`` of the run: the losses of all processes; weights and risks are the same on each."""
+        losses = self.ranks.gather(self.epoch_sums[:2].cpu())
+        return [*torch.stack(losses).sum(0).tolist(), *self.epoch_sums[2:].tolist()]
+
     def _end_epoch(self, epoch: int) -> None:
         """Evaluates, writes the epoch's rows, keeps the model if it is the best, and saves a checkpoint."""
         if self.num_finite_steps == 0:
@@ -261,13 +293,14 @@ class _Run:
                 f"Expected finite gradients, but no step of epoch {epoch} had any: the run has diverged. "
                 "Start it again with a smaller --lr."
             )
-        loss_sums, num_samples, weight_sums, *risk_sums = self.epoch_sums.tolist()
+        loss_sums, num_samples, weight_sums, *risk_sums = self._joined_epoch_sums()
         row: dict[str, float] = {"epoch": epoch, "step": self.step}
         for task, total, number in zip(self.tasks, loss_sums, num_samples, strict=True):
             row[f"train/{task.name}_loss"] = total / number if number else float("nan")
         row["train/skipped_steps"] = self.num_skipped_steps
+        self.ranks.copy_buffers(self.model)
         for name, split in (("validation", self.validation_split), ("test", self.test_split)):
-            for metric, value in evaluate(self.model, split, self.tasks).items():
+            for metric, value in evaluate(self.model, split, self.tasks, ranks=self.ranks).items():
                 row[f"{name}/{metric}"] = value
         weights = self.balancer.task_weights.tolist()
         for index, task in enumerate(self.tasks):
@@ -275,23 +308,25 @@ class _Run:
             row[f"balancer/{task.name}_mean_weight"] = weight_sums[index] / self.num_finite_steps
             for risk, sums in zip(self._risk_names(), risk_sums, strict=False):
                 row[f"balancer/{task.name}_{risk}"] = sums[index] / self.num_finite_steps
-        self.record.append(METRICS, list(row), [list(row.values())])
-        self.record.append(TIMES, ["epoch", "train_seconds"], [[epoch, self.seconds]])
-        self._write_weight_rows()
+        self.ranks.first(lambda: self._append_rows(row))
+        self.weight_rows.clear()
         self.epoch_sums.zero_()
         self.num_finite_steps = self.num_skipped_steps = 0
         self.seconds = 0.0
         self.latest = row
         if row[self.selection_metric] > self.best_score:
             self.best_score = row[self.selection_metric]
-            self.record.save_best_model({"epoch": epoch, "model": self.model.state_dict()})
+            best = {"epoch": epoch, "model": self.parallel.state()}
+            self.ranks.first(lambda: self.record.save_best_model(best))
         self._save()
 
-    def _write_weight_rows(self) -> None:
+    def _append_rows(self, row: dict[str, float]) -> None:
+        self.record.append(METRICS, list(row), [list(row.values())])
+        times = [row["epoch"], self.seconds]
+        self.record.append(TIMES, ["epoch", "train_seconds"], [times])
         columns = ["step", *(task.name for task in self.tasks)]
-        rows = [[step, *weights.tolist()] for step, weights in self.weight_rows]
-        self.record.append(TASK_WEIGHTS, columns, rows)
-        self.weight_rows.clear()
+        weights = [[step, *weights.tolist()] for step, weights in self.weight_rows]
+        self.record.append(TASK_WEIGHTS, columns, weights)
 
     def _finish(self) -> dict[str, Any]:
         rows = self.record.read_metrics()
@@ -320,25 +355,30 @@ class _Run:
         return Progress(self.step, self.num_steps, epoch, self.latest)
 
     def _save(self) -> None:
-        cuda_state = None
-        if self.device.type == "cuda":
-            cuda_state = torch.cuda.get_rng_state(self.device)
-        self.record.save_checkpoint(
-            {
-                "step": self.step,
-                "best_score": self.best_score,
-                "epoch_sums": self.epoch_sums,
-                "num_finite_steps": self.num_finite_steps,
-                "num_skipped_steps": self.num_skipped_steps,
-                "weight_rows": [list(row) for row in self.weight_rows],
-                "seconds": self.seconds,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "balancer": self.balancer.state_dict(),
-                "cpu_generator": torch.get_rng_state(),
-                "cuda_generator": cuda_state,
-            }
-        )
+        own, *others = self.ranks.gather(self._own_state())
+        state = {
+            "step": self.step,
+            "best_score": self.best_score,
+            "num_finite_steps": self.num_finite_steps,
+            "num_skipped_steps": self.num_skipped_steps,
+            "weight_rows": [list(row) for row in self.weight_rows],
+            "seconds": self.seconds,
+            "model": self.parallel.state(),
+            "optimizer": self.parallel.optimizer_state(self.optimizer),
+            "balancer": _whole_state(self.balancer),
+            **own,
+            "other_ranks": others,
+        }
+        self.ranks.first(lambda: self.record.save_checkpoint(state))
+
+    def _own_state(self) -> dict[str, Any]:
+        """What differs between the processes of a run."""
+        has_cuda = self.device.type == "cuda"
+        return {
+            "epoch_sums": self.epoch_sums.cpu(),
+            "cpu_generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(self.device) if has_cuda else None,
+        }
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.step = checkpoint["step"]
@@ -348,18 +388,38 @@ class _Run:
                 f"Expected `epochs` of at least {done}, which the run in {self.record.folder} has begun, "
                 f"but got {self.config.epochs}."
             )
+        own = checkpoint
+        if self.ranks.rank > 0:
+            own = checkpoint["other_ranks"][self.ranks.rank - 1]
         self.best_score = checkpoint["best_score"]
-        self.epoch_sums.copy_(checkpoint["epoch_sums"])
+        self.epoch_sums.copy_(own["epoch_sums"])
         self.num_finite_steps = checkpoint["num_finite_steps"]
         self.num_skipped_steps = checkpoint["num_skipped_steps"]
         self.weight_rows = [(step, weights) for step, weights in checkpoint["weight_rows"]]
         self.seconds = checkpoint["seconds"]
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.parallel.load_state(checkpoint["model"])
+        self.parallel.load_optimizer_state(self.optimizer, checkpoint["optimizer"])
         self.balancer.load_state_dict(checkpoint["balancer"])
-        torch.set_rng_state(checkpoint["cpu_generator"])
-        if checkpoint["cuda_generator"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_generator"], self.device)
+        torch.set_rng_state(own["cpu_generator"])
+        if own["cuda_generator"] is not None:
+            torch.cuda.set_rng_state(own["cuda_generator"], self.device)
+
+
+def _whole_state(balancer: Balancer) -> dict[str, Any]:
+    """The state as one process would save it; every process of a run calls this."""
+    return full_state_dict(balancer) if isinstance(balancer, ExcessMTL) else balancer.state_dict()
+
+
+class _Part(NamedTuple):
+    """What one process has of a batch.
+
+    Attributes:
+        batch: Its samples.
+        is_own: False where the batch has fewer samples than there are processes, and this one's stands in for none.
+    """
+
+    batch: Batch
+    is_own: bool
 
 
 class _BatchesOfSplit(Dataset[Batch]):

@@ -36,6 +36,7 @@ class Method:
         has_step_size: Takes ``robust_step_size``.
         tuned: A sweep chooses its step size. False where the method promises one setting for all data.
         requires_task: Trains one task alone, named by ``task``.
+        spans_ranks: Balances what several processes have of a batch as the joined batch.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Method:
     has_step_size: bool = True
     tuned: bool = True
     requires_task: bool = False
+    spans_ranks: bool = False
 
 
 def _preset(name: Any) -> Callable[..., Balancer]:
@@ -51,10 +53,12 @@ def _preset(name: Any) -> Callable[..., Balancer]:
 
 
 METHODS: dict[str, Method] = {
-    "excessmtl": Method("ExcessMTL", "#009E73", ExcessMTL),
-    "excessmtl-official": Method("ExcessMTL, official", "#56B4E9", _preset("official")),
+    "excessmtl": Method("ExcessMTL", "#009E73", ExcessMTL, spans_ranks=True),
+    "excessmtl-official": Method(
+        "ExcessMTL, official", "#56B4E9", _preset("official"), spans_ranks=True
+    ),
     "excessmtl-recommended": Method(
-        "ExcessMTL, recommended", "#0072B2", _preset("recommended"), tuned=False
+        "ExcessMTL, recommended", "#0072B2", _preset("recommended"), tuned=False, spans_ranks=True
     ),
     "uniform": Method("Uniform", "#7F7F7F", Uniform, has_step_size=False),
     "groupdro": Method("GroupDRO", "#D55E00", GroupDRO),
@@ -66,6 +70,16 @@ METHODS: dict[str, Method] = {
         "Single task", "#000000", SingleTask, has_step_size=False, requires_task=True
     ),
 }
+
+
+def check_spans_ranks(method: str) -> None:
+    """Raises ValueError unless ``method`` can balance what several processes have."""
+    able = [name for name, each in METHODS.items() if each.spans_ranks]
+    if method not in able:
+        raise ValueError(
+            f"Expected `method` to be one of {', '.join(able)} in a distributed run, but got {method!r}: the others "
+            "would each balance one process's part of the batch. Run it in one process."
+        )
 
 
 def make_balancer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from excessmtl_ext.data import IGNORED_CLASS, Split, Task, TaskKind
 from excessmtl_ext.models import EncoderHeads
+from excessmtl_ext.training.ranks import RunRanks
 
 # Evaluation keeps no graph; larger batches than this gain nothing on two cores.
 EVALUATION_BATCH_SIZE = 2_000
@@ -82,9 +84,27 @@ def task_losses(
     return losses
 
 
+def label_counts(targets: Sequence[Tensor | None], tasks: Sequence[Task]) -> list[int]:
+    """Returns how many samples or labelled pixels stand behind each loss of `task_losses`.
+
+    Args:
+        targets: T targets; None where the batch has no sample of that task.
+        tasks: T tasks.
+    """
+    return [
+        0 if target is None else _label_count(target, task.kind)
+        for target, task in zip(targets, tasks, strict=True)
+    ]
+
+
 @torch.no_grad()
 def evaluate(
-    model: EncoderHeads, split: Split, tasks: Sequence[Task], *, batch_size: int | None = None
+    model: EncoderHeads,
+    split: Split,
+    tasks: Sequence[Task],
+    *,
+    batch_size: int | None = None,
+    ranks: RunRanks | None = None,
 ) -> dict[str, float]:
     """Measures a model on all samples of a split; leaves the model in training mode if it was.
 
@@ -95,6 +115,7 @@ def evaluate(
         split: Not empty; every task has a label in it.
         tasks: Name the metrics, and decide which there are.
         batch_size: Samples at a time; None takes at most 2,000, and fewer where samples are large.
+        ranks: Processes that take turns with the batches; every one calls this, and all get the same.
 
     Returns:
         For each task ``TASK_loss`` (see `task_losses`), its metrics, and ``TASK_score``, which is 1 for a perfect
@@ -119,12 +140,18 @@ def evaluate(
     model.eval()
     try:
         sums = [_SUMS[task.kind](task) for task in tasks]
-        for inputs, targets in split.batches(batch_size or _evaluation_batch_size(split)):
-            for task_sums, output, target in zip(sums, model(inputs), targets, strict=True):
-                if target is not None:
+        batches = split.batches(batch_size or _evaluation_batch_size(split))
+        for (inputs, targets), is_own in (ranks or RunRanks()).deal(batches):
+            outputs = model(
+                inputs
+            )  # also of another's batch: fully sharded parameters are gathered by all
+            for task_sums, output, target in zip(sums, outputs, targets, strict=True):
+                if target is not None and is_own:
                     task_sums.add(output, target)
     finally:
         model.train(was_training)
+    if ranks is not None:
+        sums = _joined(sums, ranks)
     metrics: dict[str, float] = {}
     scores: list[float] = []
     for task, task_sums in zip(tasks, sums, strict=True):
@@ -142,6 +169,24 @@ def _evaluation_batch_size(split: Split) -> int:
         sum(each.numel() for each in inputs) if isinstance(inputs, list) else inputs.numel()
     )
     return max(1, min(EVALUATION_BATCH_SIZE, EVALUATION_BATCH_VALUES // max(1, num_values)))
+
+
+def _joined(sums: list[_TaskSums], ranks: RunRanks) -> list[_TaskSums]:
+    """Adds the sums of all processes, in their order: the same bits on each."""
+    if ranks.size == 1:
+        return sums
+    first, *others = ranks.gather([task_sums.on_cpu() for task_sums in sums])
+    for other in others:
+        for total, task_sums in zip(first, other, strict=True):
+            total.join(task_sums)
+    return first
+
+
+def _label_count(target: Tensor, kind: TaskKind) -> int:
+    """Returns the number of samples, or of labelled pixels."""
+    if kind in ("classification", "regression"):
+        return len(target)
+    return int(_labelled(target, kind).sum())
 
 
 def _loss_sum(output: Tensor, target: Tensor, task: Task) -> tuple[Tensor, int]:
@@ -196,6 +241,19 @@ class _TaskSums(ABC):
         self.loss_sum = self.loss_sum + loss_sum.double()
         self.count += count
         self._add(output, target)
+
+    def on_cpu(self) -> _TaskSums:
+        """Returns these sums with their tensors on the CPU."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(moved, name, value.cpu() if isinstance(value, Tensor) else value)
+        return moved
+
+    def join(self, other: _TaskSums) -> None:
+        """Adds the sums of other batches."""
+        for name, value in vars(other).items():
+            if name != "task":
+                setattr(self, name, getattr(self, name) + value)
 
     def results(self) -> dict[str, float]:
         """Returns loss, metrics and score over all batches."""
