@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from _sweeps import write_sweep
 
+from excessmtl_ext.training.methods import METHODS, make_balancer
 from excessmtl_ext.training.paper_figures import draw_paper_figures
 from excessmtl_ext.training.sweep_results import read_results
+from excessmtl_ext.training.workloads import WORKLOADS
 
 REPRODUCTION = Path(__file__).parents[1] / "bench" / "reproduction"
 RESULTS = REPRODUCTION / "results"
 SWEEPS = sorted(path.parent for path in RESULTS.glob("*/sweep.json"))
-METHODS = ["excessmtl-official", "excessmtl-recommended", "uniform", "moml", "single-task"]
+SOME_METHODS = ["excessmtl-official", "excessmtl-recommended", "uniform", "moml", "single-task"]
 
 
 def run_script(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -34,7 +39,7 @@ def draw(folder: Path, output: Path) -> dict[str, bytes]:
 def test_what_is_kept_of_a_sweep_draws_the_same_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = write_sweep(tmp_path / "sarcos", "sarcos", METHODS, (0.0, 0.4, 0.8), num_epochs=4)
+    sweep = write_sweep(tmp_path / "sarcos", "sarcos", SOME_METHODS, (0.0, 0.4, 0.8), num_epochs=4)
     (sweep / "step_sizes.csv").write_text("method,step_size\n")
     run_script("keep_results", monkeypatch, sweep, tmp_path / "kept" / "sarcos")
     kept = tmp_path / "kept" / "sarcos"
@@ -52,7 +57,7 @@ def test_the_summary_gives_mean_and_spread_over_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Offsets of the made-up runs: 0 for the first method, 0.2 for the third; accuracy 0.6 - offset / 10."""
-    sweep = write_sweep(tmp_path / "sweep", "multimnist", METHODS)
+    sweep = write_sweep(tmp_path / "sweep", "multimnist", SOME_METHODS)
     run_script("summary", monkeypatch, sweep)
     shown = capsys.readouterr().out
     assert shown.startswith("multimnist, 2 seed(s), ")
@@ -102,3 +107,28 @@ def test_draws_an_office_home_that_the_loader_reads(
     assert [task.num_outputs for task in data.tasks] == [65] * 4
     assert len(data.train) == 65
     shutil.rmtree(tmp_path / "OfficeHome")
+
+
+def test_the_study_takes_from_a_sweep_only_the_run_that_a_cell_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(REPRODUCTION / "estimator")
+    # Importing the study registers its own; undone with the patch.
+    monkeypatch.setitem(METHODS, "candidate", METHODS["uniform"])
+    monkeypatch.setitem(WORKLOADS, "multimnist-14px", WORKLOADS["multimnist"])
+    screen = importlib.import_module("screen")
+    cells = list(screen.full_cells("sarcos"))
+    assert len({cell.key() for cell in cells}) == len(cells) == 6 * 6 * 3
+    run = tmp_path / "runs" / "excessmtl-recommended_noise0.8_seed1"
+    run.mkdir(parents=True)
+    (run / "metrics.json").write_text(json.dumps({"tasks": [{}] * 7}))
+    balancer = make_balancer("excessmtl-recommended", [torch.zeros(1)], num_tasks=7)
+    config = next(cell for cell in cells if (cell.noise, cell.seed) == (0.8, 1)).config(None)
+    record = {**dataclasses.asdict(config), "num_train": 13_219, "balancer": repr(balancer)}
+    (run / "config.json").write_text(json.dumps(record))
+    found = [cell for cell in cells if screen.find_run(tmp_path, cell)]
+    assert [
+        (cell.noise, cell.seed, cell.step_size, cell.options["relative"]) for cell in found
+    ] == [(0.8, 1, 3.0, True)]
+    (run / "config.json").write_text(json.dumps({**record, "epochs": 59}))
+    assert not [cell for cell in cells if screen.find_run(tmp_path, cell)]

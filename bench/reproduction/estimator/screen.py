@@ -2,8 +2,9 @@
 
     python bench/reproduction/estimator/screen.py sarcos --data-root DATA --output RESULTS --jobs 2
     python bench/reproduction/estimator/screen.py sarcos --stage candidates ...
-    python bench/reproduction/estimator/screen.py multimnist --stage full ...
+    python bench/reproduction/estimator/screen.py multimnist --stage full --sweep SWEEP ...
 
+The runs at full size that `excessmtl sweep` has done already, in its folder SWEEP, are taken from there.
 A finished run is one row of RESULTS/STAGE_DATASET.csv; runs that stand there are skipped.
 """
 
@@ -15,6 +16,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -31,9 +33,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from excessmtl_ext.data import MultiTaskData
 from excessmtl_ext.training.config import TrainConfig
 from excessmtl_ext.training.loop import train
-from excessmtl_ext.training.methods import METHODS, Method
+from excessmtl_ext.training.methods import METHODS, Method, make_balancer
 from excessmtl_ext.training.metrics import PRIMARY_METRIC
-from excessmtl_ext.training.run_record import METRICS, describe_environment, read_table
+from excessmtl_ext.training.run_record import (
+    CONFIG,
+    FINAL_METRICS,
+    METRICS,
+    TIMES,
+    describe_environment,
+    read_table,
+)
 from excessmtl_ext.training.workloads import WORKLOADS
 
 METHODS["candidate"] = Method("Candidate", "#000000", CandidateExcessMTL)
@@ -58,12 +67,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, help="Run at most so many cells.")
+    parser.add_argument("--sweep", type=Path, help="Take finished runs of this sweep's folder.")
     arguments = parser.parse_args()
 
     cells = list(STAGES[arguments.stage](arguments.dataset))
     arguments.output.mkdir(parents=True, exist_ok=True)
     table = arguments.output / f"{arguments.stage}_{arguments.dataset}.csv"
     done = _finished(table)
+    if arguments.sweep is not None:
+        for cell in cells:
+            folder = find_run(arguments.sweep, cell)
+            if cell.key() not in done and folder is not None:
+                _append(table, read_run(cell, folder))
+                done.add(cell.key())
     open_cells = [cell for cell in cells if cell.key() not in done][: arguments.limit]
     (arguments.output / "environment.json").write_text(
         json.dumps(describe_environment("cpu"), indent=2) + "\n"
@@ -103,8 +119,51 @@ def run_cell(cell: Cell, data_root: str | None) -> dict[str, Any]:
         )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        metrics = train(config, Path(folder) / "run")
-        rows = read_table(Path(folder) / "run" / METRICS)
+        train(config, Path(folder) / "run")
+        return read_run(cell, Path(folder) / "run", seconds=time.perf_counter() - started)
+
+
+def find_run(sweep: Path, cell: Cell) -> Path | None:
+    """Returns the folder of the sweep's finished run that the cell asks for, or None.
+
+    Settings are compared as the balancer states them: the recommended preset is a set of options here and a method
+    there.
+    """
+    if cell.warmup_epochs:
+        return None  # the number of warm-up steps is known only with the data
+    wanted = cell.config(data_root=None)
+    same = ("dataset", "epochs", "batch_size", "lr", "weight_decay", "noise", "seed")
+    for folder in sorted(sweep.glob(f"runs/*_noise{cell.noise:g}_seed{cell.seed}")):
+        if not (folder / FINAL_METRICS).is_file():
+            continue
+        found = json.loads((folder / CONFIG).read_text())
+        balancer = make_balancer(
+            cell.method,
+            [torch.nn.Parameter(torch.zeros(1))],
+            num_tasks=len(json.loads((folder / FINAL_METRICS).read_text())["tasks"]),
+            robust_step_size=cell.step_size,
+            options=cell.options,
+        )
+        if (
+            settings_of(found["balancer"]) <= settings_of(repr(balancer))
+            and all(found[name] == getattr(wanted, name) for name in same)
+            and wanted.num_train in (None, found["num_train"])
+        ):
+            return folder
+    return None
+
+
+def settings_of(balancer: str) -> set[str]:
+    """Returns the class and the settings a balancer states; a later version may state more, at their defaults."""
+    return {balancer.partition("(")[0], *re.findall(r"\w+=[^,()]+", balancer)}
+
+
+def read_run(cell: Cell, folder: Path, seconds: float | None = None) -> dict[str, Any]:
+    """Returns a finished run's row; its time is that of its training where none is given."""
+    metrics = json.loads((folder / FINAL_METRICS).read_text())
+    rows = read_table(folder / METRICS)
+    if seconds is None:
+        seconds = sum(row["train_seconds"] for row in read_table(folder / TIMES))
     return {
         "key": cell.key(),
         "stage": cell.stage,
@@ -118,7 +177,7 @@ def run_cell(cell: Cell, data_root: str | None) -> dict[str, Any]:
         "options": json.dumps(cell.options, sort_keys=True),
         **summary(metrics, rows, num_warmup_epochs=cell.warmup_epochs),
         "epochs": cell.epochs(),
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(seconds, 2),
     }
 
 
