@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from excessmtl_ext import functional, gradients, streaming
 from excessmtl_ext.arguments import check_choice, check_count, checked_parameters
 from excessmtl_ext.collapse import effective_num_tasks
+from excessmtl_ext.features import Features, checked_features
 from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.gradients import Losses, Root
 from excessmtl_ext.history import History, HistoryWriter
+from excessmtl_ext.passes import Batched, Passes
 from excessmtl_ext.report import BalancerReport, make_report
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ class Balancer(nn.Module, ABC):
             its step too; without one, guard the optimizer with ``balancer.found_nonfinite.any()``.
             ``"raise"``: FloatingPointError, with ``.grad`` of the shared parameters as before the
             call. Costs one wait for the device per step.
+        batched: Whether the encoder's T passes run as one vectorised pass in steps that are given
+            their ``features``. ``"auto"``: as fast as measured in the first eight of them. Gradients
+            are equal up to rounding; :attr:`backward_mode` says what was done and why.
 
     Raises:
         ValueError: an argument is out of range, or the parameters are empty, repeated or not
@@ -89,6 +94,7 @@ class Balancer(nn.Module, ABC):
         weight_scale: WeightScale = "simplex",
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
+        batched: Batched = False,
     ) -> None:
         super().__init__()
         check_count("num_tasks", num_tasks, 1)
@@ -106,6 +112,7 @@ class Balancer(nn.Module, ABC):
         self.shared_parameters: list[Tensor] | None = None
         self._layout: ParamLayout | None = None
         self._stream: streaming.Stream | None = None
+        self._passes = Passes(batched)
         self._num_calls = 0
         self._history: History | None = None
         if shared_parameters is not None:
@@ -130,6 +137,16 @@ class Balancer(nn.Module, ABC):
         """
         return effective_num_tasks(self.task_weights)
 
+    @property
+    def batched(self) -> Batched:
+        """What was asked for: True, False or ``"auto"``."""
+        return self._passes.batched
+
+    @property
+    def backward_mode(self) -> str:
+        """How the latest step that needed task gradients ran the encoder's passes, and why."""
+        return str(self._passes)
+
     def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
         """Every state tensor before the first step, by name."""
         state = functional.init_state(
@@ -151,6 +168,7 @@ class Balancer(nn.Module, ABC):
     def reset(self) -> None:
         """Forgets everything: the state is as before the first step, also the sizes if no parameters were given."""
         self._stream = None
+        self._passes.forget()
         self._num_calls = 0
         if self._history is not None:
             self._history.restart()
@@ -390,6 +408,7 @@ class Balancer(nn.Module, ABC):
         self,
         losses: Losses,
         *,
+        features: Features | None = None,
         grad_scale: Tensor | float | None = None,
         num_samples: NumSamples | None = None,
     ) -> None:
@@ -398,14 +417,18 @@ class Balancer(nn.Module, ABC):
         Args:
             losses: T scalar losses: a list, with None where a task has no labels in this batch, or
                 one tensor [T].
+            features: Everything that the heads take from the encoder, one tensor or several. Each
+                head is then walked by itself and its graph freed before the encoder's passes, which
+                ``batched`` may make one; steps that only apply weights need a single one, and no
+                division. Same gradients. Several ranks do not need it.
             grad_scale: Loss scale, as from ``GradScaler.get_scale()``: all gradients come out
                 multiplied by it, the weights are computed without it.
             num_samples: With several ranks, samples behind each loss of this one: one number, or T.
                 None: as many on each rank. 0: the loss weighs nothing. One process needs none.
 
         Raises:
-            ValueError: number, shape, device or graph of the losses is not as expected. State and
-                shared ``.grad`` are then as before.
+            ValueError: number, shape, device or graph of losses or features is not as expected.
+                State and shared ``.grad`` are then as before.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
             RuntimeError: another rank has failed; state and ``.grad`` are as before.
         """
@@ -418,18 +441,27 @@ class Balancer(nn.Module, ABC):
                 else None
             )
             scale = self._as_scale(grad_scale)
-        self._run_step(roots, values, scale, num_samples)
+            cut_at = self._checked_features(features)
+        self._run_step(roots, values, scale, num_samples, cut_at)
 
-    def forward(self, losses: Losses, *, num_samples: NumSamples | None = None) -> Tensor:
+    def forward(
+        self,
+        losses: Losses,
+        *,
+        features: Features | None = None,
+        num_samples: NumSamples | None = None,
+    ) -> Tensor:
         """The weighted loss as a scalar whose ``.backward()`` does what :meth:`backward` does.
 
         For loops that call ``backward`` themselves: Lightning, Accelerate, GradScaler (its scale is
         undone inside). Its value is the sum of the losses under the weights so far, of this rank's
-        batch. Without ``.backward()`` nothing changes. ``num_samples`` as in :meth:`backward`.
+        batch. Without ``.backward()`` nothing changes. ``features`` and ``num_samples`` as in
+        :meth:`backward`.
         """
         with self._telling_ranks():
             roots = gradients.loss_roots(losses, self.num_tasks)
             gradients.check_device(roots, self._bound_parameters()[0].device)
+            cut_at = self._checked_features(features)
         values = gradients.loss_values(losses, self.task_weights)
         total = (
             self.task_weights * values.nan_to_num(0.0)
@@ -443,7 +475,7 @@ class Balancer(nn.Module, ABC):
         )
         anchor = torch.zeros((), device=total.device, requires_grad=True)
         return _BalancedLoss.apply(  # type: ignore[no-any-return]
-            anchor, self, roots, values, num_samples, total.to(first.dtype)
+            anchor, self, roots, values, num_samples, cut_at, total.to(first.dtype)
         )
 
     def update_weights(
@@ -578,13 +610,24 @@ class Balancer(nn.Module, ABC):
         values: Tensor | None,
         scale: Tensor | None,
         num_samples: NumSamples | None,
+        features: list[Tensor] | None,
     ) -> None:
         if self._data_parallel is None:
-            self._step(roots, values, scale)
+            self._step(roots, values, scale, features)
         else:
             self._data_parallel.step(self, roots, num_samples, scale)  # type: ignore[arg-type]
 
-    def _step(self, roots: list[Root | None], values: Tensor | None, scale: Tensor | None) -> None:
+    def _checked_features(self, features: Features | None) -> list[Tensor] | None:
+        device = self._bound_parameters()[0].device
+        return None if features is None else checked_features(features, device)
+
+    def _step(
+        self,
+        roots: list[Root | None],
+        values: Tensor | None,
+        scale: Tensor | None,
+        features: list[Tensor] | None = None,
+    ) -> None:
         shared = self._bound_parameters()
         if self._stream is not None:
             raise RuntimeError("Expected finish() before another step: accumulate() has begun one.")
@@ -592,9 +635,8 @@ class Balancer(nn.Module, ABC):
         moves = self._moves_weights()
         if not tasks:
             return
-        weighted_heads = self.head_weighting == "task_weights"
         if moves and "task_grads" in self.requires:
-            self._step_from_task_grads(roots, values, tasks, scale)
+            self._step_from_task_grads(roots, values, tasks, scale, features)
         else:
             with torch.no_grad():
                 if moves:
@@ -605,12 +647,13 @@ class Balancer(nn.Module, ABC):
                 weights = self.task_weights
                 if "losses" in self.requires:
                     weights = torch.where(self.found_nonfinite.any(), float("nan"), weights)
-            gradients.weighted_backward(
+            self._passes.weighted_backward(
                 roots,
                 shared,
+                features,
                 weights,
                 scale=scale,
-                weighted_heads=weighted_heads,
+                weighted_heads=self.head_weighting == "task_weights",
                 is_uniform=self._has_uniform_weights(),
             )
         self._num_calls += 1
@@ -623,17 +666,14 @@ class Balancer(nn.Module, ABC):
         values: Tensor | None,
         tasks: list[int],
         scale: Tensor | None,
+        features: list[Tensor] | None,
     ) -> None:
         shared = self._bound_parameters()
-        heads = (
-            gradients.HeadGrads(roots, shared) if self.head_weighting == "task_weights" else None
+        task_grads, heads = self._passes.task_grads(
+            roots, shared, features, scale, keep_heads=self.head_weighting == "task_weights"
         )
-        with gradients.set_aside_grads([*shared, *(heads.all_parameters() if heads else ())]):
-            task_grads = gradients.backward_per_task(
-                roots, shared, scale=scale, on_task=heads.take if heads else None
-            )
         with torch.no_grad():
-            flat = [grad for grads in task_grads for grad in gradients.flattened(grads)]
+            flat = gradients.flat_rows(task_grads)
             self._prepare(flat)
             self._record_gradients(flat, range(self.num_tasks), scale)
             if self.nonfinite == "raise":  # the flags are read before any .grad is written
@@ -768,12 +808,15 @@ class Balancer(nn.Module, ABC):
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
     def _options(self) -> dict[str, Any]:
-        return {
+        options: dict[str, Any] = {
             "num_tasks": self.num_tasks,
             "weight_scale": self.weight_scale,
             "head_weighting": self.head_weighting,
             "nonfinite": self.nonfinite,
         }
+        if "task_grads" in self.requires:  # no other method has passes to batch
+            options["batched"] = self.batched
+        return options
 
 
 class _BalancedLoss(torch.autograd.Function):
@@ -787,18 +830,21 @@ class _BalancedLoss(torch.autograd.Function):
         roots: list[Root | None],
         values: Tensor,
         num_samples: NumSamples | None,
+        features: list[Tensor] | None,
         total: Tensor,
     ) -> Tensor:
         ctx.balancer, ctx.roots, ctx.values = balancer, roots, values
-        ctx.num_samples = num_samples
+        ctx.num_samples, ctx.features = num_samples, features
         return total.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
         scale = ctx.balancer._as_scale(grad_outputs[0])
+        if scale is not None and scale.device.type == "cpu" and scale.item() == 1.0:
+            scale = None  # what .backward() starts with; elsewhere a look would wait for the device
         with torch.enable_grad():
-            ctx.balancer._run_step(ctx.roots, ctx.values, scale, ctx.num_samples)
-        return None, None, None, None, None, None
+            ctx.balancer._run_step(ctx.roots, ctx.values, scale, ctx.num_samples, ctx.features)
+        return (None,) * 7
 
 
 def _short(sizes: Sequence[object]) -> str:

@@ -90,7 +90,11 @@ class TaskRotation:
 
 
 def step_from_subset(
-    balancer: ExcessMTL, roots: Sequence[Root | None], tasks: Sequence[int], scale: Tensor | None
+    balancer: ExcessMTL,
+    roots: Sequence[Root | None],
+    tasks: Sequence[int],
+    scale: Tensor | None,
+    features: Sequence[Tensor] | None,
 ) -> None:
     """Risks from the gradients of some shared parameters, then one pass of the weighted loss."""
     subset = balancer._estimate_parameters
@@ -105,11 +109,15 @@ def step_from_subset(
         gradients.check_reached(rows[task], task)
     with torch.no_grad():
         _estimate(balancer, rows, scale)
-    _weighted_pass(balancer, roots, scale)
+    _weighted_pass(balancer, roots, scale, features)
 
 
 def step_in_rotation(
-    balancer: ExcessMTL, roots: Sequence[Root | None], tasks: Sequence[int], scale: Tensor | None
+    balancer: ExcessMTL,
+    roots: Sequence[Root | None],
+    tasks: Sequence[int],
+    scale: Tensor | None,
+    features: Sequence[Tensor] | None,
 ) -> None:
     """The risks of the tasks whose turn it is from their whole gradients, then one pass for all other tasks."""
     shared = balancer._bound_parameters()
@@ -117,7 +125,7 @@ def step_in_rotation(
     others = [None if task in turn else root for task, root in enumerate(roots)]
     mine = [root if task in turn else None for task, root in enumerate(roots)]
     weighted = balancer.head_weighting == "task_weights"
-    heads = gradients.HeadGrads(mine, shared) if weighted else None
+    heads = gradients.HeadGrads(gradients.head_leaves(mine, shared)) if weighted else None
     with gradients.set_aside_grads([*shared, *(heads.all_parameters() if heads else ())]):
         rows = gradients.backward_per_task(
             mine,
@@ -136,7 +144,7 @@ def step_in_rotation(
                     gradients.add_grads([parameter], [parameter.grad], [grad])
         if heads is not None:
             heads.add(weights)
-    _weighted_pass(balancer, others, scale)
+    _weighted_pass(balancer, others, scale, features)
 
 
 def _turns(balancer: ExcessMTL, tasks: Sequence[int]) -> Sequence[int]:
@@ -193,10 +201,16 @@ def _usable_weights(balancer: ExcessMTL) -> Tensor:
     return torch.where(balancer.found_nonfinite.any(), float("nan"), balancer.task_weights)
 
 
-def _weighted_pass(balancer: ExcessMTL, roots: Sequence[Root | None], scale: Tensor | None) -> None:
-    gradients.weighted_backward(
+def _weighted_pass(
+    balancer: ExcessMTL,
+    roots: Sequence[Root | None],
+    scale: Tensor | None,
+    features: Sequence[Tensor] | None,
+) -> None:
+    balancer._passes.weighted_backward(
         roots,
         balancer._bound_parameters(),
+        features,
         _usable_weights(balancer),
         scale=scale,
         weighted_heads=balancer.head_weighting == "task_weights",

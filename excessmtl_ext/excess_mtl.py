@@ -19,6 +19,7 @@ from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightSca
 from excessmtl_ext.collapse import CollapseGuard
 from excessmtl_ext.functional import Fisher, ParamLayout, StepOptions, StepState
 from excessmtl_ext.gradients import Root
+from excessmtl_ext.passes import Batched
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -80,6 +81,7 @@ class ExcessMTL(Balancer):
             passes and one more, whatever T is.
         min_weight: Floor f of every weight, mixed in as (1 - T f) a + f; at most 1 / T.
         nonfinite: See :class:`excessmtl_ext.Balancer`.
+        batched: See :class:`excessmtl_ext.Balancer`.
         process_group: Ranks that train together, each with a batch of its own, such as
             ``torch.distributed.group.WORLD``. See :mod:`excessmtl_ext.distributed`.
         reduce: ``"grads"``: weights and gradients are those of one process with the joined batch;
@@ -148,6 +150,7 @@ class ExcessMTL(Balancer):
         tasks_per_step: int | None = None,
         min_weight: float = 0.0,
         nonfinite: NonFinite = "skip",
+        batched: Batched = False,
         process_group: dist.ProcessGroup | None = None,
         reduce: Reduce = "grads",
         model: nn.Module | None = None,
@@ -209,6 +212,7 @@ class ExcessMTL(Balancer):
             weight_scale=weight_scale,
             head_weighting=head_weighting,
             nonfinite=nonfinite,
+            batched=batched,
         )
         self._set_estimate(estimate_from)
 
@@ -327,13 +331,13 @@ class ExcessMTL(Balancer):
         return self._layout is None or saved.shape[1] == self._layout.padded_numel
 
     def _prepare(self, task_grads: list[Tensor]) -> None:
-        given = [grad for grad in task_grads if grad.numel() > 0]
-        device = given[0].device if given else self.task_weights.device
+        first = next((grad for grad in task_grads if grad.numel() > 0), self.task_weights)
+        device = first.device
         if self.sq_grad_sum.shape[1] == 0:
             layout = self._bound_layout()
             wide = (
                 torch.float64
-                if any(grad.dtype == torch.float64 for grad in given)
+                if any(grad.dtype == torch.float64 for grad in task_grads if grad.numel() > 0)
                 else torch.float32
             )
             if device != self.task_weights.device:
@@ -407,13 +411,14 @@ class ExcessMTL(Balancer):
         values: Tensor | None,
         tasks: list[int],
         scale: Tensor | None,
+        features: list[Tensor] | None,
     ) -> None:
         if self._looks_at_all:
-            super()._step_from_task_grads(roots, values, tasks, scale)
+            super()._step_from_task_grads(roots, values, tasks, scale, features)
         elif self._estimate_parameters is not None:
-            cheaper_steps.step_from_subset(self, roots, tasks, scale)
+            cheaper_steps.step_from_subset(self, roots, tasks, scale, features)
         else:
-            cheaper_steps.step_in_rotation(self, roots, tasks, scale)
+            cheaper_steps.step_in_rotation(self, roots, tasks, scale, features)
 
     def _moves_weights(self) -> bool:
         return self._num_calls % self.update_every == 0
@@ -507,6 +512,7 @@ class ExcessMTL(Balancer):
             "tasks_per_step": self.tasks_per_step,
             "min_weight": self.min_weight,
             "nonfinite": self.nonfinite,
+            "batched": self.batched,
         }
 
     def _described_estimate(self) -> str:

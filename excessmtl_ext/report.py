@@ -127,6 +127,7 @@ class BalancerReport:
         num_skipped_steps: Steps with a gradient that was not finite.
         tasks: T rows.
         finding: Which task looks noisy or stuck, with the evidence, or why that cannot be said.
+        backward_mode: How the encoder's passes run and why, where ``batched`` was asked for.
     """
 
     method: str
@@ -134,6 +135,7 @@ class BalancerReport:
     num_skipped_steps: int
     tasks: tuple[TaskReport, ...]
     finding: str
+    backward_mode: str | None = None
 
     def __str__(self) -> str:
         head = f"{self.method} after {_count(self.num_steps, 'step')}, {self.num_skipped_steps} skipped"
@@ -149,7 +151,8 @@ class BalancerReport:
             ).rstrip()
             for row in zip(*columns, strict=True)
         ]
-        return "\n".join([head, "", *lines, "", self.finding])
+        passes = [] if self.backward_mode is None else [f"Encoder: {self.backward_mode}.", ""]
+        return "\n".join([head, "", *lines, "", *passes, self.finding])
 
 
 _COLUMNS = (
@@ -201,6 +204,7 @@ def make_report(balancer: Balancer) -> BalancerReport:
         num_skipped_steps=int(balancer.num_skipped_steps),
         tasks=tasks,
         finding=_finding(balancer, tasks),
+        backward_mode=None if balancer.batched is False else balancer.backward_mode,
     )
 
 

@@ -87,7 +87,7 @@ def accumulate(
     shared = balancer._bound_parameters()
     heads = None
     if balancer.head_weighting == "task_weights":
-        heads = gradients.HeadGrads([None] * task + [loss], shared)
+        heads = gradients.HeadGrads(gradients.head_leaves([None] * task + [loss], shared))
     with gradients.set_aside_grads([*shared, *(heads.all_parameters() if heads else ())]):
         gradients.run_backward([loss], [gradients.start_of(loss, scale)], retain_graph=retain_graph)
         grads = gradients.take_grads(shared)

@@ -11,6 +11,7 @@ from torch import Tensor
 from excessmtl_ext.arguments import check_positive
 from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
 from excessmtl_ext.baselines.gramian import move_to_gradients
+from excessmtl_ext.passes import Batched
 
 RESTORING_FORCE = 1.5
 """The power of the relative inverse training rate: the value of Chen et al. for NYUv2 and of this comparison."""
@@ -44,6 +45,7 @@ class GradNorm(Balancer):
         weight_scale: What the weights sum to after the step; within it they sum to T.
         head_weighting: See :class:`excessmtl_ext.Balancer`.
         nonfinite: See :class:`excessmtl_ext.Balancer`; looks at gradients and losses.
+        batched: See :class:`excessmtl_ext.Balancer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -81,6 +83,7 @@ class GradNorm(Balancer):
         weight_scale: WeightScale = "simplex",
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
+        batched: Batched = False,
     ) -> None:
         check_positive("robust_step_size", robust_step_size)
         self.robust_step_size = float(robust_step_size)
@@ -91,6 +94,7 @@ class GradNorm(Balancer):
             weight_scale=weight_scale,
             head_weighting=head_weighting,
             nonfinite=nonfinite,
+            batched=batched,
         )
         if self.last_layer is not None:
             num_known = None if self.shared_parameters is None else len(self.shared_parameters)

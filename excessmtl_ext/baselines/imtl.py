@@ -13,6 +13,7 @@ from torch import Tensor
 from excessmtl_ext.arguments import check_choice, check_positive
 from excessmtl_ext.balancer import HeadWeighting, NonFinite, WeightScale
 from excessmtl_ext.baselines.gramian import GramianBalancer, Matrix, unit_gramian
+from excessmtl_ext.passes import Batched
 
 Variant = Literal["G", "L", "both"]
 
@@ -48,6 +49,7 @@ class IMTL(GramianBalancer):
             times :math:`e^{s_i}`, scaled to the sum of the weights (1 / T for ``"G"``); never times
             the weights of IMTL-G, which would make a head climb its loss where they are negative.
         nonfinite: See :class:`excessmtl_ext.Balancer`; looks at what the variant needs.
+        batched: See :class:`excessmtl_ext.Balancer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -80,6 +82,7 @@ class IMTL(GramianBalancer):
         weight_scale: WeightScale = "simplex",
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
+        batched: Batched = False,
     ) -> None:
         check_choice("variant", variant, ("G", "L", "both"))
         check_positive("robust_step_size", robust_step_size)
@@ -97,6 +100,7 @@ class IMTL(GramianBalancer):
             weight_scale=weight_scale,
             head_weighting=head_weighting,
             nonfinite=nonfinite,
+            batched=batched,
         )
 
     def _initial_state(self, device: torch.device) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ class MOML(GramianBalancer):
         shared = self._bound_parameters()
         gradients.check_device(roots, shared[0].device)
         scale = self._as_scale(grad_scale)
-        heads = gradients.HeadGrads(roots, shared)
+        heads = gradients.HeadGrads(gradients.head_leaves(roots, shared))
         with gradients.set_aside_grads([*shared, *heads.all_parameters()]):
             task_grads = gradients.backward_per_task(roots, shared, scale=scale)
         return self._observe(task_grads, scale)
@@ -125,13 +125,19 @@ class MOML(GramianBalancer):
         super().set_extra_state(state)
         self._has_observed = state["has_observed"]
 
-    def _step(self, roots: list[Root | None], values: Tensor | None, scale: Tensor | None) -> None:
+    def _step(
+        self,
+        roots: list[Root | None],
+        values: Tensor | None,
+        scale: Tensor | None,
+        features: list[Tensor] | None = None,
+    ) -> None:
         if not self._has_observed:
             raise RuntimeError(
                 "Expected observe_validation(losses) before the first backward(): MOML computes its weights from the "
                 "losses of a validation batch. Call it with T losses of held-out data before each step."
             )
-        super()._step(roots, values, scale)
+        super()._step(roots, values, scale, features)
 
     def _update(
         self,

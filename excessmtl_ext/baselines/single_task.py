@@ -108,9 +108,15 @@ class SingleTask(Balancer):
             return
         super().finish()
 
-    def _step(self, roots: list[Root | None], values: Tensor | None, scale: Tensor | None) -> None:
+    def _step(
+        self,
+        roots: list[Root | None],
+        values: Tensor | None,
+        scale: Tensor | None,
+        features: list[Tensor] | None = None,
+    ) -> None:
         alone = [root if task == self.task else None for task, root in enumerate(roots)]
-        super()._step(alone, values, scale)
+        super()._step(alone, values, scale, features)
 
     def _update(
         self,

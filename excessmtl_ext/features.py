@@ -1,0 +1,294 @@
+"""Passes cut in two where heads meet the encoder: heads from the losses to the features, then the encoder T times.
+
+Every head's graph is walked once and freed before the first gradient of the encoder exists. What
+is left, T gradients of the same features, is what a batched pass needs.
+
+The cut changes no result. Where it could (see :attr:`Cut.obstacle`), the step takes ordinary
+passes, which never need to know where the features are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from excessmtl_ext import gradients
+from excessmtl_ext.gradients import Root
+
+Features: TypeAlias = Tensor | Sequence[Tensor]
+"""What the encoder hands to the heads: one tensor, or several (levels of a pyramid, one per task, ...)."""
+
+
+def checked_features(features: Features, device: torch.device) -> list[Tensor]:
+    """The features as a list.
+
+    Raises:
+        TypeError: ``features`` is neither a tensor nor a list of tensors.
+        ValueError: one of them has no graph, is repeated or lies on another device than ``device``.
+    """
+    if isinstance(features, Tensor):
+        features = [features]
+    if not isinstance(features, (list, tuple)):
+        raise TypeError(
+            f"Expected `features` to be a tensor or a list of tensors, but got {type(features).__name__}."
+        )
+    if not features:
+        raise ValueError(
+            "Expected `features` to hold at least one tensor, but got an empty list. Pass None to leave them out."
+        )
+    edges = set()
+    for index, feature in enumerate(features):
+        name = f"features[{index}]"
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"Expected `{name}` to be a tensor, but got {type(feature).__name__}.")
+        if feature.grad_fn is None:
+            raise ValueError(
+                f"Expected `{name}` to be computed from the shared parameters, but got a tensor without a graph. "
+                "Pass what the encoder returned, not detached and not from torch.no_grad()."
+            )
+        if feature.device != device:
+            raise ValueError(
+                f"Expected `{name}` on {device}, where the shared parameters are, but got {feature.device}."
+            )
+        edge = (feature.grad_fn, feature.output_nr)
+        if edge in edges:
+            raise ValueError(f"Expected every tensor of `features` once, but got `{name}` again.")
+        edges.add(edge)
+    return list(features)
+
+
+class Cut:
+    """What lies on either side of the features in this step's graphs.
+
+    Args:
+        roots: One per task, None where absent.
+        features: As :func:`checked_features` gives them.
+        shared: The shared parameters.
+
+    Attributes:
+        heads: Per task, the parameters between its loss and the features.
+        obstacle: Why passes that are cut here would not equal ordinary ones, or None.
+
+    Raises:
+        ValueError: a loss does not depend on the features, or reaches a shared parameter past them.
+    """
+
+    def __init__(
+        self, roots: Sequence[Root | None], features: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> None:
+        self.features = list(features)
+        self.shared = list(shared)
+        self._edges = {(z.grad_fn, z.output_nr): index for index, z in enumerate(features)}
+        self._is_shared = {id(parameter) for parameter in shared}
+        self.heads: list[list[Tensor]] = []
+        self.reached: list[list[int]] = []  # per task, which features
+        num_walked, walked = 0, set()
+        for task, root in enumerate(roots):
+            nodes, heads, reached = self._head_of(root) if root is not None else (set(), [], [])
+            if root is not None:
+                self._check_head(task, heads, reached)
+            self.heads.append(heads)
+            self.reached.append(reached)
+            num_walked += len(nodes)
+            walked |= nodes
+        self._heads_meet = len(walked) < num_walked  # a node that several tasks need
+        self.obstacle = self._find_obstacle()
+
+    def _head_of(self, root: Root) -> tuple[set[Node], list[Tensor], list[int]]:
+        """Nodes above the features, parameters among them, and the features that ``root`` needs."""
+        node, output_nr = (
+            (root.grad_fn, root.output_nr) if isinstance(root, Tensor) else (root[0], root[1])
+        )
+        if node is None or (node, output_nr) in self._edges:
+            return set(), [], [] if node is None else [self._edges[node, output_nr]]
+        nodes, leaves, reached = {node}, [], set()
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                leaves.append(variable)
+            for edge in node.next_functions:
+                parent = edge[0]
+                if parent is None:
+                    continue
+                if edge in self._edges:
+                    reached.add(self._edges[edge])
+                elif parent not in nodes:
+                    nodes.add(parent)
+                    stack.append(parent)
+        return nodes, leaves, sorted(reached)
+
+    def _check_head(self, task: int, heads: Sequence[Tensor], reached: Sequence[int]) -> None:
+        past = next((leaf for leaf in heads if id(leaf) in self._is_shared), None)
+        if past is not None:
+            raise ValueError(
+                f"Expected `losses[{task}]` to depend on the shared parameters through `features` only, but it reaches "
+                f"one of shape {list(past.shape)} past them. Pass every tensor that the heads take from the encoder, "
+                "or leave `features` out."
+            )
+        if not reached:
+            raise ValueError(
+                f"Expected `losses[{task}]` to depend on `features`, but it does not. Check that it is computed from "
+                "the tensors that were passed and not from copies; pass None for a task that is absent from this batch."
+            )
+
+    def _find_obstacle(self) -> str | None:
+        if any(feature._backward_hooks or feature.retains_grad for feature in self.features):
+            return "a feature has a hook or retains its gradient"
+        if any(leaf._backward_hooks for leaf in self.all_heads()):
+            return "a parameter of a head has a hook"
+        stack = list({node: None for node, _ in self._edges if node is not None})
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) not in self._is_shared:
+                return "parameters that are not shared lie below the features"
+            for edge in node.next_functions:
+                parent = edge[0]
+                if edge in self._edges:
+                    return "one feature is computed from another"
+                if parent is not None and parent not in seen:
+                    seen.add(parent)
+                    stack.append(parent)
+        return None
+
+    def all_heads(self) -> list[Tensor]:
+        """Every parameter above the features once."""
+        return list({id(leaf): leaf for heads in self.heads for leaf in heads}.values())
+
+    def walk_heads(
+        self, roots: Sequence[Root | None], starts: Sequence[Tensor | None]
+    ) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
+        """One pass from every loss to the features and the parameters of its head; no ``.grad`` is touched.
+
+        Returns:
+            Per task, gradients of the features it reached, and of its ``heads``.
+        """
+        present = [task for task, root in enumerate(roots) if root is not None]
+        feature_grads: list[list[Tensor | None]] = [[] for _ in roots]
+        head_grads: list[list[Tensor | None]] = [[] for _ in roots]
+        for task in present:
+            root, start, reached = roots[task], starts[task], self.reached[task]
+            assert root is not None
+            assert start is not None
+            grads = gradients.capture_grads(
+                root,
+                start,
+                [*(self.features[index] for index in reached), *self.heads[task]],
+                retain_graph=self._heads_meet and task != present[-1],
+                keep_sparse=True,
+            )
+            feature_grads[task] = grads[: len(reached)]
+            head_grads[task] = grads[len(reached) :]
+        return feature_grads, head_grads
+
+    def deposit_heads(self, head_grads: Sequence[Sequence[Tensor | None]]) -> None:
+        """Adds every task's gradients of its head to ``.grad``, in one pass, so that what is hooked there runs once."""
+        totals: dict[int, Tensor] = {}
+        for heads, grads in zip(self.heads, head_grads, strict=True):
+            for leaf, grad in zip(heads, grads, strict=True):
+                if grad is not None:
+                    known = totals.get(id(leaf))
+                    totals[id(leaf)] = grad if known is None else known + grad
+        reached = [leaf for leaf in self.all_heads() if id(leaf) in totals]
+        gradients.deposit_grads(reached, [totals[id(leaf)] for leaf in reached])
+
+    def encoder_root(
+        self, task: int, feature_grads: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Where the encoder's pass of ``task`` starts, and with what."""
+        pairs = [
+            (self.features[index], grad)
+            for index, grad in zip(self.reached[task], feature_grads, strict=True)
+            if grad is not None
+        ]
+        return [feature for feature, _ in pairs], [grad for _, grad in pairs]
+
+    def walk_encoder(
+        self, feature_grads: Sequence[Sequence[Tensor | None]]
+    ) -> list[list[Tensor | None]]:
+        """One pass of the encoder per present task; T rows of L gradients, as ``gradients.backward_per_task``.
+
+        To be called with ``.grad`` of the shared parameters set aside.
+        """
+        present = [task for task, reached in enumerate(self.reached) if reached]
+        task_grads: list[list[Tensor | None]] = [[None] * len(self.shared) for _ in feature_grads]
+        for task in present:
+            roots, starts = self.encoder_root(task, feature_grads[task])
+            gradients.run_backward(roots, starts, retain_graph=task != present[-1])
+            task_grads[task] = gradients.take_grads(self.shared)
+            gradients.check_reached(task_grads[task], task)
+        return task_grads
+
+    def obstacle_to_batching(self) -> str | None:
+        """Why a vectorised pass of the encoder would not equal T passes, or would waste most of its work; or None."""
+        present = [set(reached) for reached in self.reached if reached]
+        if len(present) < 2:
+            return "fewer than two tasks are present"
+        if any(parameter._backward_hooks for parameter in self.shared):
+            return "a shared parameter has a hook"
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self.shared):
+            return "a shared parameter has a hook"
+        if any(sum(index in reached for reached in present) < 2 for index in set().union(*present)):
+            return "a task has features of its own"
+        return None
+
+    def walk_encoder_batched(
+        self, feature_grads: Sequence[Sequence[Tensor | None]], *, retain_graph: bool
+    ) -> list[list[Tensor | None]]:
+        """:meth:`walk_encoder` in one vectorised pass; touches no ``.grad``.
+
+        Raises:
+            RuntimeError: some layer cannot be batched.
+        """
+        present = [task for task, reached in enumerate(self.reached) if reached]
+        used = sorted(set().union(*(self.reached[task] for task in present)))
+        features = [self.features[index] for index in used]
+        starts = [self._stacked(index, present, feature_grads) for index in used]
+        rows = gradients.capture_batched(features, starts, self.shared, retain_graph=retain_graph)
+        task_grads: list[list[Tensor | None]] = [[None] * len(self.shared) for _ in feature_grads]
+        for task, row in zip(present, rows, strict=True):
+            task_grads[task] = row
+        gradients.check_reached(rows[0], present[0])
+        return task_grads
+
+    def _stacked(
+        self,
+        index: int,
+        tasks: Sequence[int],
+        feature_grads: Sequence[Sequence[Tensor | None]],
+    ) -> Tensor:
+        """Gradients of one feature for ``tasks``, [K, ...]; zeros where a task does not need it."""
+        found = [
+            dict(zip(self.reached[task], feature_grads[task], strict=True)).get(index)
+            for task in tasks
+        ]
+        zeros = torch.zeros_like(self.features[index]) if any(g is None for g in found) else None
+        return torch.stack([grad if grad is not None else zeros for grad in found])  # type: ignore[misc]
+
+    def weighted_backward(
+        self, roots: Sequence[Root | None], task_weights: Tensor, *, scale: Tensor | None
+    ) -> None:
+        """Like ``gradients.weighted_backward`` with unweighted heads: T heads, and one pass of the encoder."""
+        present = [task for task, reached in enumerate(self.reached) if reached]
+        if not present:
+            return
+        feature_grads, head_grads = self.walk_heads(roots, gradients.starts_of(roots, scale))
+        used = sorted(set().union(*(self.reached[task] for task in present)))
+        weights = task_weights[present]
+        starts = [
+            torch.tensordot(
+                weights.to(self.features[index].dtype),
+                self._stacked(index, present, feature_grads),
+                dims=1,
+            )
+            for index in used
+        ]
+        gradients.run_backward([self.features[index] for index in used], starts, retain_graph=False)
+        self.deposit_heads(head_grads)
