@@ -2,6 +2,8 @@
 //
 // T tasks, L shared parameters of n_l elements each. task_grads: T * L tensors, task-major; one without elements where n_l > 0
 // stands for "no gradient". State is flat [T, padded P]: every parameter's segment is padded to kSegmentAlignment elements.
+// bfloat16 state is rounded stochastically: rounding_seed, the step (num_steps + num_skipped_steps) and the row's task, counted from
+// first_task, say how.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
@@ -16,7 +18,7 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
       "Tensor(l!) ticket, *, "
       "bool sqrt_fisher, float eps, float gradient_momentum, float robust_step_size, int "
       "num_warmup_steps, "
-      "bool relative, float min_weight, float weight_total) -> ()");
+      "bool relative, float min_weight, float weight_total, int rounding_seed=0) -> ()");
   // fused_step_, then combine_ with its weights: one launch of both on CUDA where the gradients stay in the L2 cache.
   m.def(
       "fused_step_combine_(Tensor[] task_grads, Tensor(m!)[] outputs, Tensor param_numels, Tensor "
@@ -29,14 +31,16 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
       "Tensor(l!) ticket, *, "
       "bool sqrt_fisher, float eps, float gradient_momentum, float robust_step_size, int "
       "num_warmup_steps, "
-      "bool relative, float min_weight, float weight_total, bool accumulate) -> ()");
+      "bool relative, float min_weight, float weight_total, bool accumulate, int rounding_seed=0) "
+      "-> ()");
   // The three parts of fused_step_, for streaming and for sums over ranks in between.
   m.def(
       "accumulate_excess_risk_(Tensor[] task_grads, Tensor param_numels, Tensor chunk_map, Tensor? "
       "grad_scale, "
       "Tensor(a!) sq_grad_sum, Tensor(b!) grad_mean, Tensor(c!) excess_risk_sum, Tensor(d!) "
       "ticket, *, "
-      "bool sqrt_fisher, float eps, float gradient_momentum) -> ()");
+      "bool sqrt_fisher, float eps, float gradient_momentum, Tensor? num_steps=None, Tensor? "
+      "num_skipped_steps=None, int rounding_seed=0, int first_task=0) -> ()");
   m.def(
       "update_task_risks_(Tensor excess_risk_sum, int[] tasks, Tensor(a!) excess_risk, "
       "Tensor(b!) relative_excess_risk, Tensor(c!) baseline_excess_risk, Tensor num_steps, "
@@ -55,7 +59,9 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
       "Tensor? grad_scale, "
       "Tensor task_weights, Tensor found_nonfinite, Tensor(b!) sq_grad_sum, Tensor(c!) grad_mean, "
       "*, "
-      "float gradient_momentum, bool accumulate) -> ()");
+      "float gradient_momentum, bool accumulate, Tensor? num_steps=None, Tensor? "
+      "num_skipped_steps=None, "
+      "int rounding_seed=0, int first_task=0) -> ()");
   // Streaming: running_sum (+)= exp(log_weight) * task_grads of one task, kept relative to the largest log-weight so far.
   m.def(
       "fold_(Tensor[] task_grads, Tensor param_numels, Tensor chunk_map, Tensor log_weight, "

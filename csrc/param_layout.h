@@ -148,13 +148,14 @@ inline void check_outputs(const std::vector<Tensor>& outputs, const ParamLayout&
   }
 }
 
-// State rows [R, padded P] in the accumulation type; grad_mean has no columns when momentum is off.
+// State rows [R, padded P] in the accumulation type, or in bfloat16; grad_mean has no columns when momentum is off.
 inline void check_state(const Tensor& sq_grad_sum, const Tensor& grad_mean,
                         const ParamLayout& layout, bool has_momentum) {
   const ScalarType type = sq_grad_sum.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "Expected `sq_grad_sum` of float32 or float64, but got ",
-                  torch::headeronly::toString(type), ".");
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16,
+      "Expected `sq_grad_sum` of float32, float64 or bfloat16, but got ",
+      torch::headeronly::toString(type), ".");
   check_matrix(sq_grad_sum, "sq_grad_sum", sq_grad_sum.dim() == 2 ? sq_grad_sum.size(0) : -1,
                layout.padded_numel());
   check_dtype(grad_mean, "grad_mean", type);
@@ -163,14 +164,15 @@ inline void check_state(const Tensor& sq_grad_sum, const Tensor& grad_mean,
                has_momentum ? layout.padded_numel() : 0);
 }
 
-// float32 state would lose what float64 gradients carry.
+// Narrower state would lose what float64 gradients carry.
 inline void check_state_holds(const TaskGrads& grads, const Tensor& sq_grad_sum) {
   if (sq_grad_sum.scalar_type() == ScalarType::Double) {
     return;
   }
   for (size_t k = 0; k < grads.data.size(); ++k) {
     STD_TORCH_CHECK(grads.data[k] == nullptr || grads.types[k] != kFloat64,
-                    "Expected `sq_grad_sum` of float64 for float64 gradients, but got float32.");
+                    "Expected `sq_grad_sum` of float64 for float64 gradients, but got ",
+                    torch::headeronly::toString(sq_grad_sum.scalar_type()), ".");
   }
 }
 

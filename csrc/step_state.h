@@ -5,12 +5,32 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "checks.h"
 #include "excess_risk_math.h"
 #include "param_layout.h"
 
 namespace excessmtl {
+
+// What the random bits of bfloat16 state are drawn from, as accumulate_excess_risk_ and combine_ receive it.
+struct RoundingSource {
+  int64_t seed = 0;
+  std::optional<Tensor> num_steps;          // [] int64
+  std::optional<Tensor> num_skipped_steps;  // [] int64
+  int64_t first_task = 0;                   // whose row is the first
+};
+
+inline void check_rounding(const RoundingSource& source, const Tensor& sq_grad_sum) {
+  if (sq_grad_sum.scalar_type() == ScalarType::BFloat16) {
+    STD_TORCH_CHECK(
+        source.num_steps.has_value() && source.num_skipped_steps.has_value(),
+        "Expected `num_steps` and `num_skipped_steps` with bfloat16 state: its rounding "
+        "draws from them. Pass those of the state.");
+    check_vector(*source.num_steps, "num_steps", 1, ScalarType::Long, sq_grad_sum);
+    check_vector(*source.num_skipped_steps, "num_skipped_steps", 1, ScalarType::Long, sq_grad_sum);
+  }
+}
 
 // In the order of the schemas. The [T] vectors are float64 unless they say otherwise.
 struct StepTensors {
@@ -28,6 +48,7 @@ struct StepTensors {
   Tensor ticket;             // [1] int32, CUDA only
 
   int64_t num_tasks() const { return sq_grad_sum.size(0); }
+  RoundingSource rounding(int64_t seed) const { return {seed, num_steps, num_skipped_steps, 0}; }
 
   // Each backend's struct of pointers to the vectors and counters.
   template <class TaskState>
@@ -55,6 +76,7 @@ struct StepChoices {
   bool relative;
   double min_weight;
   double weight_total;
+  int64_t rounding_seed;
 
   TaskOptions task_options(const ParamLayout& layout) const {
     const double raw_risk_scale =

@@ -80,6 +80,13 @@ class ExcessMTL(Balancer):
             share of ``num_warmup_steps`` and the momentum count its own turns. A step costs as many
             passes and one more, whatever T is.
         min_weight: Floor f of every weight, mixed in as (1 - T f) a + f; at most 1 / T.
+        state_dtype: None: S and m in float32 (float64 for float64 gradients). ``torch.bfloat16``:
+            half of that memory. Arithmetic stays float32, and what is stored is rounded
+            stochastically, so that sums do not stall: :func:`excessmtl_ext.reference.stochastically_rounded`.
+            Not for float64 gradients, nor with ``process_group``.
+        rounding_seed: With ``state_dtype=torch.bfloat16``: together with the number of the step, the
+            task and the position in the parameters it gives every random bit, so that a run
+            repeats itself, also from a checkpoint.
         nonfinite: See :class:`excessmtl_ext.Balancer`.
         batched: See :class:`excessmtl_ext.Balancer`.
         process_group: Ranks that train together, each with a batch of its own, such as
@@ -93,7 +100,8 @@ class ExcessMTL(Balancer):
 
     Shape:
         task_grads T * L tensors of P elements in all, float16, bfloat16, float32 or float64.
-        task_weights [T], float64, sum 1 (or T). State is float32, or float64 for float64 gradients.
+        task_weights [T], float64, sum 1 (or T). State is float32, float64 for float64 gradients, or
+        ``state_dtype``.
 
     Raises:
         ValueError: an argument is out of range, or the gradients change shape between steps.
@@ -149,6 +157,8 @@ class ExcessMTL(Balancer):
         estimate_from: Literal["parameters"] | Iterable[Tensor] = "parameters",
         tasks_per_step: int | None = None,
         min_weight: float = 0.0,
+        state_dtype: torch.dtype | None = None,
+        rounding_seed: int = 0,
         nonfinite: NonFinite = "skip",
         batched: Batched = False,
         process_group: dist.ProcessGroup | None = None,
@@ -177,6 +187,14 @@ class ExcessMTL(Balancer):
             raise ValueError(
                 f"Expected `min_weight` between 0 and 1 / num_tasks = {1.0 / num_tasks:g}, but got {min_weight}."
             )
+        if state_dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                f"Expected `state_dtype` to be None (float32, or float64 for float64 gradients) or torch.bfloat16, but "
+                f"got {state_dtype}."
+            )
+        check_count("rounding_seed", rounding_seed, 0)
+        self.state_dtype = state_dtype
+        self.rounding_seed = rounding_seed
         self.robust_step_size = float(robust_step_size)
         self.fisher: Fisher = fisher
         self.eps = float(eps)
@@ -197,6 +215,11 @@ class ExcessMTL(Balancer):
         if shared_parameters is not None:
             shared_parameters = checked_parameters(shared_parameters)
         if process_group is not None or model is not None or _is_sharded(shared_parameters):
+            if state_dtype is not None:
+                raise ValueError(
+                    "Expected `state_dtype` to be None with several ranks, each of which keeps its part of the state "
+                    f"in float32, but got {state_dtype}. Leave one of the two out."
+                )
             from excessmtl_ext.distributed import DataParallel
 
             self._data_parallel = DataParallel(
@@ -279,6 +302,7 @@ class ExcessMTL(Balancer):
             relative=self.relative,
             min_weight=self.min_weight,
             weight_total=self.weight_total,
+            rounding_seed=self.rounding_seed,
         )
 
     @property
@@ -294,7 +318,7 @@ class ExcessMTL(Balancer):
         state = functional.init_state(
             self.num_tasks,
             ParamLayout([]) if parallel is None else parallel.state_layout,
-            dtype=torch.float32 if parallel is None else parallel.wire_dtype,
+            dtype=self.state_dtype or torch.float32 if parallel is None else parallel.wire_dtype,
             device=device,
             has_momentum=parallel is not None and self.gradient_momentum > 0,
             weight_total=self.weight_total,
@@ -319,7 +343,19 @@ class ExcessMTL(Balancer):
     ) -> None:
         if self._data_parallel is not None:
             state_dict = self._data_parallel.imported(state_dict, prefix)
+        else:
+            state_dict = self._in_own_type(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _in_own_type(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A state saved with another ``state_dtype`` in this balancer's: widened, or rounded to nearest once."""
+        is_narrow = self.state_dtype is torch.bfloat16
+        own = dict(state_dict)
+        for name in _SIZED_BY_FIRST_STEP:
+            saved = state_dict.get(prefix + name)
+            if saved is not None and (saved.dtype is torch.bfloat16) != is_narrow:
+                own[prefix + name] = saved.bfloat16() if is_narrow else saved.float()
+        return own
 
     def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
         if name not in _SIZED_BY_FIRST_STEP or saved.dim() != 2 or saved.shape[0] != self.num_tasks:
@@ -335,19 +371,23 @@ class ExcessMTL(Balancer):
         device = first.device
         if self.sq_grad_sum.shape[1] == 0:
             layout = self._bound_layout()
-            wide = (
-                torch.float64
-                if any(grad.dtype == torch.float64 for grad in task_grads if grad.numel() > 0)
-                else torch.float32
+            has_float64 = any(
+                grad.dtype == torch.float64 for grad in task_grads if grad.numel() > 0
             )
+            if has_float64 and self.state_dtype is not None:
+                raise ValueError(
+                    f"Expected gradients narrower than float64 with state_dtype={self.state_dtype}, but got float64. "
+                    "Leave `state_dtype` out: float64 gradients get float64 state."
+                )
+            stored = self.state_dtype or (torch.float64 if has_float64 else torch.float32)
             if device != self.task_weights.device:
                 self.to(device)
             columns = layout.padded_numel
-            self.sq_grad_sum = torch.zeros(self.num_tasks, columns, dtype=wide, device=device)
+            self.sq_grad_sum = torch.zeros(self.num_tasks, columns, dtype=stored, device=device)
             self.grad_mean = torch.zeros(
                 self.num_tasks,
                 columns if self.gradient_momentum > 0 else 0,
-                dtype=wide,
+                dtype=stored,
                 device=device,
             )
         elif device != self.sq_grad_sum.device:
@@ -467,6 +507,8 @@ class ExcessMTL(Balancer):
             state.ticket,
             options,
             scale,
+            state=state,
+            first_task=task,
         )
         functional.update_task_risks_(excess_risk_sum, [task], layout, state, options)
         functional.repair_(
@@ -477,6 +519,8 @@ class ExcessMTL(Balancer):
             state.found_nonfinite[row],
             options,
             scale,
+            state=state,
+            first_task=task,
         )
 
     def _stream_task(
@@ -511,6 +555,8 @@ class ExcessMTL(Balancer):
             "estimate_from": self._described_estimate(),
             "tasks_per_step": self.tasks_per_step,
             "min_weight": self.min_weight,
+            "state_dtype": self.state_dtype,
+            "rounding_seed": self.rounding_seed,
             "nonfinite": self.nonfinite,
             "batched": self.batched,
         }

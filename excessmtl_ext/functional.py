@@ -102,6 +102,8 @@ class StepOptions(NamedTuple):
     relative: bool = True
     min_weight: float = 0.0
     weight_total: float = 1.0
+    rounding_seed: int = 0
+    """Of the random bits that round bfloat16 state."""
 
     def raw_risk_scale(self, layout: ParamLayout) -> float:
         """Factor of a risk that is not divided by its baseline: 1 / P for the linear Fisher, else 1."""
@@ -112,7 +114,7 @@ class StepState(NamedTuple):
     """Every tensor that a step changes. All on one device; the [T] vectors are float64 whatever the gradients are."""
 
     sq_grad_sum: Tensor
-    """S [T, padded P], float32, or float64 for float64 gradients."""
+    """S [T, padded P], float32, float64 for float64 gradients, or bfloat16 (rounded stochastically)."""
     grad_mean: Tensor
     """m [T, padded P], like S; [T, 0] without gradient momentum."""
     excess_risk: Tensor
@@ -146,7 +148,8 @@ def init_state(
     Args:
         num_tasks: T, between 1 and ``MAX_TASKS``.
         layout: How the shared parameters lie in the state.
-        dtype: float32, or float64 for float64 gradients.
+        dtype: Of S and m: float32, float64 for float64 gradients, or bfloat16, which a step widens
+            to float32 and rounds stochastically: see :func:`excessmtl_ext.reference.stochastically_rounded`.
         device: Where the gradients will be.
         has_momentum: Whether a running mean of the gradients is kept, of the size of S.
         weight_total: What the weights sum to.
@@ -228,6 +231,21 @@ def _step_keywords(options: StepOptions) -> dict[str, Any]:
         "relative": options.relative,
         "min_weight": options.min_weight,
         "weight_total": options.weight_total,
+        "rounding_seed": options.rounding_seed,
+    }
+
+
+def _rounding_keywords(
+    options: StepOptions, state: StepState | None, first_task: int
+) -> dict[str, Any]:
+    """What rows of bfloat16 state need besides themselves."""
+    if state is None:
+        return {}
+    return {
+        "num_steps": state.num_steps,
+        "num_skipped_steps": state.num_skipped_steps,
+        "rounding_seed": options.rounding_seed,
+        "first_task": first_task,
     }
 
 
@@ -240,6 +258,9 @@ def accumulate_excess_risk_(
     ticket: Tensor,
     options: StepOptions,
     grad_scale: Tensor | None = None,
+    *,
+    state: StepState | None = None,
+    first_task: int = 0,
 ) -> None:
     """First third of :func:`fused_step_`: S and m of R tasks, and their raw risk sums (Eqs. 6-7).
 
@@ -253,6 +274,8 @@ def accumulate_excess_risk_(
         ticket: As in :class:`StepState`.
         options: The choices.
         grad_scale: As in :func:`fused_step_`.
+        state: What the rows are of; only bfloat16 rows need it, whose rounding depends on the step.
+        first_task: The task of the first row.
     """
     _op("accumulate_excess_risk_", sq_grad_sum.device)(
         task_grads,
@@ -266,6 +289,7 @@ def accumulate_excess_risk_(
         sqrt_fisher=options.fisher == "sqrt",
         eps=options.eps,
         gradient_momentum=options.gradient_momentum,
+        **_rounding_keywords(options, state, first_task),
     )
 
 
@@ -361,6 +385,7 @@ def combine_(
         state.grad_mean,
         gradient_momentum=options.gradient_momentum,
         accumulate=accumulate,
+        **_rounding_keywords(options, state, 0),
     )
 
 
@@ -451,6 +476,9 @@ def repair_(
     found_nonfinite: Tensor,
     options: StepOptions,
     grad_scale: Tensor | None = None,
+    *,
+    state: StepState | None = None,
+    first_task: int = 0,
 ) -> None:
     """Takes the gradients of R tasks out of their state again (up to rounding) if any of the R flags is set.
 
@@ -462,6 +490,8 @@ def repair_(
         found_nonfinite: [R] bool.
         options: The choices of the step.
         grad_scale: As in the step.
+        state: As in :func:`accumulate_excess_risk_`.
+        first_task: As there.
     """
     _op("combine_", sq_grad_sum.device)(
         task_grads,
@@ -475,6 +505,7 @@ def repair_(
         grad_mean,
         gradient_momentum=options.gradient_momentum,
         accumulate=False,
+        **_rounding_keywords(options, state, first_task),
     )
 
 

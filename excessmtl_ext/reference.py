@@ -8,6 +8,9 @@ for the other. One line per equation of He et al., "Robust Multi-Task Learning w
 some stands for "no gradient"; a task that has none at all is absent from the step. State is flat,
 [T, padded P]: every parameter's segment is padded to ``SEGMENT_ALIGNMENT`` elements. ``chunk_map``
 and ``ticket`` serve the CUDA kernels only.
+
+S and m may be kept in bfloat16. A step widens them to float32, computes as ever, and rounds what it
+stores by :func:`stochastically_rounded`; risks are of the numbers before they are rounded.
 """
 
 from __future__ import annotations
@@ -62,10 +65,111 @@ def check_task_grads(
             raise RuntimeError(
                 f"Expected `task_grads` of float64, float32, bfloat16 or float16, but got {grad.dtype}."
             )
-        if grad.dtype == torch.float64 and state.dtype == torch.float32 and grad.numel() > 0:
+        if grad.dtype == torch.float64 and state.dtype != torch.float64 and grad.numel() > 0:
             raise RuntimeError(
-                "Expected `sq_grad_sum` of float64 for float64 gradients, but got float32."
+                f"Expected `sq_grad_sum` of float64 for float64 gradients, but got {state.dtype}."
             )
+
+
+_MASK_32 = 0xFFFFFFFF
+_MASK_64 = 0xFFFFFFFFFFFFFFFF
+
+
+def _mixed(z: int) -> int:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014) on 64 bits."""
+    z = (z + 0x9E3779B97F4A7C15) & _MASK_64
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & _MASK_64
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & _MASK_64
+    return z ^ z >> 31
+
+
+def rounding_words(
+    seed: int,
+    step: int,
+    task: int,
+    num_positions: int,
+    *,
+    is_repair: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The 32 random bits of every position of a task's row of the state in one step, as int64 [num_positions].
+
+    A function of its arguments and nothing else. The low 16 bits round S, the high 16 bits m. Two
+    rounds of multiply and xorshift (constants: C. Wellons, hash-prospector) under a 64-bit key.
+
+    Args:
+        seed: The balancer's.
+        step: ``num_steps + num_skipped_steps``, which no two steps share.
+        task: The row.
+        num_positions: Padded P.
+        is_repair: Whether the rounding ends a repair, which has bits of its own.
+        device: Where the bits are wanted.
+    """
+    of_step = _mixed(_mixed(seed & _MASK_64) + step)
+    key = _mixed(of_step + 2 * task + is_repair)
+    position = torch.arange(num_positions, device=device)
+    word = position & _MASK_32 ^ ((key & _MASK_32) + (position >> 32) * 0x9E3779B9 & _MASK_32)
+    word = (word ^ word >> 16) * 0x7FEB352D & _MASK_32
+    word ^= key >> 32
+    word = (word ^ word >> 15) * 0x846CA68B & _MASK_32
+    return word ^ word >> 16
+
+
+def stochastically_rounded(values: Tensor, random_16_bits: Tensor) -> Tensor:
+    r"""Rounds float32 to bfloat16 so that the mean over the random bits is the number itself.
+
+    .. math:: P(\text{round}(x) = x_+) = \frac{x - x_-}{x_+ - x_-}, \qquad \mathrm E[\text{round}(x)] = x
+
+    with the bfloat16 neighbours :math:`x_- \le x < x_+` of x. Exact, since a float32 lies a whole number of 65,536ths
+    between its neighbours. From the largest finite bfloat16 (3.39e38) on it cuts off, so that
+    nothing finite becomes infinite; infinities and NaN stay.
+
+    Args:
+        values: float32.
+        random_16_bits: int64, uniform on 0 to 65,535.
+    """
+    bits = values.float().view(torch.int32).long() & _MASK_32
+    magnitude = bits & 0x7FFFFFFF
+    rounded = torch.where(magnitude < 0x7F7F0000, bits + random_16_bits, bits)
+    rounded = torch.where(magnitude > 0x7F800000, rounded | 0x00400000, rounded)
+    return (rounded >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _row_words(
+    state: Tensor,
+    task: int,
+    param_numels: Tensor,
+    seed: int,
+    num_steps: Tensor | None,
+    num_skipped_steps: Tensor | None,
+    *,
+    is_repair: bool,
+) -> Iterator[Tensor | None]:
+    """Yields each parameter's random bits [n_l] where the state is bfloat16, else None."""
+    if state.dtype != torch.bfloat16:
+        return iter([None] * param_numels.numel())
+    assert num_steps is not None and num_skipped_steps is not None
+    step = int(num_steps) + int(num_skipped_steps)
+    words = rounding_words(
+        seed, step, task, state.shape[1], is_repair=is_repair, device=state.device
+    )
+    return segments(words, param_numels)
+
+
+def _store(segment: Tensor, values: Tensor, random_16_bits: Tensor | None) -> None:
+    segment.copy_(
+        values if random_16_bits is None else stochastically_rounded(values, random_16_bits)
+    )
+
+
+def _check_rounding(
+    state: Tensor, num_steps: Tensor | None, num_skipped_steps: Tensor | None
+) -> None:
+    if state.dtype == torch.bfloat16 and (num_steps is None or num_skipped_steps is None):
+        raise RuntimeError(
+            "Expected `num_steps` and `num_skipped_steps` with bfloat16 state: its rounding draws from them. Pass "
+            "those of the state."
+        )
 
 
 def _present_tasks(task_grads: Sequence[Tensor], num_tasks: int, num_tensors: int) -> list[int]:
@@ -102,6 +206,7 @@ def fused_step_(
     relative: bool,
     min_weight: float,
     weight_total: float,
+    rounding_seed: int = 0,
 ) -> None:
     """One step: Fisher diagonal, excess risks, baseline, weights. A non-finite step changes only S and m."""
     num_tasks = task_weights.numel()
@@ -122,6 +227,9 @@ def fused_step_(
         sqrt_fisher=sqrt_fisher,
         eps=eps,
         gradient_momentum=gradient_momentum,
+        num_steps=num_steps,
+        num_skipped_steps=num_skipped_steps,
+        rounding_seed=rounding_seed,
     )
     update_task_risks_(
         excess_risk_sum,
@@ -165,15 +273,22 @@ def accumulate_excess_risk_(
     sqrt_fisher: bool,
     eps: float,
     gradient_momentum: float,
+    num_steps: Tensor | None = None,
+    num_skipped_steps: Tensor | None = None,
+    rounding_seed: int = 0,
+    first_task: int = 0,
 ) -> None:
     r"""Adds squared gradients to the Fisher diagonal (Eq. 7) and sums each present task's excess risk (Eq. 6).
 
     .. math:: S \leftarrow S + g^2, \quad m \leftarrow b m + (1 - b) g, \quad \textstyle\sum_j n_j^2 / h(S_j)
 
-    with n = m under momentum b, else g, and h(S) = sqrt(S + eps) or S + eps.
+    with n = m under momentum b, else g, and h(S) = sqrt(S + eps) or S + eps. The last four
+    arguments are for bfloat16 state; row r of it is of task ``first_task + r``.
     """
     check_task_grads(task_grads, param_numels, sq_grad_sum.shape[0], sq_grad_sum)
-    largest = torch.finfo(sq_grad_sum.dtype).max
+    _check_rounding(sq_grad_sum, num_steps, num_skipped_steps)
+    wide = torch.promote_types(sq_grad_sum.dtype, torch.float32)
+    largest = torch.finfo(wide).max
     num_tensors = param_numels.numel()
     for task in _present_tasks(task_grads, sq_grad_sum.shape[0], num_tensors):
         grads = _task_grads_of(task_grads, task, num_tensors)
@@ -183,25 +298,34 @@ def accumulate_excess_risk_(
             if gradient_momentum > 0
             else [None] * num_tensors
         )
+        words = _row_words(
+            sq_grad_sum,
+            first_task + task,
+            param_numels,
+            rounding_seed,
+            num_steps,
+            num_skipped_steps,
+            is_repair=False,
+        )
         risk = torch.zeros((), dtype=torch.float64, device=sq_grad_sum.device)
-        for grad, sq_sum, mean in zip(grads, sums, means, strict=True):
+        for grad, sq_sum, mean, word in zip(grads, sums, means, words, strict=True):
             if grad.numel() == 0:
                 continue
-            g = grad.reshape(-1).to(sq_grad_sum.dtype)
+            g = grad.reshape(-1).to(wide)
             if grad_scale is not None:
                 g = g * grad_scale.to(g).reciprocal()
             sq = g * g
             is_finite = sq.isfinite()
-            sq_sum.copy_((sq_sum + sq.where(is_finite, 0.0)).clamp(max=largest))
+            total = (sq_sum.to(wide) + sq.where(is_finite, 0.0)).clamp(max=largest)
+            _store(sq_sum, total, None if word is None else word & 0xFFFF)
             numerator = sq
             if mean is not None:
-                mean.copy_(
-                    torch.where(
-                        is_finite, mean * gradient_momentum + g * (1 - gradient_momentum), mean
-                    )
-                )
-                numerator = mean * mean + (sq - sq)  # 0, or NaN where the square is not finite
-            fisher = sq_sum + eps
+                before = mean.to(wide)
+                moved = before * gradient_momentum + g * (1 - gradient_momentum)
+                moved = torch.where(is_finite, moved, before)
+                _store(mean, moved, None if word is None else word >> 16)
+                numerator = moved * moved + (sq - sq)  # 0, or NaN where the square is not finite
+            fisher = total + eps
             risk += (numerator / (fisher.sqrt() if sqrt_fisher else fisher)).sum(
                 dtype=torch.float64
             )
@@ -291,13 +415,36 @@ def combine_(
     *,
     gradient_momentum: float,
     accumulate: bool,
+    num_steps: Tensor | None = None,
+    num_skipped_steps: Tensor | None = None,
+    rounding_seed: int = 0,
+    first_task: int = 0,
 ) -> None:
     r"""Writes (or adds) :math:`\sum_i \alpha_i g_i`; after a non-finite step repairs S and m and writes NaN."""
     num_tasks, num_tensors = task_weights.numel(), param_numels.numel()
+    _check_rounding(sq_grad_sum, num_steps, num_skipped_steps)
     if bool(found_nonfinite.any()):
         if sq_grad_sum.numel() > 0:
+            words = [
+                _row_words(
+                    sq_grad_sum,
+                    first_task + task,
+                    param_numels,
+                    rounding_seed,
+                    num_steps,
+                    num_skipped_steps,
+                    is_repair=True,
+                )
+                for task in range(num_tasks)
+            ]
             _repair_state(
-                task_grads, param_numels, grad_scale, sq_grad_sum, grad_mean, gradient_momentum
+                task_grads,
+                param_numels,
+                grad_scale,
+                sq_grad_sum,
+                grad_mean,
+                gradient_momentum,
+                words,
             )
         for output in outputs:
             output.fill_(float("nan"))
@@ -344,6 +491,7 @@ def fused_step_combine_(
     min_weight: float,
     weight_total: float,
     accumulate: bool,
+    rounding_seed: int = 0,
 ) -> None:
     """One step, then the weighted sum of its gradients under the new weights (Algorithm 1)."""
     fused_step_(
@@ -371,6 +519,7 @@ def fused_step_combine_(
         relative=relative,
         min_weight=min_weight,
         weight_total=weight_total,
+        rounding_seed=rounding_seed,
     )
     combine_(
         task_grads,
@@ -384,6 +533,9 @@ def fused_step_combine_(
         grad_mean,
         gradient_momentum=gradient_momentum,
         accumulate=accumulate,
+        num_steps=num_steps,
+        num_skipped_steps=num_skipped_steps,
+        rounding_seed=rounding_seed,
     )
 
 
@@ -394,9 +546,11 @@ def _repair_state(
     sq_grad_sum: Tensor,
     grad_mean: Tensor,
     gradient_momentum: float,
+    words: Sequence[Iterator[Tensor | None]],
 ) -> None:
     """Takes the finite squares of a skipped step out of S again, and the gradients out of m: exact up to rounding."""
     num_tensors = param_numels.numel()
+    wide = torch.promote_types(sq_grad_sum.dtype, torch.float32)
     for task in range(sq_grad_sum.shape[0]):
         grads = _task_grads_of(task_grads, task, num_tensors)
         sums = segments(sq_grad_sum[task], param_numels)
@@ -405,17 +559,21 @@ def _repair_state(
             if gradient_momentum > 0
             else [None] * num_tensors
         )
-        for grad, sq_sum, mean in zip(grads, sums, means, strict=True):
+        for grad, sq_sum, mean, word in zip(grads, sums, means, words[task], strict=True):
             if grad.numel() == 0:
                 continue
-            g = grad.reshape(-1).to(sq_grad_sum.dtype)
+            g = grad.reshape(-1).to(wide)
             if grad_scale is not None:
                 g = g * grad_scale.to(g).reciprocal()
             sq = g * g
-            sq_sum.copy_(torch.where(sq.isfinite(), (sq_sum - sq).clamp(min=0.0), sq_sum))
+            total = sq_sum.to(wide)
+            total = torch.where(sq.isfinite(), (total - sq).clamp(min=0.0), total)
+            _store(sq_sum, total, None if word is None else word & 0xFFFF)
             if mean is not None:
-                before = (mean - g * (1 - gradient_momentum)) / gradient_momentum
-                mean.copy_(torch.where(sq.isfinite(), before, mean))
+                moved = mean.to(wide)
+                before = (moved - g * (1 - gradient_momentum)) / gradient_momentum
+                before = torch.where(sq.isfinite(), before, moved)
+                _store(mean, before, None if word is None else word >> 16)
 
 
 def fold_(

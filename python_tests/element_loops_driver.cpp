@@ -148,24 +148,50 @@ Grads random_grads(Type type, int64_t n, Content content, std::mt19937_64& rando
   return grads;
 }
 
+template <typename state_t>
+state_t stored_as(double value) {
+  if constexpr (sizeof(state_t) == 2) {
+    return nearest_bfloat16(value);
+  } else {
+    return static_cast<state_t>(value);
+  }
+}
+
 // State as the ops keep it: padded, with junk in the padding that must not reach any sum.
-template <typename acc_t>
-std::vector<acc_t> random_state(int64_t n, bool is_signed, std::mt19937_64& random) {
+template <typename state_t>
+std::vector<state_t> random_state(int64_t n, bool is_signed, std::mt19937_64& random) {
   std::normal_distribution<double> normal;
-  std::vector<acc_t> state(static_cast<size_t>((n + kPadding - 1) / kPadding * kPadding),
-                           acc_t(1e3));
+  std::vector<state_t> state(static_cast<size_t>((n + kPadding - 1) / kPadding * kPadding),
+                             stored_as<state_t>(1e3));
   for (int64_t k = 0; k < n; ++k) {
     const double value = k % 7 == 0 ? 0.0 : normal(random);
-    state[static_cast<size_t>(k)] = static_cast<acc_t>(is_signed ? value : value * value);
+    state[static_cast<size_t>(k)] = stored_as<state_t>(is_signed ? value : value * value);
   }
   return state;
 }
 
-template <typename acc_t>
-void check_accumulate_and_repair(const ElementLoops<acc_t>& loops, const char* name, Type type,
+template <typename state_t>
+std::vector<double> values_of(const std::vector<state_t>& state) {
+  std::vector<double> values;
+  for (const state_t element : state) {
+    if constexpr (sizeof(state_t) == 2) {
+      values.push_back(value_of_bfloat16(element));
+    } else {
+      values.push_back(element);
+    }
+  }
+  return values;
+}
+
+template <typename state_t>
+void check_accumulate_and_repair(const StateLoops<state_t>& loops, const char* name, Type type,
                                  bool sqrt_fisher, bool has_momentum, Content content,
                                  std::mt19937_64& random) {
+  using acc_t = Accumulation<state_t>;
+  constexpr bool kIsRounded = sizeof(state_t) == 2;
   constexpr double kUnit = std::numeric_limits<acc_t>::epsilon();  // one rounding is half of it
+  // To one of two neighbours: off by less than the distance between them, 2^-7 of the number.
+  constexpr double kStoredUnit = kIsRounded ? 0x1p-7 : kUnit;
   constexpr double kLargest = std::numeric_limits<acc_t>::max();
   constexpr double kSmallest =
       std::numeric_limits<acc_t>::min();  // results below it have fewer digits, or none
@@ -173,7 +199,9 @@ void check_accumulate_and_repair(const ElementLoops<acc_t>& loops, const char* n
   const double scale = content == kExtreme ? 1.0 : 3.0;
   const ElementOptions<acc_t> options = make_element_options<acc_t>(1e-7, momentum, scale);
   const std::string what = std::string(name) +
-                           (sizeof(acc_t) == 4 ? ", float32 state, " : ", float64 state, ") +
+                           (kIsRounded           ? ", bfloat16 state, "
+                            : sizeof(acc_t) == 4 ? ", float32 state, "
+                                                 : ", float64 state, ") +
                            kTypeNames[type] + (sqrt_fisher ? ", sqrt" : ", linear") +
                            (has_momentum ? ", momentum" : "") +
                            (content == kNonFinite ? ", not finite"
@@ -181,19 +209,24 @@ void check_accumulate_and_repair(const ElementLoops<acc_t>& loops, const char* n
                                                   : "");
   for (const int64_t n : kSizes) {
     const Grads grads = random_grads(type, n, content, random);
-    std::vector<acc_t> sums = random_state<acc_t>(n, false, random);
-    std::vector<acc_t> means = random_state<acc_t>(n, true, random);
+    const SliceRounding rounding = {rounding_key(7, n, 1, RoundingUse::kAccumulate), 0};
+    std::vector<state_t> stored_sums = random_state<state_t>(n, false, random);
+    std::vector<state_t> stored_means = random_state<state_t>(n, true, random);
     for (size_t at = 3; content == kExtreme && at < static_cast<size_t>(n); at += 5) {
-      sums[at] =
-          std::numeric_limits<acc_t>::max();  // full: it stays there, and no infinity divides
+      // Full: it stays there, and no infinity divides.
+      stored_sums[at] = stored_as<state_t>(std::numeric_limits<acc_t>::max());
     }
-    const std::vector<acc_t> sums_before = sums;
-    const std::vector<acc_t> means_before = means;
+    const std::vector<double> sums_before = values_of(stored_sums);
+    const std::vector<double> means_before = values_of(stored_means);
     const double risk = loops.accumulate[type][sqrt_fisher][has_momentum](
-        grads.data(), sums.data(), has_momentum ? means.data() : nullptr, n, options);
+        grads.data(), stored_sums.data(), has_momentum ? stored_means.data() : nullptr, n, options,
+        rounding);
+    const std::vector<double> sums = values_of(stored_sums);
+    const std::vector<double> means = values_of(stored_means);
 
     long double exact_risk =
         0.0;  // thousands of roundings in double would be the larger error of the two
+    double cancelled_risk = 0.0;
     bool is_finite = true;
     for (int64_t k = 0; k < n; ++k) {
       const size_t at = static_cast<size_t>(k);
@@ -203,25 +236,29 @@ void check_accumulate_and_repair(const ElementLoops<acc_t>& loops, const char* n
           static_cast<acc_t>(grad) * static_cast<acc_t>(grad) <= std::numeric_limits<acc_t>::max();
       const double sq_grad = is_counted ? grad * grad : 0.0;
       const double sum = std::fmin(sums_before[at] + sq_grad, kLargest);
-      expect_near(sums[at], sum, 4 * kUnit * sum + kSmallest, what + ", sq_grad_sum", n, k);
+      expect_near(sums[at], sum, 4 * kStoredUnit * sum + kSmallest, what + ", sq_grad_sum", n, k);
       double numerator = sq_grad;
       if (has_momentum) {
         const double kept = momentum * means_before[at];
         const double added = (1.0 - momentum) * grad;
         const double mean = is_counted ? kept + added : means_before[at];
         const double magnitude = is_counted ? std::fabs(kept) + std::fabs(added) : 0.0;
-        expect_near(means[at], mean, 4 * kUnit * magnitude + kSmallest, what + ", grad_mean", n, k);
-        numerator = static_cast<double>(means[at]) *
-                    means[at];  // as rounded: a mean near 0 has no digits to compare
+        expect_near(means[at], mean, 4 * kStoredUnit * magnitude + kSmallest, what + ", grad_mean",
+                    n, k);
+        // As rounded to float: a mean near 0 has no digits to compare. bfloat16 rounds after the risk is known.
+        numerator = kIsRounded ? mean * mean : means[at] * means[at];
+        cancelled_risk +=
+            8 * kUnit * magnitude * magnitude / (sqrt_fisher ? std::sqrt(sum + 1e-7) : sum + 1e-7);
       }
-      const double fisher = sums[at] + 1e-7;
+      const double fisher = (kIsRounded ? sum : sums[at]) + 1e-7;
       exact_risk += numerator / (sqrt_fisher ? std::sqrt(fisher) : fisher);
       is_finite &= is_counted;
     }
     const double expected_risk = static_cast<double>(exact_risk);
     // The shares are positive: the sum is as exact as they are, but for up to 512 additions per lane, whose errors wander.
-    const double tolerance =
-        (n <= 129 ? 16 : 64) * kUnit * expected_risk + static_cast<double>(n) * kSmallest * 1e4;
+    const double tolerance = (n <= 129 ? 16 : 64) * kUnit * expected_risk +
+                             static_cast<double>(n) * kSmallest * 1e4 +
+                             (kIsRounded ? cancelled_risk : 0.0);
     if (is_finite) {
       expect_near(risk, expected_risk, tolerance, what + ", excess risk", n, -1);
     } else {
@@ -232,24 +269,63 @@ void check_accumulate_and_repair(const ElementLoops<acc_t>& loops, const char* n
     if (content == kExtreme) {
       continue;  // what a sum has lost to rounding or to its ceiling no repair brings back
     }
-    std::vector<acc_t> repaired = sums;
-    loops.repair[type][has_momentum](grads.data(), repaired.data(),
-                                     has_momentum ? means.data() : nullptr, n, options);
+    loops.repair[type][has_momentum](grads.data(), stored_sums.data(),
+                                     has_momentum ? stored_means.data() : nullptr, n, options,
+                                     rounding);
+    const std::vector<double> repaired = values_of(stored_sums);
+    const std::vector<double> repaired_means = values_of(stored_means);
     for (int64_t k = 0; k < n; ++k) {
       const size_t at = static_cast<size_t>(k);
-      expect_near(repaired[at], sums_before[at], 4 * kUnit * sums[at],
+      expect_near(repaired[at], sums_before[at], 4 * kStoredUnit * sums[at],
                   what + ", repaired sq_grad_sum", n, k);
       const double grad = grads.value(k) / scale;
       const double size =
           std::fabs(means_before[at]) + (std::isfinite(grad) ? std::fabs(grad) : 0.0);
-      expect_near(means[at], means_before[at], 8 * kUnit * size, what + ", repaired grad_mean", n,
-                  k);
+      expect_near(repaired_means[at], means_before[at], 8 * kStoredUnit * size,
+                  what + ", repaired grad_mean", n, k);
+    }
+  }
+}
+
+// Gradients and momentum with so few digits that float32 rounds at most once: every bit of the state is known.
+void check_rounding(const StateLoops<BFloat16Bits>& loops, const char* name,
+                    std::mt19937_64& random) {
+  const auto options = make_element_options<float>(1e-7, 0.5, 1.0);
+  const std::string what = std::string(name) + ", rounding to bfloat16";
+  for (const int64_t n : kSizes) {
+    for (const uint32_t position : {0U, 96U, 0xffffff00U}) {
+      const SliceRounding rounding = {rounding_key(3, 1000, 2, RoundingUse::kRepair), position};
+      const Grads grads = random_grads(kBFloat16, n, kOrdinary, random);
+      std::vector<BFloat16Bits> sums = random_state<BFloat16Bits>(n, false, random);
+      std::vector<BFloat16Bits> means = random_state<BFloat16Bits>(n, true, random);
+      const std::vector<double> sums_before = values_of(sums);
+      const std::vector<double> means_before = values_of(means);
+      loops.accumulate[kBFloat16][1][1](grads.data(), sums.data(), means.data(), n, options,
+                                        rounding);
+      for (int64_t k = 0; k < n; ++k) {
+        const size_t at = static_cast<size_t>(k);
+        const double grad = grads.value(k);
+        const uint32_t word = rounding_words(position + static_cast<uint32_t>(k), rounding.key);
+        const auto rounded = [](double value, uint32_t random_16_bits) {
+          const float exact = static_cast<float>(value);
+          uint32_t bits;
+          std::memcpy(&bits, &exact, sizeof bits);
+          return value_of_bfloat16(
+              static_cast<uint16_t>(rounded_to_bfloat16(bits, random_16_bits)));
+        };
+        expect_near(value_of_bfloat16(sums[at]),
+                    rounded(sums_before[at] + grad * grad, word & 0xffffU), 0.0,
+                    what + ", sq_grad_sum", n, k);
+        expect_near(value_of_bfloat16(means[at]),
+                    rounded(0.5 * means_before[at] + 0.5 * grad, word >> 16), 0.0,
+                    what + ", grad_mean", n, k);
+      }
     }
   }
 }
 
 template <typename acc_t>
-void check_fold(const ElementLoops<acc_t>& loops, const char* name, Type type,
+void check_fold(const FoldLoops<acc_t>& loops, const char* name, Type type,
                 std::mt19937_64& random) {
   constexpr double kUnit = std::numeric_limits<acc_t>::epsilon();
   const std::string what = std::string(name) + ", fold of " + kTypeNames[type];
@@ -281,11 +357,12 @@ void check_fold(const ElementLoops<acc_t>& loops, const char* name, Type type,
   }
 }
 
-template <typename acc_t>
-void check_loops(const ElementLoops<acc_t>& loops, const char* name) {
+template <typename state_t>
+void check_loops(const StateLoops<state_t>& loops, const FoldLoops<Accumulation<state_t>>& folds,
+                 const char* name) {
   std::mt19937_64 random(0);
   for (const Type type : {kFloat64, kFloat32, kBFloat16, kFloat16}) {
-    if (type == kFloat64 && sizeof(acc_t) == 4) {
+    if (type == kFloat64 && sizeof(state_t) < 8) {
       continue;  // such gradients get float64 state
     }
     for (const bool sqrt_fisher : {false, true}) {
@@ -296,7 +373,7 @@ void check_loops(const ElementLoops<acc_t>& loops, const char* name) {
         }
       }
     }
-    check_fold(loops, name, type, random);
+    check_fold(folds, name, type, random);
   }
 }
 
@@ -331,8 +408,11 @@ int main() {
     }
     num_values = 0;
     num_faults = 0;
-    check_loops(*capability->float_loops, capability->name);
-    check_loops(*capability->double_loops, capability->name);
+    check_loops(*capability->float_state, *capability->float_fold, capability->name);
+    check_loops(*capability->double_state, *capability->double_fold, capability->name);
+    check_loops(*capability->bfloat16_state, *capability->float_fold, capability->name);
+    std::mt19937_64 random(1);
+    check_rounding(*capability->bfloat16_state, capability->name, random);
     std::printf("%s: %lld of %lld values off\n", capability->name,
                 static_cast<long long>(num_faults), static_cast<long long>(num_values));
     if (num_faults != 0) {

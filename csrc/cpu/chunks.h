@@ -91,12 +91,23 @@ inline const Capability& capability() {
   return *chosen;
 }
 
-template <typename acc_t>
-const ElementLoops<acc_t>& element_loops() {
-  if constexpr (sizeof(acc_t) == sizeof(float)) {
-    return *capability().float_loops;
+template <typename state_t>
+const StateLoops<state_t>& state_loops() {
+  if constexpr (sizeof(state_t) == sizeof(double)) {
+    return *capability().double_state;
+  } else if constexpr (sizeof(state_t) == sizeof(float)) {
+    return *capability().float_state;
   } else {
-    return *capability().double_loops;
+    return *capability().bfloat16_state;
+  }
+}
+
+template <typename acc_t>
+const FoldLoops<acc_t>& fold_loops() {
+  if constexpr (sizeof(acc_t) == sizeof(double)) {
+    return *capability().double_fold;
+  } else {
+    return *capability().float_fold;
   }
 }
 

@@ -85,7 +85,7 @@ template <typename acc_t>
 void combine(const TaskGrads& grads, const ParamLayout& layout,
              const std::vector<void*>& output_data, const std::vector<GradType>& output_types,
              const double* task_weights, bool accumulate) {
-  const ElementLoops<acc_t>& loops = element_loops<acc_t>();
+  const FoldLoops<acc_t>& loops = fold_loops<acc_t>();
   for_each_item(
       num_chunks(layout), grads.num_tasks() * std::min(layout.padded_numel(), kChunkNumel),
       [&](int64_t chunk) {
@@ -120,17 +120,19 @@ void combine(const TaskGrads& grads, const ParamLayout& layout,
       });
 }
 
-template <typename acc_t>
+template <typename state_t>
 void repair(const TaskGrads& grads, const ParamLayout& layout, const Tensor& sq_grad_sum,
-            const Tensor& grad_mean, const ElementOptions<acc_t>& options) {
-  const ElementLoops<acc_t>& loops = element_loops<acc_t>();
-  const bool has_momentum = options.momentum > acc_t(0);
+            const Tensor& grad_mean, const ElementOptions<Accumulation<state_t>>& options,
+            const StepRounding& rounding) {
+  const StateLoops<state_t>& loops = state_loops<state_t>();
+  const bool has_momentum = options.momentum > 0;
   const int64_t stride = layout.padded_numel();
   const int64_t chunks = num_chunks(layout);
-  acc_t* sums = sq_grad_sum.mutable_data_ptr<acc_t>();
-  acc_t* means = has_momentum ? grad_mean.mutable_data_ptr<acc_t>() : nullptr;
+  state_t* sums = rows_of<state_t>(sq_grad_sum);
+  state_t* means = has_momentum ? rows_of<state_t>(grad_mean) : nullptr;
   for_each_item(grads.num_tasks() * chunks, std::min(stride, kChunkNumel), [&](int64_t item) {
     const int64_t task = item / chunks;
+    const RoundingKey key = row_key(rounding, task, RoundingUse::kRepair);
     for_each_slice(layout, item % chunks,
                    [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
                      const int64_t k = task * layout.num_tensors() + segment;
@@ -138,7 +140,8 @@ void repair(const TaskGrads& grads, const ParamLayout& layout, const Tensor& sq_
                        const int64_t at = task * stride + position;
                        loops.repair[grads.types[k]][has_momentum](
                            advanced(grads.data[k], grads.types[k], in_segment), sums + at,
-                           has_momentum ? means + at : nullptr, count, options);
+                           has_momentum ? means + at : nullptr, count, options,
+                           slice_rounding(key, position));
                      }
                    });
   });
@@ -147,19 +150,24 @@ void repair(const TaskGrads& grads, const ParamLayout& layout, const Tensor& sq_
 void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels,
                 Tensor /*chunk_map*/, std::optional<Tensor> grad_scale, Tensor task_weights,
                 Tensor found_nonfinite, Tensor sq_grad_sum, Tensor grad_mean,
-                double gradient_momentum, bool accumulate) {
+                double gradient_momentum, bool accumulate, std::optional<Tensor> num_steps,
+                std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
+                int64_t first_task) {
   const ParamLayout layout = read_param_layout(param_numels);
   const int64_t num_tasks = task_weights.numel();
   check_num_tasks(num_tasks);
   check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, task_weights);
   check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, task_weights);
   check_element_options(1.0, gradient_momentum);
+  const RoundingSource rounding = {rounding_seed, std::move(num_steps),
+                                   std::move(num_skipped_steps), first_task};
   const bool has_state = sq_grad_sum.numel() > 0;
   if (has_state) {
     check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
     STD_TORCH_CHECK(sq_grad_sum.size(0) == num_tasks, "Expected `sq_grad_sum` to have ", num_tasks,
                     " rows, but got ", sq_grad_sum.size(0), ".");
     check_same_device(sq_grad_sum, "sq_grad_sum", task_weights);
+    check_rounding(rounding, sq_grad_sum);
   }
   const double scale = read_grad_scale(grad_scale);
   const TaskGrads grads = read_task_grads(std::move(task_grads), layout, num_tasks, task_weights);
@@ -168,14 +176,15 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   }
   check_outputs(outputs, layout, task_weights);
   run_combine(grads, layout, scale,
-              {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum}, outputs,
-              accumulate);
+              {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum,
+               has_state ? read_rounding(rounding, sq_grad_sum) : StepRounding{}},
+              outputs, accumulate);
 }
 
 template <typename acc_t>
 void fold(const TaskGrads& grads, const ParamLayout& layout, Tensor& running_sum,
           const FoldFactors& factors) {
-  const ElementLoops<acc_t>& loops = element_loops<acc_t>();
+  const FoldLoops<acc_t>& loops = fold_loops<acc_t>();
   acc_t* sums = running_sum.mutable_data_ptr<acc_t>();
   const acc_t keep = static_cast<acc_t>(factors.keep);
   const acc_t add = static_cast<acc_t>(factors.add);
@@ -223,13 +232,14 @@ void run_combine(const TaskGrads& grads, const ParamLayout& layout, double grad_
                  const CombineState& state, const std::vector<Tensor>& outputs, bool accumulate) {
   const bool* flags = state.found_nonfinite.const_data_ptr<bool>();
   if (std::find(flags, flags + grads.num_tasks(), true) != flags + grads.num_tasks()) {
-    const bool has_state = state.sq_grad_sum.numel() > 0;
-    if (has_state && state.sq_grad_sum.scalar_type() == ScalarType::Double) {
-      repair(grads, layout, state.sq_grad_sum, state.grad_mean,
-             make_element_options<double>(1.0, state.gradient_momentum, grad_scale));
-    } else if (has_state) {
-      repair(grads, layout, state.sq_grad_sum, state.grad_mean,
-             make_element_options<float>(1.0, state.gradient_momentum, grad_scale));
+    if (state.sq_grad_sum.numel() > 0) {
+      with_state_type(state.sq_grad_sum, [&](auto zero) {
+        using state_t = decltype(zero);
+        repair<state_t>(
+            grads, layout, state.sq_grad_sum, state.grad_mean,
+            make_element_options<Accumulation<state_t>>(1.0, state.gradient_momentum, grad_scale),
+            state.rounding);
+      });
     }
     for (Tensor output : outputs) {
       torch::stable::fill_(output, std::numeric_limits<double>::quiet_NaN());

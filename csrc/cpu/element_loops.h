@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../excess_risk_math.h"
+#include "../stochastic_rounding.h"
 
 namespace excessmtl::cpu {
 
@@ -15,26 +16,35 @@ constexpr int kNumElementTypes = 4;
 
 // One row of functions per gradient type. n may be any number; pointers need no alignment. State (and the sum of fold) must be
 // readable and writable up to the next multiple of kSegmentAlignment elements: the last vector is moved whole.
-template <typename acc_t>
-struct ElementLoops {
+template <typename state_t>
+struct StateLoops {
+  using Options = ElementOptions<Accumulation<state_t>>;
   // Adds n coordinates to the state and returns their share of the excess risk. grad_mean is not read without momentum.
-  using Accumulate = double (*)(const void* grad, acc_t* sq_grad_sum, acc_t* grad_mean, int64_t n,
-                                const ElementOptions<acc_t>& options);
+  using Accumulate = double (*)(const void* grad, state_t* sq_grad_sum, state_t* grad_mean,
+                                int64_t n, const Options& options, const SliceRounding& rounding);
   // Takes n coordinates back out of the state.
-  using Repair = void (*)(const void* grad, acc_t* sq_grad_sum, acc_t* grad_mean, int64_t n,
-                          const ElementOptions<acc_t>& options);
-  // sum <- keep * sum + add * grad, without FMA-dependent reordering across elements.
-  using Fold = void (*)(const void* grad, acc_t keep, acc_t add, acc_t* sum, int64_t n);
+  using Repair = void (*)(const void* grad, state_t* sq_grad_sum, state_t* grad_mean, int64_t n,
+                          const Options& options, const SliceRounding& rounding);
 
   Accumulate accumulate[kNumElementTypes][2][2];  // [type][sqrt_fisher][has_momentum]
   Repair repair[kNumElementTypes][2];             // [type][has_momentum]
+};
+
+template <typename acc_t>
+struct FoldLoops {
+  // sum <- keep * sum + add * grad, without FMA-dependent reordering across elements.
+  using Fold = void (*)(const void* grad, acc_t keep, acc_t add, acc_t* sum, int64_t n);
+
   Fold fold[kNumElementTypes];
 };
 
 struct Capability {
   const char* name;
-  const ElementLoops<float>* float_loops;
-  const ElementLoops<double>* double_loops;
+  const StateLoops<float>* float_state;
+  const StateLoops<double>* double_state;
+  const StateLoops<BFloat16Bits>* bfloat16_state;
+  const FoldLoops<float>* float_fold;
+  const FoldLoops<double>* double_fold;
 };
 
 // Each is null in a build whose target has no such instruction set.

@@ -17,7 +17,9 @@ namespace excessmtl::cpu {
 
 const Capability* avx2_capability() {
 #if defined(ISA_AVX2)
-  static constexpr Capability capability = {"avx2", &kFloatLoops, &kDoubleLoops};
+  static constexpr Capability capability = {
+      "avx2",           &kFloatStateLoops, &kDoubleStateLoops, &kBFloat16StateLoops,
+      &kFloatFoldLoops, &kDoubleFoldLoops};
   return &capability;
 #else
   return nullptr;

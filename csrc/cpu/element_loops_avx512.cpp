@@ -18,7 +18,9 @@ namespace excessmtl::cpu {
 
 const Capability* avx512_capability() {
 #if defined(ISA_AVX512)
-  static constexpr Capability capability = {"avx512", &kFloatLoops, &kDoubleLoops};
+  static constexpr Capability capability = {"avx512",           &kFloatStateLoops,
+                                            &kDoubleStateLoops, &kBFloat16StateLoops,
+                                            &kFloatFoldLoops,   &kDoubleFoldLoops};
   return &capability;
 #else
   return nullptr;

@@ -7,7 +7,9 @@
 namespace excessmtl::cpu {
 
 const Capability* default_capability() {
-  static constexpr Capability capability = {"default", &kFloatLoops, &kDoubleLoops};
+  static constexpr Capability capability = {"default",          &kFloatStateLoops,
+                                            &kDoubleStateLoops, &kBFloat16StateLoops,
+                                            &kFloatFoldLoops,   &kDoubleFoldLoops};
   return &capability;
 }
 

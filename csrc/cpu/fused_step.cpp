@@ -13,6 +13,7 @@
 #include "../param_layout.h"
 #include "chunks.h"
 #include "grad_scale.h"
+#include "state_rows.h"
 #include "step_phases.h"
 #include "task_updates.h"
 
@@ -20,22 +21,24 @@ namespace excessmtl::cpu {
 namespace {
 
 // Adds every present task's gradients to the state and writes the raw sums of those tasks to excess_risk_sum [R].
-template <typename acc_t>
+template <typename state_t>
 void accumulate(const TaskGrads& grads, const ParamLayout& layout, const Tensor& sq_grad_sum,
                 const Tensor& grad_mean, double* excess_risk_sum, bool sqrt_fisher,
-                const ElementOptions<acc_t>& options) {
-  const ElementLoops<acc_t>& loops = element_loops<acc_t>();
-  const bool has_momentum = options.momentum > acc_t(0);
+                const ElementOptions<Accumulation<state_t>>& options,
+                const StepRounding& rounding) {
+  const StateLoops<state_t>& loops = state_loops<state_t>();
+  const bool has_momentum = options.momentum > 0;
   const int64_t stride = layout.padded_numel();
   const int64_t chunks = num_chunks(layout);
-  acc_t* sums = sq_grad_sum.mutable_data_ptr<acc_t>();
-  acc_t* means = has_momentum ? grad_mean.mutable_data_ptr<acc_t>() : nullptr;
+  state_t* sums = rows_of<state_t>(sq_grad_sum);
+  state_t* means = has_momentum ? rows_of<state_t>(grad_mean) : nullptr;
   std::vector<double> partials(grads.num_tasks() * chunks, 0.0);
   for_each_item(grads.num_tasks() * chunks, std::min(stride, kChunkNumel), [&](int64_t item) {
     const int64_t task = item / chunks;
     if (!grads.is_present[task]) {
       return;
     }
+    const RoundingKey key = row_key(rounding, task, RoundingUse::kAccumulate);
     double partial = 0.0;
     for_each_slice(layout, item % chunks,
                    [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
@@ -46,7 +49,8 @@ void accumulate(const TaskGrads& grads, const ParamLayout& layout, const Tensor&
                      const int64_t at = task * stride + position;
                      partial += loops.accumulate[grads.types[k]][sqrt_fisher][has_momentum](
                          advanced(grads.data[k], grads.types[k], in_segment), sums + at,
-                         has_momentum ? means + at : nullptr, count, options);
+                         has_momentum ? means + at : nullptr, count, options,
+                         slice_rounding(key, position));
                    });
     partials[item] = partial;
   });
@@ -64,33 +68,37 @@ void accumulate(const TaskGrads& grads, const ParamLayout& layout, const Tensor&
 void accumulate_any_type(const TaskGrads& grads, const ParamLayout& layout,
                          const Tensor& sq_grad_sum, const Tensor& grad_mean,
                          double* excess_risk_sum, bool sqrt_fisher, double eps, double momentum,
-                         double grad_scale) {
-  if (sq_grad_sum.scalar_type() == ScalarType::Double) {
-    accumulate<double>(grads, layout, sq_grad_sum, grad_mean, excess_risk_sum, sqrt_fisher,
-                       make_element_options<double>(eps, momentum, grad_scale));
-  } else {
-    accumulate<float>(grads, layout, sq_grad_sum, grad_mean, excess_risk_sum, sqrt_fisher,
-                      make_element_options<float>(eps, momentum, grad_scale));
-  }
+                         double grad_scale, const StepRounding& rounding) {
+  with_state_type(sq_grad_sum, [&](auto zero) {
+    using state_t = decltype(zero);
+    accumulate<state_t>(grads, layout, sq_grad_sum, grad_mean, excess_risk_sum, sqrt_fisher,
+                        make_element_options<Accumulation<state_t>>(eps, momentum, grad_scale),
+                        rounding);
+  });
 }
 
 void accumulate_excess_risk_op(std::vector<Tensor> task_grads, Tensor param_numels,
                                Tensor /*chunk_map*/, std::optional<Tensor> grad_scale,
                                Tensor sq_grad_sum, Tensor grad_mean, Tensor excess_risk_sum,
                                Tensor /*ticket*/, bool sqrt_fisher, double eps,
-                               double gradient_momentum) {
+                               double gradient_momentum, std::optional<Tensor> num_steps,
+                               std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
+                               int64_t first_task) {
   const ParamLayout layout = read_param_layout(param_numels);
   check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
   const int64_t num_tasks = sq_grad_sum.size(0);
   check_num_tasks(num_tasks);
   check_element_options(eps, gradient_momentum);
   check_vector(excess_risk_sum, "excess_risk_sum", num_tasks, ScalarType::Double, sq_grad_sum);
+  const RoundingSource rounding = {rounding_seed, std::move(num_steps),
+                                   std::move(num_skipped_steps), first_task};
+  check_rounding(rounding, sq_grad_sum);
   const double scale = read_grad_scale(grad_scale);
   const TaskGrads grads = read_task_grads(std::move(task_grads), layout, num_tasks, sq_grad_sum);
   check_state_holds(grads, sq_grad_sum);
   accumulate_any_type(grads, layout, sq_grad_sum, grad_mean,
                       excess_risk_sum.mutable_data_ptr<double>(), sqrt_fisher, eps,
-                      gradient_momentum, scale);
+                      gradient_momentum, scale, read_rounding(rounding, sq_grad_sum));
 }
 
 void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /*chunk_map*/,
@@ -100,14 +108,15 @@ void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /
                    Tensor num_task_steps, Tensor num_skipped_steps, Tensor found_nonfinite,
                    Tensor ticket, bool sqrt_fisher, double eps, double gradient_momentum,
                    double robust_step_size, int64_t num_warmup_steps, bool relative,
-                   double min_weight, double weight_total) {
+                   double min_weight, double weight_total, int64_t rounding_seed) {
   const ParamLayout layout = read_param_layout(param_numels);
   const StepTensors state = {
       sq_grad_sum,          grad_mean,         excess_risk,     relative_excess_risk,
       baseline_excess_risk, log_task_weights,  task_weights,    num_steps,
       num_task_steps,       num_skipped_steps, found_nonfinite, ticket};
   const StepChoices choices = {sqrt_fisher,      eps,      gradient_momentum, robust_step_size,
-                               num_warmup_steps, relative, min_weight,        weight_total};
+                               num_warmup_steps, relative, min_weight,        weight_total,
+                               rounding_seed};
   check_step(state, choices, layout);
   const double scale = read_grad_scale(grad_scale);
   const TaskGrads grads =
@@ -131,7 +140,8 @@ void run_fused_step(const TaskGrads& grads, const ParamLayout& layout, double gr
   }
   std::vector<double> excess_risk_sum(num_tasks, 0.0);
   accumulate_any_type(grads, layout, tensors.sq_grad_sum, tensors.grad_mean, excess_risk_sum.data(),
-                      choices.sqrt_fisher, choices.eps, choices.gradient_momentum, grad_scale);
+                      choices.sqrt_fisher, choices.eps, choices.gradient_momentum, grad_scale,
+                      read_rounding(tensors.rounding(choices.rounding_seed), tensors.sq_grad_sum));
   const TaskOptions options = choices.task_options(layout);
   if (update_task_risks(excess_risk_sum.data(), tasks, state, options)) {
     update_task_weights(tasks, num_tasks, state, options);

@@ -5,6 +5,7 @@
 
 #include "../param_layout.h"
 #include "../step_state.h"
+#include "state_rows.h"
 
 namespace excessmtl::cpu {
 
@@ -19,6 +20,7 @@ struct CombineState {
   Tensor sq_grad_sum;      // [T, padded P], or no elements: nothing to repair
   Tensor grad_mean;
   double gradient_momentum;
+  StepRounding rounding;  // of the repair
 };
 
 // combine_, or the repair.

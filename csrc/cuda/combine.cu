@@ -19,26 +19,31 @@
 namespace excessmtl::cuda {
 namespace {
 
-template <typename grad_t, typename acc_t>
-cudaError_t launch_combine(const CombineArgs<acc_t>& args, const TensorPointers& tensors,
+template <typename grad_t, typename state_t>
+cudaError_t launch_combine(const CombineArgs<state_t>& args, const TensorPointers& tensors,
                            const LaunchScope& scope) {
   return launch_with_table(
-      combine_kernel<grad_t, acc_t, kSmallTable>, combine_kernel<grad_t, acc_t, kLargeTable>,
+      combine_kernel<grad_t, state_t, kSmallTable>, combine_kernel<grad_t, state_t, kLargeTable>,
       grid_of(args.chunks.num_chunks, 1, scope.num_sms), scope.stream, args, tensors);
 }
 
 void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels,
                 Tensor chunk_map, std::optional<Tensor> grad_scale, Tensor task_weights,
                 Tensor found_nonfinite, Tensor sq_grad_sum, Tensor grad_mean,
-                double gradient_momentum, bool accumulate) {
+                double gradient_momentum, bool accumulate, std::optional<Tensor> num_steps,
+                std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
+                int64_t first_task) {
   const ParamLayout layout = read_param_layout(param_numels);
   const int64_t num_tasks = task_weights.numel();
   check_num_tasks(num_tasks);
   check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, task_weights);
   check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, task_weights);
   check_element_options(1.0, gradient_momentum);
+  const RoundingSource rounding = {rounding_seed, std::move(num_steps),
+                                   std::move(num_skipped_steps), first_task};
   const bool has_state = sq_grad_sum.numel() > 0;
   if (has_state) {
+    check_rounding(rounding, sq_grad_sum);
     check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
     STD_TORCH_CHECK(sq_grad_sum.size(0) == num_tasks, "Expected `sq_grad_sum` to have ", num_tasks,
                     " rows, but got ", sq_grad_sum.size(0), ".");
@@ -51,8 +56,8 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
   }
   check_outputs(outputs, layout, task_weights);
   run_combine(grads, {layout, chunk_map, grad_scale, scope},
-              {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum}, outputs,
-              accumulate);
+              {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum, rounding},
+              outputs, accumulate);
 }
 
 }  // namespace
@@ -70,49 +75,57 @@ void run_combine(TaskGrads& grads, const StepPlan& plan, const CombineState& sta
       const GradType type = grad_type_of(output);
       common.add(type);
       exceeds_state = exceeds_state || (state.has_rows() && type == kFloat64 &&
-                                        state.sq_grad_sum.scalar_type() == ScalarType::Float);
+                                        state.sq_grad_sum.scalar_type() != ScalarType::Double);
     }
   }
   if (exceeds_state) {
-    // float64 outputs beside float32 state: no kernel has both types, so the repair and the sum are a launch each.
+    // float64 outputs beside narrower state: no kernel has both types, so the repair and the sum are a launch each.
     const Tensor no_state = torch::stable::new_empty(state.task_weights, {grads.num_tasks(), 0});
     run_combine(grads, plan, state, {}, accumulate);
-    run_combine(grads, plan, {state.task_weights, state.found_nonfinite, no_state, no_state, 0.0},
-                outputs, accumulate);
+    run_combine(grads, plan,
+                {state.task_weights, state.found_nonfinite, no_state, no_state, 0.0, {}}, outputs,
+                accumulate);
     return;
   }
   if (plan.layout.padded_numel() == 0 || (outputs.empty() && !state.has_rows())) {
     return;
   }
-  convert_grads(grads, common.get());
+  const bool is_rounded =
+      state.has_rows() && state.sq_grad_sum.scalar_type() == ScalarType::BFloat16;
+  const GradType type = launch_type(common, state.sq_grad_sum);
+  convert_grads(grads, type);
 
   // An output of another type than the launch's is written to a copy in that type first, then rounded once.
   std::vector<Tensor> targets = outputs;
   std::vector<const void*> pointers = grads.data;
   for (Tensor& target : targets) {
-    if (target.numel() > 0 && target.scalar_type() != kScalarTypes[common.get()]) {
-      target = torch::stable::to(target, kScalarTypes[common.get()]);
+    if (target.numel() > 0 && target.scalar_type() != kScalarTypes[type]) {
+      target = torch::stable::to(target, kScalarTypes[type]);
     }
     pointers.push_back(target.numel() > 0 ? target.mutable_data_ptr() : nullptr);
   }
   const LaunchScope& scope = plan.scope;
   const DevicePointers tensors(std::move(pointers), state.task_weights, scope);
-  const auto args_as = [&](auto zero) {
-    return make_combine_args<decltype(zero)>(plan, state, !outputs.empty(), accumulate);
+  const auto launch_as = [&](auto grad, auto element_of_state) {
+    using state_t = decltype(element_of_state);
+    return launch_combine<decltype(grad)>(
+        make_combine_args<state_t>(plan, state, !outputs.empty(), accumulate), tensors.get(),
+        scope);
   };
   cudaError_t status = cudaSuccess;
-  switch (common.get()) {
+  switch (type) {
     case kFloat64:
-      status = launch_combine<double>(args_as(0.0), tensors.get(), scope);
+      status = launch_as(double{}, double{});
       break;
     case kFloat32:
-      status = launch_combine<float>(args_as(0.0F), tensors.get(), scope);
+      status = is_rounded ? launch_as(float{}, BFloat16Bits{}) : launch_as(float{}, float{});
       break;
     case kBFloat16:
-      status = launch_combine<__nv_bfloat16>(args_as(0.0F), tensors.get(), scope);
+      status = is_rounded ? launch_as(__nv_bfloat16{}, BFloat16Bits{})
+                          : launch_as(__nv_bfloat16{}, float{});
       break;
     default:
-      status = launch_combine<__half>(args_as(0.0F), tensors.get(), scope);
+      status = launch_as(__half{}, float{});
       break;
   }
   check_cuda(status, "The launch of combine_");

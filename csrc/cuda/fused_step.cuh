@@ -12,16 +12,18 @@
 #include "launch_config.cuh"
 #include "param_chunks.cuh"
 #include "pointer_table.cuh"
+#include "state_access.cuh"
 #include "task_update.cuh"
 
 namespace excessmtl::cuda {
 
-template <typename acc_t>
+template <typename state_t>
 struct StepArgs {
   ParamChunks chunks;
   GradScale grad_scale;
-  acc_t* sq_grad_sum;  // [T, padded P], updated in place, 16-byte aligned
-  acc_t* grad_mean;    // like sq_grad_sum; not read without momentum
+  state_t* sq_grad_sum;  // [T, padded P], updated in place, 16-byte aligned
+  state_t* grad_mean;    // like sq_grad_sum; not read without momentum
+  typename StateAccess<state_t>::Rounding rounding;
   int64_t row_stride;  // padded P
   double* partials;    // [T, num_chunks], scratch
   unsigned* ticket;    // 0 on entry, 0 again on exit
@@ -29,7 +31,7 @@ struct StepArgs {
   double* excess_risk_sum;
   TaskState state;
   TaskOptions task_options;
-  ElementOptions<acc_t> element_options;  // inverse_scale is set on the device
+  ElementOptions<Accumulation<state_t>> element_options;  // inverse_scale is set on the device
   TaskSet present;
   int num_tasks;
 };
@@ -42,30 +44,36 @@ struct StepShared {
   bool is_last;
 };
 
-// Adds one vector of gradients to the state in registers and returns its share of the excess risk.
-template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum>
-__device__ __forceinline__ acc_t accumulate_vector(
+// Adds one vector of gradients to the state in registers and returns its share of the excess risk. at: its first element in the
+// slice.
+template <typename grad_t, typename state_t, bool kSqrtFisher, bool kMomentum>
+__device__ __forceinline__ Accumulation<state_t> accumulate_vector(
     const typename GradVector<grad_t>::vector_t& grad_vector,
-    typename StateVector<acc_t>::vector_t& sum_vector,
-    typename StateVector<acc_t>::vector_t& mean_vector, const ElementOptions<acc_t>& options) {
-  constexpr int kWidth = StateVector<acc_t>::kWidth;
+    typename StateAccess<state_t>::vector_t& sum_vector,
+    typename StateAccess<state_t>::vector_t& mean_vector, int at, const SliceRounding& rounding,
+    const ElementOptions<Accumulation<state_t>>& options) {
+  using State = StateAccess<state_t>;
+  using acc_t = Accumulation<state_t>;
+  constexpr int kWidth = State::kWidth;
   acc_t grad[kWidth];
   acc_t sum[kWidth];
   acc_t mean[kWidth] = {};
   GradVector<grad_t>::unpack(grad_vector, grad);
-  StateVector<acc_t>::unpack(sum_vector, sum);
+  State::unpack(sum_vector, sum);
   if constexpr (kMomentum) {
-    StateVector<acc_t>::unpack(mean_vector, mean);
+    State::unpack(mean_vector, mean);
   }
   acc_t risk = acc_t(0);
+  uint32_t words[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     risk += accumulate_excess_risk<ScalarMath<acc_t>, kSqrtFisher, kMomentum>(grad[k], sum[k],
                                                                               mean[k], options);
+    words[k] = State::word_at(rounding, at + k);
   }
-  sum_vector = StateVector<acc_t>::pack(sum);
+  sum_vector = State::pack_state(sum, words, RandomHalf::kSqGradSum);
   if constexpr (kMomentum) {
-    mean_vector = StateVector<acc_t>::pack(mean);
+    mean_vector = State::pack_state(mean, words, RandomHalf::kGradMean);
   }
   return risk;
 }
@@ -82,15 +90,17 @@ __device__ __forceinline__ T load_grad(const T* address) {
 
 // This thread's part of one slice. The state is read once and written once, so it streams past the caches and leaves them to
 // the gradients, which combine_ reads again.
-template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, bool kGradsChange,
+template <typename grad_t, typename state_t, bool kSqrtFisher, bool kMomentum, bool kGradsChange,
           int kStride>
-__device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ grad,
-                                                  acc_t* __restrict__ sq_grad_sum,
-                                                  acc_t* __restrict__ grad_mean, int numel,
-                                                  int index, const ElementOptions<acc_t>& options) {
+__device__ __forceinline__ Accumulation<state_t> accumulate_slice(
+    const grad_t* __restrict__ grad, state_t* __restrict__ sq_grad_sum,
+    state_t* __restrict__ grad_mean, int numel, int index, const SliceRounding& rounding,
+    const ElementOptions<Accumulation<state_t>>& options) {
+  using State = StateAccess<state_t>;
+  using acc_t = Accumulation<state_t>;
   using grad_vector_t = typename GradVector<grad_t>::vector_t;
-  using state_vector_t = typename StateVector<acc_t>::vector_t;
-  constexpr int kWidth = StateVector<acc_t>::kWidth;
+  using state_vector_t = typename State::vector_t;
+  constexpr int kWidth = State::kWidth;
   constexpr int kBatch = kVectorsInFlight;
   acc_t risk = acc_t(0);
   int done = 0;
@@ -114,8 +124,8 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        risk += accumulate_vector<grad_t, acc_t, kSqrtFisher, kMomentum>(grads[k], sums[k],
-                                                                         means[k], options);
+        risk += accumulate_vector<grad_t, state_t, kSqrtFisher, kMomentum>(
+            grads[k], sums[k], means[k], (at + k * kStride) * kWidth, rounding, options);
         __stcs(sum_vectors + at + k * kStride, sums[k]);
         if constexpr (kMomentum) {
           __stcs(mean_vectors + at + k * kStride, means[k]);
@@ -129,8 +139,8 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
       if constexpr (kMomentum) {
         mean = __ldcs(mean_vectors + at);
       }
-      risk += accumulate_vector<grad_t, acc_t, kSqrtFisher, kMomentum>(
-          load_grad<kGradsChange>(grad_vectors + at), sum, mean, options);
+      risk += accumulate_vector<grad_t, state_t, kSqrtFisher, kMomentum>(
+          load_grad<kGradsChange>(grad_vectors + at), sum, mean, at * kWidth, rounding, options);
       __stcs(sum_vectors + at, sum);
       if constexpr (kMomentum) {
         __stcs(mean_vectors + at, mean);
@@ -140,27 +150,29 @@ __device__ __forceinline__ acc_t accumulate_slice(const grad_t* __restrict__ gra
   }
   // The last elements, or all of them where the gradient is not aligned.
   for (int at = done + index; at < numel; at += kStride) {
-    acc_t sum = __ldcs(sq_grad_sum + at);
+    acc_t sum = State::widen(__ldcs(sq_grad_sum + at));
     acc_t mean = acc_t(0);
     if constexpr (kMomentum) {
-      mean = __ldcs(grad_mean + at);
+      mean = State::widen(__ldcs(grad_mean + at));
     }
     risk += accumulate_excess_risk<ScalarMath<acc_t>, kSqrtFisher, kMomentum>(
         GradVector<grad_t>::widen(load_grad<kGradsChange>(grad + at)), sum, mean, options);
-    __stcs(sq_grad_sum + at, sum);
+    const uint32_t word = State::word_at(rounding, at);
+    __stcs(sq_grad_sum + at, State::narrow(sum, word, RandomHalf::kSqGradSum));
     if constexpr (kMomentum) {
-      __stcs(grad_mean + at, mean);
+      __stcs(grad_mean + at, State::narrow(mean, word, RandomHalf::kGradMean));
     }
   }
   return risk;
 }
 
 // This block's chunks of its task: state updated, one partial per chunk written by thread 0.
-template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, bool kGradsChange,
+template <typename grad_t, typename state_t, bool kSqrtFisher, bool kMomentum, bool kGradsChange,
           int kCapacity>
-__device__ __forceinline__ void accumulate_chunks(const StepArgs<acc_t>& args,
+__device__ __forceinline__ void accumulate_chunks(const StepArgs<state_t>& args,
                                                   const PointerTable<kCapacity>& grads,
                                                   double* warp_values) {
+  using acc_t = Accumulation<state_t>;
   const int task = static_cast<int>(blockIdx.y);
   if (!args.present.contains(task)) {
     return;
@@ -169,6 +181,8 @@ __device__ __forceinline__ void accumulate_chunks(const StepArgs<acc_t>& args,
   options.inverse_scale = static_cast<acc_t>(1.0 / args.grad_scale.value());
   const int64_t first_tensor = task * args.chunks.num_tensors;
   const int64_t row = task * args.row_stride;
+  const RoundingKey key =
+      StateAccess<state_t>::row_key(args.rounding, task, RoundingUse::kAccumulate);
   for (int64_t chunk = blockIdx.x; chunk < args.chunks.num_chunks; chunk += gridDim.x) {
     acc_t risk = acc_t(0);
     args.chunks.visit_slices(chunk, [&](const Slice& slice, auto workers) {
@@ -177,10 +191,10 @@ __device__ __forceinline__ void accumulate_chunks(const StepArgs<acc_t>& args,
         return;
       }
       const int64_t at = row + slice.position;
-      risk += accumulate_slice<grad_t, acc_t, kSqrtFisher, kMomentum, kGradsChange,
+      risk += accumulate_slice<grad_t, state_t, kSqrtFisher, kMomentum, kGradsChange,
                                decltype(workers)::stride>(
           grad + slice.in_segment, args.sq_grad_sum + at, kMomentum ? args.grad_mean + at : nullptr,
-          slice.numel, workers.index, options);
+          slice.numel, workers.index, slice_rounding(key, slice.position), options);
     });
     const double partial = block_reduce<Sum>(static_cast<double>(risk), warp_values);
     if (threadIdx.x == 0) {
@@ -241,8 +255,8 @@ __device__ __forceinline__ void sum_partials(const double* partials, int64_t num
 }
 
 // The last block's work: sums, then either hands them out or completes the step.
-template <typename acc_t>
-__device__ __forceinline__ void finish_step(const StepArgs<acc_t>& args, StepShared& shared) {
+template <typename state_t>
+__device__ __forceinline__ void finish_step(const StepArgs<state_t>& args, StepShared& shared) {
   sum_partials(args.partials, args.chunks.num_chunks, args.present, args.num_tasks,
                shared.part_sums);
   const int parts = warps_per_task(args.num_tasks);
@@ -272,17 +286,19 @@ __device__ __forceinline__ void finish_step(const StepArgs<acc_t>& args, StepSha
 // weights, in one launch (He et al. 2024, Eqs. 6, 7, 9).
 //
 // Grid:         grid_of(): x = walks over the chunks, y = task; block = kThreads threads.
-// Traffic:      per element: gradient read once; sq_grad_sum (and grad_mean) read once and written once: 12 (20) bytes for float32.
+// Traffic:      per element: gradient read once; sq_grad_sum (and grad_mean) read once and written once: 12 (20) bytes for float32,
+//               8 (12) with bfloat16 state.
 // Determinism:  no floating-point atomics. One partial per chunk and task, float64, each thread's share in acc_t; the last block
 //               to take a ticket adds them in a fixed order: equal inputs give equal bits on any grid and any GPU.
 // Precondition: *ticket == 0; it is 0 again on exit. At least one task is present, and there is at least one chunk.
-template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<acc_t, kMomentum>)
-    fused_step_kernel(const __grid_constant__ StepArgs<acc_t> args,
+template <typename grad_t, typename state_t, bool kSqrtFisher, bool kMomentum, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<Accumulation<state_t>, kMomentum>)
+    fused_step_kernel(const __grid_constant__ StepArgs<state_t> args,
                       const __grid_constant__ PointerTable<kCapacity> grads) {
   StepShared& shared = block_shared<StepShared>();
   args.chunks.check(args.row_stride);
-  accumulate_chunks<grad_t, acc_t, kSqrtFisher, kMomentum, false>(args, grads, shared.warp_values);
+  accumulate_chunks<grad_t, state_t, kSqrtFisher, kMomentum, false>(args, grads,
+                                                                    shared.warp_values);
   if (is_last_block(args.ticket, shared.is_last)) {
     finish_step(args, shared);
   }

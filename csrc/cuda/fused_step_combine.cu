@@ -26,15 +26,18 @@ cudaError_t launch_both_as(TaskGrads& grads, const StepPlan& plan, const StepTen
                            bool accumulate) {
   std::optional<Tensor> partials;
   StepCombineArgs<acc_t> args = {};
-  args.step = make_step_args<acc_t>(grads, plan, state.sq_grad_sum, state.grad_mean, state.ticket,
-                                    choices.eps, choices.gradient_momentum, partials);
+  args.step = make_step_args<acc_t>(grads, plan, state.sq_grad_sum, state.grad_mean, {},
+                                    state.ticket, choices.eps, choices.gradient_momentum, partials);
   args.step.state = state.task_state<TaskState>();
   args.step.task_options = choices.task_options(plan.layout);
-  args.combine =
-      make_combine_args<acc_t>(plan,
-                               {state.task_weights, state.found_nonfinite, state.sq_grad_sum,
-                                state.grad_mean, choices.gradient_momentum},
-                               !outputs.empty(), accumulate);
+  args.combine = make_combine_args<acc_t>(plan,
+                                          {state.task_weights,
+                                           state.found_nonfinite,
+                                           state.sq_grad_sum,
+                                           state.grad_mean,
+                                           choices.gradient_momentum,
+                                           {}},
+                                          !outputs.empty(), accumulate);
   std::vector<const void*> pointers = grads.data;
   for (const Tensor& output : outputs) {
     pointers.push_back(output.numel() > 0 ? output.mutable_data_ptr() : nullptr);
@@ -50,10 +53,13 @@ cudaError_t launch_both_as(TaskGrads& grads, const StepPlan& plan, const StepTen
 }
 
 // The type of a launch of both phases, where one launch can do both and is the better choice; see fits_one_launch(). Outputs of
-// another type than the gradients need a kernel of their own, longer tables of pointers more than kSmallTable.
+// another type than the gradients need a kernel of their own, bfloat16 state too, longer tables of pointers more than kSmallTable.
 std::optional<GradType> one_launch_type(const TaskGrads& grads, const StepPlan& plan,
                                         const StepTensors& state,
                                         const std::vector<Tensor>& outputs) {
+  if (state.sq_grad_sum.scalar_type() == ScalarType::BFloat16) {
+    return std::nullopt;
+  }
   CommonType common;
   common.add_state(state.sq_grad_sum.scalar_type());
   add_types(common, grads);
@@ -102,14 +108,16 @@ void fused_step_combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> o
                            Tensor num_task_steps, Tensor num_skipped_steps, Tensor found_nonfinite,
                            Tensor ticket, bool sqrt_fisher, double eps, double gradient_momentum,
                            double robust_step_size, int64_t num_warmup_steps, bool relative,
-                           double min_weight, double weight_total, bool accumulate) {
+                           double min_weight, double weight_total, bool accumulate,
+                           int64_t rounding_seed) {
   const ParamLayout layout = read_param_layout(param_numels);
   const StepTensors state = {
       sq_grad_sum,          grad_mean,         excess_risk,     relative_excess_risk,
       baseline_excess_risk, log_task_weights,  task_weights,    num_steps,
       num_task_steps,       num_skipped_steps, found_nonfinite, ticket};
   const StepChoices choices = {sqrt_fisher,      eps,      gradient_momentum, robust_step_size,
-                               num_warmup_steps, relative, min_weight,        weight_total};
+                               num_warmup_steps, relative, min_weight,        weight_total,
+                               rounding_seed};
   check_step(state, choices, layout);
   check_state_for_launch(sq_grad_sum, grad_mean, ticket);
   const LaunchScope scope(sq_grad_sum);
@@ -120,8 +128,9 @@ void fused_step_combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> o
   if (!launch_both(grads, plan, state, choices, outputs, accumulate)) {
     run_fused_step(grads, plan, state, choices);
     run_combine(grads, plan,
-                {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum}, outputs,
-                accumulate);
+                {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum,
+                 state.rounding(rounding_seed)},
+                outputs, accumulate);
   }
 }
 

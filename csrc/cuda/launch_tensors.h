@@ -47,6 +47,13 @@ class CommonType {
   bool is_decided_ = false;
 };
 
+// Of a launch that touches the state: there is no kernel for float16 gradients beside bfloat16 state.
+inline GradType launch_type(const CommonType& common, const Tensor& sq_grad_sum) {
+  const bool is_missing =
+      common.get() == kFloat16 && sq_grad_sum.scalar_type() == ScalarType::BFloat16;
+  return is_missing ? kFloat32 : common.get();
+}
+
 inline void add_types(CommonType& common, const TaskGrads& grads) {
   for (size_t k = 0; k < grads.data.size(); ++k) {
     if (grads.data[k] != nullptr) {

@@ -43,6 +43,7 @@ struct CombineState {
   Tensor sq_grad_sum;      // [T, padded P], or no elements: nothing to repair
   Tensor grad_mean;
   double gradient_momentum;
+  RoundingSource rounding;  // of the repair
 
   bool has_rows() const { return sq_grad_sum.numel() > 0; }
 };
@@ -51,43 +52,58 @@ struct CombineState {
 void run_combine(TaskGrads& grads, const StepPlan& plan, const CombineState& state,
                  const std::vector<Tensor>& outputs, bool accumulate);
 
+// Addresses: the kernels read the number of the step.
+inline void set_rounding(NoRounding& /*rounding*/, const RoundingSource& /*source*/) {}
+inline void set_rounding(LaunchRounding& rounding, const RoundingSource& source) {
+  rounding = {source.seed, source.num_steps->const_data_ptr<int64_t>(),
+              source.num_skipped_steps->const_data_ptr<int64_t>(),
+              static_cast<int>(source.first_task)};
+}
+
+template <typename state_t>
+state_t* rows_of(const Tensor& state) {
+  return static_cast<state_t*>(state.mutable_data_ptr());
+}
+
 // The arguments of the step's kernel but for its sums, state and task options. Allocates the partials, which `partials` keeps.
-template <typename acc_t>
-StepArgs<acc_t> make_step_args(const TaskGrads& grads, const StepPlan& plan,
-                               const Tensor& sq_grad_sum, const Tensor& grad_mean,
-                               const Tensor& ticket, double eps, double gradient_momentum,
-                               std::optional<Tensor>& partials) {
-  StepArgs<acc_t> args = {};
+template <typename state_t>
+StepArgs<state_t> make_step_args(const TaskGrads& grads, const StepPlan& plan,
+                                 const Tensor& sq_grad_sum, const Tensor& grad_mean,
+                                 const RoundingSource& rounding, const Tensor& ticket, double eps,
+                                 double gradient_momentum, std::optional<Tensor>& partials) {
+  StepArgs<state_t> args = {};
   args.chunks = read_chunk_map(plan.chunk_map, plan.layout, sq_grad_sum);
   args.grad_scale = read_grad_scale(plan.grad_scale, sq_grad_sum);
-  args.sq_grad_sum = sq_grad_sum.mutable_data_ptr<acc_t>();
-  args.grad_mean = gradient_momentum > 0.0 ? grad_mean.mutable_data_ptr<acc_t>() : nullptr;
+  args.sq_grad_sum = rows_of<state_t>(sq_grad_sum);
+  args.grad_mean = gradient_momentum > 0.0 ? rows_of<state_t>(grad_mean) : nullptr;
+  set_rounding(args.rounding, rounding);
   args.row_stride = plan.layout.padded_numel();
   partials = torch::stable::new_empty(sq_grad_sum, {grads.num_tasks() * args.chunks.num_chunks},
                                       ScalarType::Double);
   args.partials = partials->mutable_data_ptr<double>();
   args.ticket = reinterpret_cast<unsigned*>(ticket.mutable_data_ptr<int32_t>());
-  args.element_options = make_element_options<acc_t>(eps, gradient_momentum, 1.0);
+  args.element_options = make_element_options<Accumulation<state_t>>(eps, gradient_momentum, 1.0);
   args.present = present_tasks(grads);
   args.num_tasks = static_cast<int>(grads.num_tasks());
   return args;
 }
 
-template <typename acc_t>
-CombineArgs<acc_t> make_combine_args(const StepPlan& plan, const CombineState& state,
-                                     bool has_outputs, bool accumulate) {
-  CombineArgs<acc_t> args = {};
+template <typename state_t>
+CombineArgs<state_t> make_combine_args(const StepPlan& plan, const CombineState& state,
+                                       bool has_outputs, bool accumulate) {
+  CombineArgs<state_t> args = {};
   args.chunks = read_chunk_map(plan.chunk_map, plan.layout, state.task_weights);
   args.grad_scale = read_grad_scale(plan.grad_scale, state.task_weights);
   args.task_weights = state.task_weights.const_data_ptr<double>();
   args.found_nonfinite = state.found_nonfinite.const_data_ptr<bool>();
   if (state.has_rows()) {
-    args.sq_grad_sum = state.sq_grad_sum.mutable_data_ptr<acc_t>();
-    args.grad_mean =
-        state.gradient_momentum > 0.0 ? state.grad_mean.mutable_data_ptr<acc_t>() : nullptr;
+    args.sq_grad_sum = rows_of<state_t>(state.sq_grad_sum);
+    args.grad_mean = state.gradient_momentum > 0.0 ? rows_of<state_t>(state.grad_mean) : nullptr;
+    set_rounding(args.rounding, state.rounding);
   }
   args.row_stride = plan.layout.padded_numel();
-  args.element_options = make_element_options<acc_t>(1.0, state.gradient_momentum, 1.0);
+  args.element_options =
+      make_element_options<Accumulation<state_t>>(1.0, state.gradient_momentum, 1.0);
   args.num_tasks = static_cast<int>(state.task_weights.numel());
   args.has_outputs = has_outputs;
   args.accumulate = accumulate;

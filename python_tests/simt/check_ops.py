@@ -555,6 +555,73 @@ def check_streaming_fold() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def bfloat16_state_of(momentum: bool) -> Pair:
+    """Options of few digits: float32 arithmetic rounds at most once, so every stored bit can be compared."""
+    options = {"gradient_momentum": 0.5} if momentum else {"sqrt_fisher": False}
+    return Pair(3, NUMELS, torch.bfloat16, **options, rounding_seed=17)
+
+
+def check_bfloat16_state_is_rounded_as_in_the_reference() -> None:
+    """Also a skipped and repaired step, outputs of every type, and float16 gradients, which are widened."""
+    for momentum in (False, True):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            pair = bfloat16_state_of(momentum)
+            for step in range(4):
+                grads = [g.bfloat16().to(dtype) for g in pair.grads(torch.float32, step)]
+                if step == 1:
+                    grads[:5] = [torch.empty(0)] * 5
+                if step == 2:
+                    grads[len(NUMELS)][17::31] = float("inf")
+                plan = (pair.param_numels, pair.chunk_map, None)
+                for ops, state in pair.sides():
+                    outputs = outputs_like(pair, DTYPES[step])
+                    ops.fused_step_combine_(
+                        grads, outputs, *plan, *state.values(), **pair.options, accumulate=True
+                    )
+                ours, theirs = pair.states
+                for name in ("sq_grad_sum", "grad_mean", "num_steps", "num_skipped_steps"):
+                    assert torch.equal(ours[name], theirs[name]), (name, dtype, step)
+                torch.testing.assert_close(
+                    ours["task_weights"], theirs["task_weights"], rtol=1e-5, atol=1e-9
+                )
+            assert int(pair.states[0]["num_skipped_steps"]) == 1
+
+
+def check_rows_of_bfloat16_state_know_their_task() -> None:
+    pair = bfloat16_state_of(True)
+    fused, parts = pair.states
+    ops = torch.ops.excessmtl_ext
+    plan = (pair.param_numels, pair.chunk_map, None)
+    for step in range(2):
+        grads = pair.grads(torch.float32, step)
+        sums = torch.zeros(3, dtype=torch.float64)
+        for task in range(3):
+            row = slice(task, task + 1)
+            own = grads[task * len(NUMELS) : (task + 1) * len(NUMELS)]
+            source = {
+                "num_steps": fused["num_steps"].clone(),
+                "num_skipped_steps": fused["num_skipped_steps"].clone(),
+                "rounding_seed": 17,
+                "first_task": task,
+            }
+            ops.accumulate_excess_risk_(
+                own, *plan, parts["sq_grad_sum"][row], parts["grad_mean"][row], sums[row], parts["ticket"],
+                sqrt_fisher=True, eps=1e-7, gradient_momentum=0.5, **source,
+            )  # fmt: skip
+        ops.fused_step_(grads, *plan, *fused.values(), **pair.options)
+        assert torch.equal(parts["sq_grad_sum"], fused["sq_grad_sum"])
+        assert torch.equal(parts["grad_mean"], fused["grad_mean"])
+    try:
+        ops.accumulate_excess_risk_(
+            grads, *plan, parts["sq_grad_sum"], parts["grad_mean"], torch.zeros(3, dtype=torch.float64),
+            parts["ticket"], sqrt_fisher=True, eps=1e-7, gradient_momentum=0.5,
+        )  # fmt: skip
+    except RuntimeError as error:
+        assert "Expected `num_steps`" in str(error)
+    else:
+        raise AssertionError("rows without their step were accepted")
+
+
 def check_equal_bits_under_every_schedule() -> None:
     first = None
     for seed, sms in ((1, 1), (2, 3), (3, 16), (4, 100)):

@@ -50,6 +50,12 @@ inline float __uint_as_float(unsigned bits) {
   return value;
 }
 
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 // ---- memory ----------------------------------------------------------------------------------------------------------
 
 namespace simt {

@@ -24,9 +24,11 @@ namespace excessmtl::cuda {
 
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(float, float)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP_COMBINE(float, float)
+EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(float, BFloat16Bits)
 #if !defined(ONLY_FLOAT32)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(double, double)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP_COMBINE(double, double)
+EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(__nv_bfloat16, BFloat16Bits)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(__nv_bfloat16, float)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP_COMBINE(__nv_bfloat16, float)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(__half, float)
@@ -63,7 +65,11 @@ struct Case {
   unsigned num_sms = 2;
   bool one_launch = false;  // both phases in a cooperative launch
   unsigned blocks_per_sm = 4;
+  bool is_rounded =
+      false;  // bfloat16 state, with gradients and options of so few digits that every bit is known
 };
+
+constexpr int64_t kSeed = 12345;
 
 int num_failures = 0;
 void report(const Case& c, const char* format, ...) {
@@ -100,12 +106,63 @@ T* allocate_filled(int64_t count, T value) {
 
 // ---- the reference: one task, one parameter, one element at a time, all in double ---------------------------------------
 
+// The rounding of bfloat16 state once more, so that a fault in stochastic_rounding.h is seen: splitmix64 and a keyed 32-bit hash on
+// integers, the rounding itself in doubles.
+uint64_t mix64(uint64_t z) {
+  z += 0x9e3779b97f4a7c15ULL;
+  z ^= z >> 30;
+  z *= 0xbf58476d1ce4e5b9ULL;
+  z ^= z >> 27;
+  z *= 0x94d049bb133111ebULL;
+  return z ^ z >> 31;
+}
+
+uint32_t word_of(int64_t step, int task, bool is_repair, int64_t position) {
+  const uint64_t key =
+      mix64(mix64(mix64(kSeed) + static_cast<uint64_t>(step)) + 2ULL * task + (is_repair ? 1 : 0));
+  uint32_t word = static_cast<uint32_t>(position) ^ static_cast<uint32_t>(key);
+  word = (word ^ word >> 16) * 0x7feb352dU;
+  word ^= static_cast<uint32_t>(key >> 32);
+  word = (word ^ word >> 15) * 0x846ca68bU;
+  return word ^ word >> 16;
+}
+
+double value_of_bits(BFloat16Bits bits) {
+  return static_cast<double>(__uint_as_float(static_cast<unsigned>(bits) << 16));
+}
+
+// One of the two neighbours of x: the farther from zero where the part beyond the nearer one and random_bits / 2^16 make a whole.
+double rounded_by_hand(double x, uint32_t random_bits) {
+  const auto value = static_cast<float>(x);
+  if (value == 0.0F) {
+    return 0.0;
+  }
+  const double distance = std::ldexp(1.0, std::max(std::ilogb(value), -126) - 7);
+  const double magnitude = std::fabs(static_cast<double>(value));
+  const double below = std::floor(magnitude / distance) * distance;
+  const bool goes_up = (magnitude - below) / distance * 65536.0 + random_bits >= 65536.0;
+  return std::copysign(below + (goes_up ? distance : 0.0), value);
+}
+
 struct Reference {
   std::vector<std::vector<std::vector<double>>> S, m;  // [T][L][n_l]
   std::vector<double> E, R, B, log_w, w;
   std::vector<int64_t> task_steps;
   std::vector<bool> flags;
   int64_t steps = 0, skipped = 0;
+  std::vector<int64_t> offsets;  // of the parameters in a row
+
+  // What the state keeps of S and m.
+  void store(const Case& c, int i, size_t l, size_t k, double sum, double mean, bool is_repair) {
+    if (c.is_rounded) {
+      const uint32_t word =
+          word_of(steps + skipped, i, is_repair, offsets[l] + static_cast<int64_t>(k));
+      sum = rounded_by_hand(sum, word & 0xffffU);
+      mean = rounded_by_hand(mean, word >> 16);
+    }
+    S[i][l][k] = sum;
+    m[i][l][k] = mean;
+  }
 
   explicit Reference(const Case& c)
       : E(c.num_tasks),
@@ -122,6 +179,11 @@ struct Reference {
       }
     }
     m = S;
+    int64_t offset = 0;
+    for (const int64_t n : c.numels) {
+      offsets.push_back(offset);
+      offset += (n + 31) / 32 * 32;
+    }
   }
 };
 
@@ -153,14 +215,17 @@ void reference_step(const Case& c, Reference& r, const Grads& raw, bool square_o
         const double g = raw[i][l][k] / scale;
         const double sq = g * g;
         const bool finite = sq <= largest;
+        double sum = r.S[i][l][k];
+        double mean = r.m[i][l][k];
         if (finite) {
-          r.S[i][l][k] += sq;
+          sum += sq;
           if (c.momentum > 0.0) {
-            r.m[i][l][k] = c.momentum * r.m[i][l][k] + (1.0 - c.momentum) * g;
+            mean = c.momentum * mean + (1.0 - c.momentum) * g;
           }
         }
-        const double numerator = c.momentum > 0.0 ? r.m[i][l][k] * r.m[i][l][k] : sq;
-        const double h = c.sqrt_fisher ? std::sqrt(r.S[i][l][k] + 1e-7) : r.S[i][l][k] + 1e-7;
+        r.store(c, i, l, k, sum, mean, false);
+        const double numerator = c.momentum > 0.0 ? mean * mean : sq;
+        const double h = c.sqrt_fisher ? std::sqrt(sum + 1e-7) : sum + 1e-7;
         sums[i] += finite ? numerator / h : std::numeric_limits<double>::infinity();
       }
     }
@@ -216,12 +281,15 @@ void reference_repair(const Case& c, Reference& r, const Grads& raw,
     for (size_t l = 0; l < c.numels.size(); ++l) {
       for (size_t k = 0; k < raw[i][l].size(); ++k) {
         const double g = raw[i][l][k] / scale;
+        double sum = r.S[i][l][k];
+        double mean = r.m[i][l][k];
         if (g * g <= largest) {
-          r.S[i][l][k] = std::max(r.S[i][l][k] - g * g, 0.0);
+          sum = std::max(sum - g * g, 0.0);
           if (c.momentum > 0.0) {
-            r.m[i][l][k] = (r.m[i][l][k] - (1.0 - c.momentum) * g) / c.momentum;
+            mean = (mean - (1.0 - c.momentum) * g) / c.momentum;
           }
         }
+        r.store(c, i, l, k, sum, mean, true);
       }
     }
   }
@@ -229,8 +297,10 @@ void reference_repair(const Case& c, Reference& r, const Grads& raw,
 
 // ---- one case under one schedule ------------------------------------------------------------------------------------------
 
-template <typename grad_t, typename acc_t>
+template <typename grad_t, typename state_t>
 class Run {
+  using acc_t = Accumulation<state_t>;
+
  public:
   explicit Run(const Case& c)
       : c_(c), reference_(c), num_tensors_(static_cast<int64_t>(c.numels.size())) {
@@ -260,8 +330,8 @@ class Run {
     chunks_.num_chunks = num_chunks_;
     chunks_.num_tensors = num_tensors_;
     const int tasks = c.num_tasks;
-    sq_grad_sum_ = allocate_filled<acc_t>(tasks * padded_, acc_t(0));
-    grad_mean_ = c.momentum > 0.0 ? allocate_filled<acc_t>(tasks * padded_, acc_t(0)) : nullptr;
+    sq_grad_sum_ = allocate_filled<state_t>(tasks * padded_, state_t(0));
+    grad_mean_ = c.momentum > 0.0 ? allocate_filled<state_t>(tasks * padded_, state_t(0)) : nullptr;
     state_ = {allocate_filled<double>(tasks, 0.0),
               allocate_filled<double>(tasks, 0.0),
               allocate_filled<double>(tasks, 0.0),
@@ -338,6 +408,10 @@ class Run {
             value = k % 2 == 0 ? std::numeric_limits<double>::infinity()
                                : std::numeric_limits<double>::quiet_NaN();
           }
+          if (c_.is_rounded) {
+            value = GradVector<__nv_bfloat16>::widen(
+                GradVector<__nv_bfloat16>::narrow(static_cast<float>(value)));
+          }
           data[k] = GradVector<grad_t>::narrow(static_cast<acc_t>(value));
           values[k] = static_cast<double>(GradVector<grad_t>::widen(data[k]));
         }
@@ -374,10 +448,16 @@ class Run {
             c_.weight_total};
   }
 
-  StepArgs<acc_t> step_args() {
+  void set_rounding(NoRounding& /*rounding*/) const {}
+  void set_rounding(LaunchRounding& rounding) const {
+    rounding = {kSeed, state_.num_steps, state_.num_skipped_steps, 0};
+  }
+
+  StepArgs<state_t> step_args() {
     std::fill(partials_, partials_ + c_.num_tasks * num_chunks_,
               std::numeric_limits<double>::quiet_NaN());
-    StepArgs<acc_t> args = {};
+    StepArgs<state_t> args = {};
+    set_rounding(args.rounding);
     args.chunks = chunks_;
     args.grad_scale = {grad_scale_, false};
     args.sq_grad_sum = sq_grad_sum_;
@@ -394,8 +474,9 @@ class Run {
     return args;
   }
 
-  CombineArgs<acc_t> combine_args() const {
-    CombineArgs<acc_t> args = {};
+  CombineArgs<state_t> combine_args() const {
+    CombineArgs<state_t> args = {};
+    set_rounding(args.rounding);
     args.chunks = chunks_;
     args.grad_scale = {grad_scale_, false};
     args.task_weights = state_.task_weights;
@@ -419,20 +500,22 @@ class Run {
   }
 
   void fused_step_combine() {
-    const std::vector<const void*> pointers = grads_and_outputs();
-    const cudaError_t status = launch_fused_step_combine<grad_t, acc_t>(
-        c_.sqrt_fisher, c_.momentum > 0.0, static_cast<int>(c_.num_sms), nullptr,
-        {step_args(), combine_args()}, tensors(pointers));
-    if (status != cudaSuccess) {
-      report(c_, "the cooperative launch failed with status %d", status);
+    if constexpr (std::is_same_v<state_t, acc_t>) {
+      const std::vector<const void*> pointers = grads_and_outputs();
+      const cudaError_t status = launch_fused_step_combine<grad_t, acc_t>(
+          c_.sqrt_fisher, c_.momentum > 0.0, static_cast<int>(c_.num_sms), nullptr,
+          {step_args(), combine_args()}, tensors(pointers));
+      if (status != cudaSuccess) {
+        report(c_, "the cooperative launch failed with status %d", status);
+      }
     }
   }
 
   void fused_step() {
-    const StepArgs<acc_t> args = step_args();
+    const StepArgs<state_t> args = step_args();
     const dim3 grid = grid_of(num_chunks_, c_.num_tasks, static_cast<int>(c_.num_sms));
-    launch_fused_step<grad_t, acc_t>(c_.sqrt_fisher, c_.momentum > 0.0, grid, nullptr, args,
-                                     tensors(pointers_));
+    launch_fused_step<grad_t, state_t>(c_.sqrt_fisher, c_.momentum > 0.0, grid, nullptr, args,
+                                       tensors(pointers_));
     if (c_.split) {
       std::fill(state_.found_nonfinite, state_.found_nonfinite + c_.num_tasks, false);
       launch(update_task_risks_kernel, dim3(1), kThreads, nullptr,
@@ -457,8 +540,8 @@ class Run {
 
   void combine() {
     const std::vector<const void*> pointers = grads_and_outputs();
-    launch_with_table(combine_kernel<grad_t, acc_t, kSmallTable>,
-                      combine_kernel<grad_t, acc_t, kLargeTable>,
+    launch_with_table(combine_kernel<grad_t, state_t, kSmallTable>,
+                      combine_kernel<grad_t, state_t, kLargeTable>,
                       grid_of(num_chunks_, 1, static_cast<int>(c_.num_sms)), nullptr,
                       combine_args(), tensors(pointers));
   }
@@ -540,21 +623,30 @@ class Run {
     keep_bits(log_max, 1);
   }
 
+  static double value_of(state_t element) {
+    if constexpr (std::is_same_v<state_t, acc_t>) {
+      return static_cast<double>(element);
+    } else {
+      return value_of_bits(element);
+    }
+  }
+
   void compare_state(const char* when) {
     const double rtol = sizeof(acc_t) == 8 ? 1e-11 : 2e-5;
+    const double state_rtol = c_.is_rounded ? 0.0 : rtol;
     for (int i = 0; i < c_.num_tasks; ++i) {
       for (int64_t l = 0; l < num_tensors_; ++l) {
         for (int64_t k = 0; k < c_.numels[l]; ++k) {
           const int64_t at = i * padded_ + offsets_[l] + k;
-          expect_close(c_, when, at, static_cast<double>(sq_grad_sum_[at]), reference_.S[i][l][k],
-                       rtol, rtol);
+          expect_close(c_, when, at, value_of(sq_grad_sum_[at]), reference_.S[i][l][k], state_rtol,
+                       state_rtol);
           if (grad_mean_ != nullptr) {
-            expect_close(c_, when, at, static_cast<double>(grad_mean_[at]), reference_.m[i][l][k],
-                         rtol, rtol);
+            expect_close(c_, when, at, value_of(grad_mean_[at]), reference_.m[i][l][k], state_rtol,
+                         state_rtol);
           }
         }
         for (int64_t k = offsets_[l] + c_.numels[l]; k < offsets_[l + 1]; ++k) {
-          if (sq_grad_sum_[i * padded_ + k] != acc_t(0)) {
+          if (sq_grad_sum_[i * padded_ + k] != state_t(0)) {
             report(c_, "padding of the state was written, %s", when);
           }
         }
@@ -600,8 +692,8 @@ class Run {
   int64_t num_tensors_, padded_ = 0, num_chunks_ = 0;
   std::vector<int64_t> offsets_;
   ParamChunks chunks_ = {};
-  acc_t* sq_grad_sum_;
-  acc_t* grad_mean_;
+  state_t* sq_grad_sum_;
+  state_t* grad_mean_;
   TaskState state_ = {};
   unsigned* ticket_;
   double* partials_;
@@ -632,10 +724,13 @@ Case in_one_launch(const Case& c) {
   return one;
 }
 
-template <typename grad_t, typename acc_t>
+template <typename grad_t, typename state_t>
 void check(const Case& c, const char* type, int num_seeds) {
   std::vector<Case> variants = {c};
-  if (has_one_launch(c)) {
+  if (!std::is_same_v<state_t, Accumulation<state_t>>) {
+    variants[0].is_rounded = true;
+    variants[0].momentum = c.momentum > 0.0 ? 0.5 : 0.0;  // with an exact inverse
+  } else if (has_one_launch(c)) {
     variants.push_back(in_one_launch(c));
   }
   std::vector<uint8_t> first;
@@ -644,7 +739,7 @@ void check(const Case& c, const char* type, int num_seeds) {
     for (int seed = 1; seed <= num_seeds; ++seed) {
       simt::config().seed = static_cast<uint64_t>(seed) * 7919;
       const int failures_before = num_failures;
-      std::vector<uint8_t> bits = Run<grad_t, acc_t>(variant).execute();
+      std::vector<uint8_t> bits = Run<grad_t, state_t>(variant).execute();
       if (first.empty()) {
         first = std::move(bits);
       } else if (bits != first) {
@@ -834,6 +929,7 @@ int main(int argc, char** argv) {
     }
     ++num_cases;
     check<float, float>(c, "float32", num_seeds);
+    check<float, excessmtl::BFloat16Bits>(c, "float32 with bfloat16 state", num_seeds);
 #if !defined(ONLY_FLOAT32)
     if (c.grad_scale ==
         0.0) {  // 1,024 times a normal number and its square leave float16; float32 shows the scale
@@ -841,6 +937,7 @@ int main(int argc, char** argv) {
     }
     check<double, double>(c, "float64", num_seeds);
     check<__nv_bfloat16, float>(c, "bfloat16", num_seeds);
+    check<__nv_bfloat16, excessmtl::BFloat16Bits>(c, "bfloat16 with bfloat16 state", num_seeds);
 #endif
   }
   const auto& n = simt::counters();

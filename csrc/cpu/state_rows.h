@@ -1,0 +1,52 @@
+// The rows of the state as the CPU loops take them, in each of the types it may have.
+#pragma once
+
+#include <cstdint>
+
+#include "../param_layout.h"
+#include "../step_state.h"
+#include "element_loops.h"
+
+namespace excessmtl::cpu {
+
+// What the random bits of a step are drawn from, read on the host.
+struct StepRounding {
+  int64_t seed = 0;
+  int64_t step = 0;
+  int64_t first_task = 0;
+};
+
+// Of bfloat16 state; nothing is read for other state.
+inline StepRounding read_rounding(const RoundingSource& source, const Tensor& sq_grad_sum) {
+  if (sq_grad_sum.scalar_type() != ScalarType::BFloat16) {
+    return {};
+  }
+  return {source.seed,
+          *source.num_steps->const_data_ptr<int64_t>() +
+              *source.num_skipped_steps->const_data_ptr<int64_t>(),
+          source.first_task};
+}
+
+inline RoundingKey row_key(const StepRounding& rounding, int64_t row, RoundingUse use) {
+  return rounding_key(rounding.seed, rounding.step, rounding.first_task + row, use);
+}
+
+template <typename state_t>
+state_t* rows_of(const Tensor& state) {
+  return static_cast<state_t*>(state.mutable_data_ptr());
+}
+
+// Calls f(state_t{}) for the type of the state's elements.
+template <class F>
+void with_state_type(const Tensor& sq_grad_sum, const F& f) {
+  switch (sq_grad_sum.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16Bits{});
+    default:
+      return f(float{});
+  }
+}
+
+}  // namespace excessmtl::cpu
