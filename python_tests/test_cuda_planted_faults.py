@@ -251,6 +251,73 @@ FAULTS = [
         "} else if (baseline == 0.0) {",
         "} else {",
     ),
+    # ../stochastic_rounding.h and state_access.cuh
+    Fault(
+        "one element's random bits serve its whole vector",
+        "fused_step.cuh",
+        "words[k] = State::word_at(rounding, at + k);",
+        "words[k] = State::word_at(rounding, at);",
+    ),
+    Fault(
+        "cut off instead of rounded stochastically",
+        "../stochastic_rounding.h",
+        "magnitude < 0x7f7f0000U ? float_bits + random_16_bits : float_bits;",
+        "float_bits;",
+    ),
+    Fault(
+        "rounded to nearest instead of stochastically",
+        "state_access.cuh",
+        "return half == RandomHalf::kSqGradSum ? word & 0xffffU : word >> 16;",
+        "return 0x8000U;",
+    ),
+    Fault(
+        "S and m draw the same bits",
+        "state_access.cuh",
+        "return half == RandomHalf::kSqGradSum ? word & 0xffffU : word >> 16;",
+        "return word & 0xffffU;",
+    ),
+    Fault(
+        "every step draws the same bits",
+        "state_access.cuh",
+        "__ldcg(source.num_steps) + __ldcg(source.num_skipped_steps);",
+        "0;",
+    ),
+    Fault(
+        "a skipped step's bits are drawn again",
+        "state_access.cuh",
+        "__ldcg(source.num_steps) + __ldcg(source.num_skipped_steps);",
+        "__ldcg(source.num_steps);",
+    ),
+    Fault(
+        "every task draws the same bits",
+        "state_access.cuh",
+        "source.first_task + row, use);",
+        "source.first_task, use);",
+    ),
+    Fault(
+        "every slice draws the bits of the first",
+        "fused_step.cuh",
+        "slice_rounding(key, slice.position), options);",
+        "slice_rounding(key, 0), options);",
+    ),
+    Fault(
+        "the tail draws the bits of the slice's start",
+        "fused_step.cuh",
+        "const uint32_t word = State::word_at(rounding, at);",
+        "const uint32_t word = State::word_at(rounding, at - done);",
+    ),
+    Fault(
+        "the repair draws the bits of the step",
+        "combine.cuh",
+        "RoundingUse::kRepair",
+        "RoundingUse::kAccumulate",
+    ),
+    Fault(
+        "one word of the key left out",
+        "../stochastic_rounding.h",
+        "  word ^= key.high;\n",
+        "",
+    ),
     # combine.cuh
     Fault(
         "output overwritten before the state is repaired",
