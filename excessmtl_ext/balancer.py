@@ -147,6 +147,11 @@ class Balancer(nn.Module, ABC):
         """How the latest step that needed task gradients ran the encoder's passes, and why."""
         return str(self._passes)
 
+    @property
+    def needs_features(self) -> bool:
+        """Whether ``backward`` must be given ``features``."""
+        return False
+
     def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
         """Every state tensor before the first step, by name."""
         state = functional.init_state(

@@ -4,9 +4,10 @@ Each estimates the risks from less than all gradients of all tasks, moves the we
 equations as ever, and runs one ordinary pass with them. What is estimated from, and what that costs:
 
 - a *subset* of the shared parameters: a pass per task that ends where the subset begins;
+- the *features*: the gradients that the heads' passes leave at what the encoder returned;
 - *rotation*: the whole gradient of some tasks, the others keep their latest risk.
 
-The two may be combined, and ``update_every`` thins out either.
+Rotation may be combined with a subset, and ``update_every`` thins out any of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from excessmtl_ext import functional, gradients
 from excessmtl_ext.arguments import checked_parameters
+from excessmtl_ext.features import Cut
 from excessmtl_ext.gradients import Root
 
 if TYPE_CHECKING:
@@ -45,10 +47,20 @@ def check_supported(balancer: ExcessMTL) -> None:
             "Expected `shared_parameters` with `estimate_from` or `tasks_per_step`: they decide which backward passes "
             "run. Without them, give update_weights() the gradients that you want risks estimated from."
         )
+    if balancer._rotation is not None and balancer._estimate_kind == "features":
+        raise ValueError(
+            "Expected no `tasks_per_step` with estimate_from='features': one pass gives the features' gradients of all "
+            "tasks already."
+        )
     if balancer._data_parallel is not None:
         raise NotImplementedError(
             "Expected no `process_group` with `estimate_from` or `tasks_per_step`: several ranks exchange the whole "
             "gradient of every task. Use update_every, which works with ranks."
+        )
+    if balancer.batched is not False:
+        raise ValueError(
+            f"Expected batched=False with `estimate_from` or `tasks_per_step`, but got {balancer.batched!r}: their "
+            "steps have no encoder passes of several tasks that could be one."
         )
     balancer.can_stream = False
     balancer.cannot_stream_because = (
@@ -98,7 +110,6 @@ def step_from_subset(
 ) -> None:
     """Risks from the gradients of some shared parameters, then one pass of the weighted loss."""
     subset = balancer._estimate_parameters
-    assert subset is not None
     rows: list[list[Tensor | None]] = [[] for _ in roots]
     for task in _turns(balancer, tasks):
         root = roots[task]
@@ -145,6 +156,74 @@ def step_in_rotation(
         if heads is not None:
             heads.add(weights)
     _weighted_pass(balancer, others, scale, features)
+
+
+def step_from_features(
+    balancer: ExcessMTL,
+    roots: Sequence[Root | None],
+    tasks: Sequence[int],
+    scale: Tensor | None,
+    features: Sequence[Tensor] | None,
+) -> None:
+    """Risks from the gradients of the features, which the heads' passes give, then one pass of the encoder."""
+    cut = _cut_at(balancer, roots, features)
+    feature_grads, head_grads = cut.walk_heads(roots, gradients.starts_of(roots, scale))
+    with torch.no_grad():
+        rows = _adapter_grads(cut, feature_grads, balancer.feature_dim)
+        _estimate(balancer, rows, scale)
+        weights = _usable_weights(balancer)
+    cut.walk_encoder_weighted(feature_grads, weights)
+    if balancer.head_weighting == "none":
+        cut.deposit_heads(head_grads)
+        return
+    heads = gradients.HeadGrads(cut.heads)
+    heads.grads = {task: grads for task, grads in enumerate(head_grads) if grads}
+    heads.add(weights)
+
+
+def _cut_at(
+    balancer: ExcessMTL, roots: Sequence[Root | None], features: Sequence[Tensor] | None
+) -> Cut:
+    if features is None:
+        raise ValueError(
+            "Expected `features` with estimate_from='features': risks are estimated from their gradients. Call "
+            "backward(losses, features=z) with what the encoder returned."
+        )
+    dim = balancer.feature_dim
+    for index, z in enumerate(features):
+        if not -z.dim() <= dim < z.dim() or z.dim() < 2:
+            raise ValueError(
+                f"Expected `features[{index}]` of shape [samples, ..., channels, ...] with the channels in dimension "
+                f"{dim} (`feature_dim`), but got {list(z.shape)}."
+            )
+    cut = Cut(roots, features, balancer._bound_parameters())
+    if cut.obstacle is not None:
+        raise ValueError(
+            f"Expected `features` where the passes can be cut, but {cut.obstacle}. Mend that, or estimate risks from "
+            "parameters."
+        )
+    return cut
+
+
+def _adapter_grads(
+    cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]], dim: int
+) -> list[list[Tensor | None]]:
+    """T rows of a gradient [C, C] per feature: with respect to A of a linear adapter z -> A z, at A = I."""
+    samples = [_rows_of_channels(z, dim) for z in cut.features]
+    rows: list[list[Tensor | None]] = []
+    for reached, grads in zip(cut.reached, feature_grads, strict=True):
+        row: list[Tensor | None] = [None] * len(samples)
+        for index, grad in zip(reached, grads, strict=True):
+            if grad is not None:
+                row[index] = _rows_of_channels(grad, dim).T @ samples[index]
+        rows.append(row if reached else [])
+    return rows
+
+
+def _rows_of_channels(tensor: Tensor, dim: int) -> Tensor:
+    """[samples * positions, channels], float32 at least: a sum over samples is no place for bfloat16."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.movedim(dim, -1).flatten(0, -2).to(wide)
 
 
 def _turns(balancer: ExcessMTL, tasks: Sequence[int]) -> Sequence[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from excessmtl_ext.distributed import Reduce
 
 Preset = Literal["paper", "official", "recommended"]
+
+EstimateFrom: TypeAlias = Literal["parameters", "features"] | Iterable[Tensor]
+"""What risks are estimated from; see :class:`ExcessMTL`."""
 
 _STATE_NAMES = tuple(name for name in StepState._fields if name != "ticket")
 _SIZED_BY_FIRST_STEP = ("sq_grad_sum", "grad_mean")
@@ -68,13 +71,19 @@ class ExcessMTL(Balancer):
             variance does not pass for excess risk. Ours. Needs a second state of T * P elements.
         relative: Divide the risk by its baseline (the official code; the paper where loss types
             differ). False: R = E, for the linear Fisher E / P.
-        update_every: Weights move on every k-th step; the others are one ordinary weighted backward
-            pass.
+        update_every: Weights move on calls 1, k + 1, 2k + 1, ...; S, m and everything that counts
+            steps know of these only. The others are one ordinary weighted backward pass, which
+            looks at no gradient: a NaN there is for the loop to find.
         estimate_from: What risks are estimated from. ``"parameters"``: the gradients of all shared parameters.
             Some of these parameters, such as the encoder's last layer: E, S and m are those of the
             subset, and the full gradient comes from one pass of the weighted loss. A step then
             costs T passes that end where the subset begins, and one whole pass; the state is as
-            small as the subset.
+            small as the subset. ``"features"``: the gradients of what the encoder returned, to be
+            given as ``backward(losses, features=z)``: E, S and m are those of a linear adapter
+            z -> A z behind the encoder at A = I, :math:`g_i = \sum_b \partial \ell_i / \partial z_b \, z_b^\top`,
+            C * C elements for C channels. A step costs one pass.
+        feature_dim: The dimension of the features that holds the channels: 1 for [B, C] and
+            [B, C, H, W], -1 for tokens [B, L, C]. All others count samples.
         tasks_per_step: Tasks whose risk a step estimates, in rotation; None for all T. When each had
             its turn, a round, the weights move once, with the latest risks; S and m of a task, its
             share of ``num_warmup_steps`` and the momentum count its own turns. A step costs as many
@@ -154,7 +163,8 @@ class ExcessMTL(Balancer):
         gradient_momentum: float = 0.0,
         relative: bool = True,
         update_every: int = 1,
-        estimate_from: Literal["parameters"] | Iterable[Tensor] = "parameters",
+        estimate_from: EstimateFrom = "parameters",
+        feature_dim: int = 1,
         tasks_per_step: int | None = None,
         min_weight: float = 0.0,
         state_dtype: torch.dtype | None = None,
@@ -211,6 +221,11 @@ class ExcessMTL(Balancer):
                     f"Expected `tasks_per_step` <= num_tasks = {num_tasks}, but got {tasks_per_step}."
                 )
         self.tasks_per_step = tasks_per_step
+        if isinstance(feature_dim, bool) or not isinstance(feature_dim, int):
+            raise TypeError(
+                f"Expected `feature_dim` to be an integer, but got {type(feature_dim).__name__}."
+            )
+        self.feature_dim = feature_dim
         check_choice("reduce", reduce, ("grads", "risks"))
         if shared_parameters is not None:
             shared_parameters = checked_parameters(shared_parameters)
@@ -239,26 +254,34 @@ class ExcessMTL(Balancer):
         )
         self._set_estimate(estimate_from)
 
-    def _set_estimate(self, estimate_from: Literal["parameters"] | Iterable[Tensor]) -> None:
+    def _set_estimate(self, estimate_from: EstimateFrom) -> None:
         """Settles whose gradients a step looks at, and checks that the other options allow it."""
         self._rotation: cheaper_steps.TaskRotation | None = None
-        self._estimate_parameters: list[Tensor] | None = None
-        if self.tasks_per_step is not None and self.tasks_per_step < self.num_tasks:
-            self._rotation = cheaper_steps.TaskRotation(self.num_tasks, self.tasks_per_step)
-        if isinstance(estimate_from, str):
-            check_choice("estimate_from", estimate_from, ("parameters",))
-        else:
+        self._estimate_parameters: list[Tensor] = []
+        self._estimate_kind = estimate_from if isinstance(estimate_from, str) else "subset"
+        if not isinstance(estimate_from, str):
             self._estimate_parameters = cheaper_steps.checked_subset(
                 estimate_from, self.shared_parameters
             )
             self._layout = ParamLayout([p.numel() for p in self._estimate_parameters])
+        else:
+            check_choice("estimate_from", estimate_from, ("parameters", "features"))
+        if estimate_from == "features":
+            self._layout = None  # known from the first features on
+        if self.tasks_per_step is not None and self.tasks_per_step < self.num_tasks:
+            self._rotation = cheaper_steps.TaskRotation(self.num_tasks, self.tasks_per_step)
         if not self._looks_at_all:
             cheaper_steps.check_supported(self)
 
     @property
+    def needs_features(self) -> bool:
+        """Whether ``backward`` must be given ``features``: with ``estimate_from="features"``."""
+        return self._estimate_kind == "features"
+
+    @property
     def _looks_at_all(self) -> bool:
         """Whether a step that moves the weights takes the whole gradient of every task."""
-        return self._rotation is None and self._estimate_parameters is None
+        return self._rotation is None and self._estimate_kind == "parameters"
 
     @classmethod
     def from_preset(
@@ -455,7 +478,9 @@ class ExcessMTL(Balancer):
     ) -> None:
         if self._looks_at_all:
             super()._step_from_task_grads(roots, values, tasks, scale, features)
-        elif self._estimate_parameters is not None:
+        elif self._estimate_kind == "features":
+            cheaper_steps.step_from_features(self, roots, tasks, scale, features)
+        elif self._estimate_kind == "subset":
             cheaper_steps.step_from_subset(self, roots, tasks, scale, features)
         else:
             cheaper_steps.step_in_rotation(self, roots, tasks, scale, features)
@@ -471,6 +496,8 @@ class ExcessMTL(Balancer):
 
     def reset(self) -> None:
         """As for every balancer; the collapse guard may warn again."""
+        if self._estimate_kind == "features":
+            self._layout = None
         super().reset()
         self._collapse_guard.reset()
         if self._rotation is not None:
@@ -553,6 +580,7 @@ class ExcessMTL(Balancer):
             "relative": self.relative,
             "update_every": self.update_every,
             "estimate_from": self._described_estimate(),
+            "feature_dim": self.feature_dim,
             "tasks_per_step": self.tasks_per_step,
             "min_weight": self.min_weight,
             "state_dtype": self.state_dtype,
@@ -562,8 +590,8 @@ class ExcessMTL(Balancer):
         }
 
     def _described_estimate(self) -> str:
-        if self._estimate_parameters is None:
-            return "parameters"
+        if self._estimate_kind != "subset":
+            return self._estimate_kind
         num_all = len(self.shared_parameters or ())
         return f"{len(self._estimate_parameters)} of {num_all} parameters"
 

@@ -276,10 +276,15 @@ class Cut:
         self, roots: Sequence[Root | None], task_weights: Tensor, *, scale: Tensor | None
     ) -> None:
         """Like ``gradients.weighted_backward`` with unweighted heads: T heads, and one pass of the encoder."""
-        present = [task for task, reached in enumerate(self.reached) if reached]
-        if not present:
-            return
         feature_grads, head_grads = self.walk_heads(roots, gradients.starts_of(roots, scale))
+        self.walk_encoder_weighted(feature_grads, task_weights)
+        self.deposit_heads(head_grads)
+
+    def walk_encoder_weighted(
+        self, feature_grads: Sequence[Sequence[Tensor | None]], task_weights: Tensor
+    ) -> None:
+        """One pass of the encoder from the weighted sum of the features' gradients; adds to the shared ``.grad``."""
+        present = [task for task, reached in enumerate(self.reached) if reached]
         used = sorted(set().union(*(self.reached[task] for task in present)))
         weights = task_weights[present]
         starts = [
@@ -291,4 +296,3 @@ class Cut:
             for index in used
         ]
         gradients.run_backward([self.features[index] for index in used], starts, retain_graph=False)
-        self.deposit_heads(head_grads)

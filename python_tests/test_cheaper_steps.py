@@ -38,16 +38,43 @@ def change_batch(problem: Problem, number: int) -> None:
     problem.targets = torch.randn(problem.targets.shape, generator=generator) * torch.arange(1, 4)
 
 
+def features_and_losses(problem: Problem) -> tuple[Tensor, list[Tensor]]:
+    """As ``Problem.losses``, with the features that they hang on."""
+    features = problem.encoder(problem.inputs)
+    return features, [
+        ((head(features)[:, 0] - problem.targets[:, task]) ** 2).mean()
+        for task, head in enumerate(problem.heads)
+    ]
+
+
+def step(problem: Problem, balancer: ExcessMTL, **factors: float) -> None:
+    """One call, ``.grad`` not emptied; ``task0=float("nan")`` multiplies the first loss by it."""
+    features, losses = features_and_losses(problem)
+    for name, factor in factors.items():
+        losses[int(name[4:])] *= factor
+    balancer.backward(losses, features=features)
+
+
 def backward(problem: Problem, balancer: ExcessMTL, absent: tuple[int, ...] = ()) -> None:
     problem.zero_grad()
-    losses: list[Tensor | None] = list(problem.losses())
-    for task in absent:
-        losses[task] = None
-    balancer.backward(losses)
+    features, losses = features_and_losses(problem)
+    balancer.backward(
+        [None if task in absent else loss for task, loss in enumerate(losses)], features=features
+    )
+
+
+def count_encoder_passes(problem: Problem) -> list[int]:
+    """A list that grows by one with every backward pass through the encoder's first layer."""
+    passes: list[int] = []
+    problem.encoder[0].register_forward_hook(  # type: ignore[index]
+        lambda module, inputs, output: output.register_hook(lambda grad: passes.append(1)) and None
+    )
+    return passes
 
 
 CHEAPER = {
     "subset": {"estimate_from": "last layer"},
+    "features": {"estimate_from": "features"},
     "rotation": {"tasks_per_step": 1},
     "rotating subset": {"estimate_from": "last layer", "tasks_per_step": 2},
 }
@@ -111,6 +138,94 @@ def test_the_state_is_as_small_as_the_subset():
     assert balancer.sq_grad_sum.shape == (3, 128 + 32)  # 16 x 8 weights and 8 biases, padded to 32
 
 
+# ---- the features
+
+
+class Adapted(nn.Module):
+    """An encoder with the adapter that the risks of the features are about: z -> A z, A = I."""
+
+    def __init__(self, encoder: nn.Module, num_features: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.adapter = nn.Linear(num_features, num_features, bias=False)
+        with torch.no_grad():
+            self.adapter.weight.copy_(torch.eye(num_features))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.adapter(self.encoder(inputs))
+
+
+def test_risks_from_features_follow_the_equations_by_hand():
+    """Two samples, z = 1 and 2: g = slope * (1 + 2) is 3 and 1, then 4 and 1, as in the example of the class."""
+    shared = nn.Parameter(torch.ones(1, 1))
+    balancer = ExcessMTL([shared], num_tasks=2, estimate_from="features", **BY_HAND)
+    expected = torch.tensor([16 / 25, 1 / 2], dtype=torch.float64).softmax(0).tolist()
+    for slopes, after in (((1.0, 1 / 3), [0.5, 0.5]), ((4 / 3, 1 / 3), expected)):
+        shared.grad = None
+        features = torch.tensor([[1.0], [2.0]]) @ shared
+        balancer.backward([slope * features.sum() for slope in slopes], features=features)
+        assert balancer.task_weights.tolist() == pytest.approx(after, rel=1e-5)
+        assert shared.grad is not None
+        total = after[0] * slopes[0] + after[1] * slopes[1]
+        assert shared.grad.item() == pytest.approx(3 * total, rel=1e-5)
+
+
+def test_risks_from_features_are_those_of_an_adapter_behind_the_encoder():
+    plain, adapted = make_problem(), make_problem()
+    adapted.encoder = Adapted(adapted.encoder, 8)
+    from_features = make_balancer(plain, estimate_from="features")
+    adapter = [adapted.encoder.adapter.weight]
+    from_adapter = make_balancer(adapted, estimate_from=adapter)
+    for number in range(5):
+        for problem in (plain, adapted):
+            change_batch(problem, number)
+        backward(plain, from_features)
+        backward(adapted, from_adapter)
+        torch.testing.assert_close(
+            from_features.task_weights, from_adapter.task_weights, rtol=1e-6, atol=0
+        )
+    torch.testing.assert_close(from_features.sq_grad_sum, from_adapter.sq_grad_sum)
+
+
+def test_positions_of_a_feature_map_share_the_adapter():
+    """[B, C, H, W]: a 1 x 1 convolution; the same numbers as samples [B * H * W, C]."""
+    encoder = nn.Conv2d(1, 3, 3)
+    risks = []
+    for as_samples in (False, True):
+        balancer = ExcessMTL(encoder.parameters(), num_tasks=2, estimate_from="features")
+        features = encoder(torch.ones(2, 1, 5, 5) + torch.arange(5.0))
+        z = features.movedim(1, -1).flatten(0, -2) if as_samples else features
+        dims = (0,) if as_samples else (0, 2, 3)
+        balancer.backward([z.square().sum(dims)[0], z.exp().sum(dims)[1]], features=z)
+        risks.append(balancer.excess_risk)
+    torch.testing.assert_close(risks[0], risks[1], rtol=1e-6, atol=0)
+
+
+def test_features_of_each_task_alone_have_adapters_of_their_own():
+    """As where every task has inputs of its own: a task that does not reach a feature has no gradient there."""
+    problem = make_problem()
+    balancer = make_balancer(problem, estimate_from="features")
+    features = [problem.encoder(problem.inputs + task) for task in range(3)]
+    losses = [
+        (head(z)[:, 0] - problem.targets[:, task]).square().mean()
+        for task, (head, z) in enumerate(zip(problem.heads, features, strict=True))
+    ]
+    balancer.backward(losses, features=features)
+    sums = balancer.sq_grad_sum.reshape(3, 3, 64)
+    assert bool((sums.diagonal(dim1=0, dim2=1).sum(0) > 0).all())
+    assert sums.sum().item() == pytest.approx(sums.diagonal(dim1=0, dim2=1).sum().item())
+
+
+@pytest.mark.parametrize("num_tasks", [2, 8])
+def test_a_step_from_features_walks_the_encoder_once(num_tasks):
+    problem = make_problem(num_tasks)
+    balancer = make_balancer(problem, num_tasks, estimate_from="features")
+    passes = count_encoder_passes(problem)
+    for number in range(1, 4):
+        backward(problem, balancer)
+        assert len(passes) == number
+
+
 # ---- rotation
 
 
@@ -166,13 +281,10 @@ def test_every_task_in_every_step_is_the_exact_step(num_tasks):
 def test_a_rotation_step_walks_the_encoder_twice_however_many_tasks_there_are(num_tasks):
     problem = make_problem(num_tasks)
     balancer = make_balancer(problem, num_tasks, tasks_per_step=1)
-    passes = []
-    problem.encoder[0].register_forward_hook(  # type: ignore[index]
-        lambda module, inputs, output: output.register_hook(lambda grad: passes.append(1)) and None
-    )
-    for step in range(1, 4):
+    passes = count_encoder_passes(problem)
+    for number in range(1, 4):
         backward(problem, balancer)
-        assert len(passes) == 2 * step
+        assert len(passes) == 2 * number
 
 
 def test_an_absent_task_has_its_turn_later_in_the_round():
@@ -230,7 +342,7 @@ def test_gradients_are_added_to_what_is_there(options):
     balancer, other = make_balancer(problem, **options), make_balancer(fresh, **options)
     for parameter in problem.parameters():
         parameter.grad = torch.ones_like(parameter)
-    balancer.backward(problem.losses())
+    step(problem, balancer)
     backward(fresh, other)
     torch.testing.assert_close(
         problem.grads(), [None if grad is None else grad + 1 for grad in fresh.grads()]
@@ -246,7 +358,8 @@ def test_the_loss_scale_reaches_gradients_and_not_weights(options):
         change_batch(scaled, number)
         backward(plain, balancers[0])
         scaled.zero_grad()
-        (balancers[1](scaled.losses()) * 1024.0).backward()
+        features, losses = features_and_losses(scaled)
+        (balancers[1](losses, features=features) * 1024.0).backward()
     torch.testing.assert_close(
         balancers[1].task_weights, balancers[0].task_weights, rtol=1e-6, atol=0
     )
@@ -265,9 +378,7 @@ def test_a_gradient_that_is_not_finite_changes_no_state_and_is_counted(options):
     turn = 0 if balancer._rotation is None else balancer._rotation.waiting[0]
     before = {name: tensor.clone() for name, tensor in balancer.named_buffers()}
     problem.zero_grad()
-    losses = problem.losses()
-    losses[turn] = losses[turn] * float("nan")
-    balancer.backward(losses)
+    step(problem, balancer, **{f"task{turn}": float("nan")})
     assert bool(balancer.found_nonfinite[turn])
     assert int(balancer.num_skipped_steps) == 1
     assert all(
@@ -296,10 +407,8 @@ def test_raise_leaves_the_shared_gradients_as_they_were(options):
     balancer = make_balancer(problem, nonfinite="raise", **options)
     for parameter in problem.encoder.parameters():
         parameter.grad = torch.ones_like(parameter)
-    losses = problem.losses()
-    losses[0] = losses[0] * float("inf")
     with pytest.raises(FloatingPointError, match=r"task\(s\) \[0\]"):
-        balancer.backward(losses)
+        step(problem, balancer, task0=float("inf"))
     assert all(
         bool((p.grad == 1).all()) for p in problem.encoder.parameters() if p.grad is not None
     )
@@ -382,7 +491,7 @@ def test_errors_name_the_argument_and_the_way_out():
         make_balancer(problem, estimate_from=stranger)
     with pytest.raises(ValueError, match="`estimate_from` to hold at least one parameter"):
         make_balancer(problem, estimate_from=[])
-    with pytest.raises(ValueError, match="`estimate_from` to be one of 'parameters'"):
+    with pytest.raises(ValueError, match="`estimate_from` to be one of 'parameters', 'features'"):
         make_balancer(problem, estimate_from="weights")
     with pytest.raises(ValueError, match="`tasks_per_step` >= 1, but got 0"):
         make_balancer(problem, tasks_per_step=0)
@@ -392,6 +501,24 @@ def test_errors_name_the_argument_and_the_way_out():
         ValueError, match="`shared_parameters` with `estimate_from` or `tasks_per_s"
     ):
         ExcessMTL(num_tasks=3, tasks_per_step=1)
+    with pytest.raises(ValueError, match="no `tasks_per_step` with estimate_from='features'"):
+        make_balancer(problem, estimate_from="features", tasks_per_step=1)
+    with pytest.raises(ValueError, match="batched=False with `estimate_from` or `tasks_per_step`"):
+        make_balancer(problem, tasks_per_step=1, batched=True)
+    with pytest.raises(TypeError, match="`feature_dim` to be an integer"):
+        make_balancer(problem, feature_dim="channels")
+    features, losses = features_and_losses(problem)
+    with pytest.raises(ValueError, match=r"`features` with estimate_from='features'.*features=z"):
+        make_balancer(problem, estimate_from="features").backward(losses)
+    with pytest.raises(
+        ValueError, match=r"channels in dimension 2 \(`feature_dim`\), but got \[20"
+    ):
+        make_balancer(problem, estimate_from="features", feature_dim=2).backward(
+            losses, features=features
+        )
+    features.register_hook(lambda grad: None)
+    with pytest.raises(ValueError, match="can be cut, but a feature has a hook"):
+        make_balancer(problem, estimate_from="features").backward(losses, features=features)
 
 
 @cheaper

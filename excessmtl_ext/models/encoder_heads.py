@@ -37,15 +37,21 @@ class EncoderHeads(nn.Module):
         Raises:
             ValueError: the list does not have as many inputs as there are heads.
         """
-        if isinstance(inputs, list):
-            if len(inputs) != len(self.heads):
-                raise ValueError(
-                    f"Expected `inputs` to be a tensor or a list of {len(self.heads)}, one per head, "
-                    f"but got a list of {len(inputs)}."
-                )
-            return [
-                head(self.encoder(task_inputs))
-                for head, task_inputs in zip(self.heads, inputs, strict=True)
-            ]
-        features = self.encoder(inputs)
+        return self.outputs(self.features(inputs))
+
+    def features(self, inputs: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Returns the encoder's features, T of them for T inputs: what ``balancer.backward`` takes as `features`."""
+        if not isinstance(inputs, list):
+            return self.encoder(inputs)
+        if len(inputs) != len(self.heads):
+            raise ValueError(
+                f"Expected `inputs` to be a tensor or a list of {len(self.heads)}, one per head, "
+                f"but got a list of {len(inputs)}."
+            )
+        return [self.encoder(task_inputs) for task_inputs in inputs]
+
+    def outputs(self, features: Tensor | list[Tensor]) -> list[Tensor]:
+        """Returns the heads' outputs for what :meth:`features` has returned."""
+        if isinstance(features, list):
+            return [head(own) for head, own in zip(self.heads, features, strict=True)]
         return [head(features) for head in self.heads]

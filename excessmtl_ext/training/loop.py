@@ -243,14 +243,24 @@ class _Run:
 
     def _train_step(self, part: _Part) -> None:
         batch = part.batch
-        losses = task_losses(self.parallel.forward(batch.inputs), batch.targets, self.tasks)
+        features = None
+        if self.balancer.needs_features:
+            features = self.model.features(batch.inputs)
+            outputs = self.model.outputs(features)
+        else:
+            outputs = self.parallel.forward(batch.inputs)
+        losses = task_losses(outputs, batch.targets, self.tasks)
         counts = label_counts(batch.targets, self.tasks) if part.is_own else [0] * len(losses)
         if self.held_out is not None:
             clean = self.held_out.batch(self.step)
             clean_losses = task_losses(self.model(clean.inputs), clean.targets, self.tasks)
             self.balancer.observe_validation(clean_losses)  # type: ignore[operator]
         self.optimizer.zero_grad()
-        self.balancer.backward(losses, num_samples=counts if self.ranks.size > 1 else None)
+        self.balancer.backward(
+            losses,
+            features=features,
+            num_samples=counts if self.ranks.size > 1 else None,
+        )
         self.step += 1
         # Adam would carry a NaN in its running means for ever. No method looks at the gradients of the heads, and
         # some look at no gradient: the largest element tells, which no sum of squares can overflow.
