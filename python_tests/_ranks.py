@@ -24,7 +24,15 @@ import torch.distributed as dist
 
 # One server process imports torch; the ranks are its forks.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "excessmtl_ext"])
+CONTEXT.set_forkserver_preload(
+    [
+        "pytest",
+        "sklearn.datasets",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "excessmtl_ext.training",
+    ]
+)
 
 COLLECTIVE_TIMEOUT_S = 30
 """A rank that waits longer for another one fails: what would be a hang is an error in the test."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +58,101 @@ def run_and_wait(folder: Path, step: int | None) -> int | None:
     return process.exitcode
 
 
+def assert_same_files(first: Path, second: Path) -> None:
+    for name in ("metrics.csv", "task_weights.csv", "metrics.json", "config.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one_process") / "run"
+    assert run_and_wait(folder, None) == 0
+    return folder
+
+
 @pytest.mark.parametrize("step", KILL_STEPS)
 def test_a_process_killed_at_a_random_step_ends_with_the_same_bytes(
-    tmp_path: Path, step: int
+    undisturbed: Path, tmp_path: Path, step: int
 ) -> None:
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert run_and_wait(undisturbed, None) == 0
+    killed = tmp_path / "killed"
     assert run_and_wait(killed, step) == -signal.SIGKILL
     assert not (killed / "metrics.json").exists()
     assert run_and_wait(killed, None) == 0
-    for name in ("metrics.csv", "task_weights.csv", "metrics.json", "config.json"):
-        assert (killed / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert_same_files(killed, undisturbed)
+
+
+def train_rank_and_die(
+    rank: int, num_ranks: int, config: TrainConfig, folder: str, step: int | None
+) -> None:
+    def report(progress: Any) -> None:
+        if rank == 1 and progress.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config, folder, resume=True, report=report)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_run_of_two_ranks_killed_at_random_steps_ends_with_the_same_bytes(
+    tmp_path: Path, kind: Any
+) -> None:
+    config = dataclasses.replace(CONFIG, distributed=kind)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run_ranks(2, train_rank_and_die, config, str(undisturbed), None)
+    for step in sorted(KILL_STEPS)[:: 1 if kind == "ddp" else 2]:
+        with pytest.raises(AssertionError, match="Rank 0"):  # its peer is gone
+            run_ranks(2, train_rank_and_die, config, str(killed), step)
+        assert not (killed / "metrics.json").exists()
+    run_ranks(2, train_rank_and_die, config, str(killed), None)
+    assert_same_files(killed, undisturbed)
+
+
+# ---- the command
+
+
+EPOCHS = 30  # two seconds or more of training: time to kill it
+
+
+def start_torchrun(folder: Path, log: Path) -> subprocess.Popen[bytes]:
+    """As a user starts it, but for the port, which is to be a free one."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["-m", "excessmtl_ext.training.cli", "train", "digits", "--distributed", "ddp"]
+    words += ["--method", CONFIG.method, "--epochs", str(EPOCHS), "--batch-size", "50"]
+    words += ["--noise", "0.8", "--num-train", "300", "--device", "cpu", "--resume"]
+    words += ["--output", str(folder)]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            words, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()]
+
+
+@pytest.mark.slow
+def test_torchrun_of_which_a_worker_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, distributed="ddp", epochs=EPOCHS, task_weight_interval=10)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run_ranks(2, train_rank_and_die, config, str(undisturbed), None)
+    log = tmp_path / "log"
+    process = start_torchrun(killed, log)
+    try:
+        deadline = time.monotonic() + 240
+        while not (killed / "checkpoint.pt").exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.Random(7).uniform(0, 0.5))
+        os.kill(workers_of(process)[-1], signal.SIGKILL)
+        assert process.wait(60) != 0  # torchrun ends the other worker
+        assert not (killed / "metrics.json").exists()
+        process = start_torchrun(killed, log)
+        assert process.wait(240) == 0, log.read_text()
+    finally:
+        process.kill()
+    assert_same_files(killed, undisturbed)
+    assert log.read_text().count("Figure: ") == 1  # one of the two shows what came out
 
 
 SAVE_EVERY = 4
