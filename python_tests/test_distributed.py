@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from _inputs import Problem, make_problem
 from _ranks import raised_by, run_ranks
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from excessmtl_ext import ExcessMTL
@@ -186,6 +188,47 @@ def accumulate_with_no_sync(rank: int, num_ranks: int) -> list[dict[str, Tensor]
 
 def test_gradients_accumulate_under_no_sync() -> None:
     assert_same(run_ranks(2, accumulate_with_no_sync), accumulate_with_no_sync(0, 1))
+
+
+def mix_with_other_losses(rank: int, num_ranks: int, has_own_hook: bool) -> list[dict[str, Tensor]]:
+    """A plain loss accumulated under no_sync before a balanced step, and one alone after it."""
+    problem = make_problem(NUM_TASKS)
+    net = Net(problem)
+    model, ranks, waiting = net, {}, nullcontext
+    if num_ranks > 1:
+        model = DistributedDataParallel(net)
+        if has_own_hook:
+            model.register_comm_hook(None, default_hooks.allreduce_hook)
+        ranks, waiting = {"model": model}, model.no_sync
+    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    rows = own_rows(rank, [20 // num_ranks] * num_ranks)
+
+    def losses() -> list[Tensor]:
+        return losses_of(model(problem.inputs[rows]), problem.targets[rows])
+
+    states = []
+    for _ in range(2):
+        net.zero_grad()
+        with waiting():
+            torch.stack(losses()).sum().backward()
+        balancer.backward(losses())
+        states.append(snapshot(balancer, net))
+        net.zero_grad()
+        torch.stack(losses()).prod().backward()
+        if num_ranks == 1:  # the product of means over the rank's own rows, averaged
+            net.zero_grad()
+            halves = [slice(0, 10), slice(10, 20)]
+            for half in halves:
+                own = losses_of(net(problem.inputs[half]), problem.targets[half])
+                (torch.stack(own).prod() / 2).backward()
+        states.append(snapshot(balancer, net))
+    return states
+
+
+@pytest.mark.parametrize("has_own_hook", [False, True], ids=["", "own_hook"])
+def test_gradients_of_other_losses_are_averaged_as_ever(has_own_hook: bool) -> None:
+    expected = mix_with_other_losses(0, 1, has_own_hook)
+    assert_same(run_ranks(2, mix_with_other_losses, has_own_hook), expected)
 
 
 # ---- absent tasks, parameters out of reach
@@ -430,18 +473,27 @@ def written_bytes() -> int:
     return int(dict(line.split(": ") for line in lines)["wchar"])
 
 
-def measure(rank: int, num_ranks: int, num_tasks: int, reduce: str) -> tuple[int, int, int, int]:
+def measure(
+    rank: int, num_ranks: int, num_tasks: int, reduce: str, ddp: str | None = None
+) -> tuple[int, int, int, int]:
     generator = torch.Generator().manual_seed(rank)
     encoder = nn.Linear(400, 300)
-    balancer = ExcessMTL(
-        encoder.parameters(), num_tasks=num_tasks, process_group=dist.group.WORLD, reduce=reduce
-    )
+    model: nn.Module = encoder
+    ranks: dict[str, Any] = {"process_group": dist.group.WORLD}
+    if ddp is not None:
+        model = DistributedDataParallel(encoder)
+        if ddp == "own_hook":
+            model.register_comm_hook(None, default_hooks.allreduce_hook)
+        ranks = {"model": model}
+    balancer = ExcessMTL(encoder.parameters(), num_tasks=num_tasks, reduce=reduce, **ranks)
 
     def step() -> None:
-        features = encoder(torch.randn(2, 400, generator=generator))
+        encoder.zero_grad()
+        features = model(torch.randn(2, 400, generator=generator))
         balancer.backward([(features**2).mean() * (1 + task) for task in range(num_tasks)])
 
-    step()  # the first one opens connections
+    step()  # the first one opens connections,
+    step()  # and before the second DistributedDataParallel arranges its buckets anew
     assert balancer._data_parallel is not None
     counted, written = balancer._data_parallel.ranks.num_bytes_sent, written_bytes()
     step()
@@ -466,6 +518,17 @@ def test_a_rank_sends_at_most_one_gradient_per_task_and_one_more(num_ranks: int)
         assert counted == pytest.approx(share * (num_tasks + 1) * num_params * 4, rel=1e-3)
         assert written == pytest.approx(counted, rel=0.01)  # gloo's own headers
         assert state_numel <= num_tasks * (num_params / num_ranks + 32)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(("ddp", "num_gradients"), [("plain", 4), ("own_hook", 5)])
+def test_a_ddp_model_sends_no_more_unless_it_has_a_hook_of_its_own(
+    ddp: str, num_gradients: int, num_ranks: int
+) -> None:
+    """T + 1 gradients of P elements; with another communication hook T + 2."""
+    for written, _, num_params, _ in run_ranks(num_ranks, measure, 3, "grads", ddp):
+        share = (num_ranks - 1) / num_ranks
+        assert written == pytest.approx(share * num_gradients * num_params * 4, rel=0.01)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -35,7 +35,13 @@ def agree(
         except (TypeError, ValueError) as caught:
             error = caught
     signature = zlib.crc32(repr((balancer, parallel.layout, parallel.reduce)).encode())
-    numbers = [float(error is not None), float(balancer._num_calls), float(signature), *counts]
+    numbers = [
+        float(error is not None),
+        float(balancer._num_calls),
+        float(signature),
+        float(parallel.needs_ddp),
+        *counts,
+    ]
     device = parallel.ranks.exchange_device(parallel.device)
     header = torch.tensor(numbers, dtype=torch.float64, device=device)
     rows = parallel.ranks.all_gather(header).view(parallel.ranks.size, -1).tolist()
@@ -48,14 +54,16 @@ def agree(
                 f"Expected the same {what} of the balancer on every rank, but they differ. Build it alike on all "
                 "ranks, load the same checkpoint, and call backward equally often."
             )
-    all_counts: list[list[float]] = [row[3:] for row in rows]
+    all_counts: list[list[float]] = [row[4:] for row in rows]
     totals = [sum((max(c, 0.0) for c in column), 0.0) for column in zip(*all_counts, strict=True)]
     _check_absent(parallel, all_counts, totals)
     shares = [
         parallel.ranks.size * max(count, 0.0) / total if total > 0 else 0.0
         for count, total in zip(counts, totals, strict=True)
     ]
-    return Agreement([task for task, total in enumerate(totals) if total > 0], shares)
+    tasks = [task for task, total in enumerate(totals) if total > 0]
+    averages_shared = balancer._moves_weights() and not any(row[3] for row in rows)
+    return Agreement(tasks, shares, averages_shared)
 
 
 def _counts(num_tasks: int, present: Sequence[bool], num_samples: NumSamples | None) -> list[float]:

@@ -29,12 +29,11 @@ def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
             torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             for parameter in parallel.shared
         ]
-        shares = torch.tensor(agreed.shares, dtype=torch.float64, device=parallel.device)
         functional.weighted_sum_(
             flat,
             outputs,
             parallel.layout,
-            balancer.task_weights * shares,
+            balancer.task_weights * parallel.on_device(agreed.shares),
             found_nonfinite=balancer.found_nonfinite,
         )
         return parallel.averaged(outputs)

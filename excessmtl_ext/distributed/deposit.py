@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -24,11 +25,13 @@ def deposit(
         averaged = averaged_heads(parallel, heads, sums)
         sums = dict(zip(map(id, heads), averaged, strict=True))
     parameters = {id(parameter): parameter for parameter in (*parallel.shared, *heads)}
-    for parameter in expected_by_ddp(parallel, step.roots):
+    for parameter in expected_by_ddp(parallel.ddp, step.roots):
         parameters.setdefault(id(parameter), parameter)
     sums.update(zip(map(id, parallel.shared), shared_grads, strict=True))
     grads = [sums.get(key) if key in step.reached else None for key in parameters]
-    gradients.deposit_grads(list(parameters.values()), grads, at_start=at_start)
+    averaged_grads = parallel.averaged_grads if step.agreed.averages_shared else None
+    with averaged_grads.known(parallel.shared) if averaged_grads else nullcontext():
+        gradients.deposit_grads(list(parameters.values()), grads, at_start=at_start)
 
 
 def _head_sums(step: RankStep) -> dict[int, Tensor | None]:

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def exact_step(parallel: Partition, step: RankStep) -> list[Tensor]:
-    """Runs the passes and moves the weights; returns the L shared gradients to add."""
+    """Runs the passes and moves the weights; returns the L shared gradients to add, averaged if so agreed."""
     balancer, agreed = step.balancer, step.agreed
     pending: dict[int, PendingShard] = {}
     local: dict[int, Tensor] = {}
     previous: list[PendingShard] = []
     for task in agreed.tasks:
         packed = parallel.packed(run_pass(parallel, step, task), agreed.shares[task])
-        if parallel.ddp is not None:
+        if not agreed.averages_shared:
             local[task] = packed
         # Runs while the next task's pass does; two buffers of P are in flight at most.
         pending[task] = parallel.ranks.reduce_scatter(packed)
@@ -42,7 +42,7 @@ def exact_step(parallel: Partition, step: RankStep) -> list[Tensor]:
         if balancer.nonfinite == "raise":
             repair(parallel, balancer, parts, unscale)
             balancer._raise_if_nonfinite()
-        if parallel.ddp is not None:
+        if not agreed.averages_shared:
             repair(parallel, balancer, parts, unscale)
             return _combined_here(parallel, balancer, local)
         own = torch.empty(parallel.shard_numel, dtype=parallel.grad_dtype, device=parallel.device)
@@ -81,7 +81,7 @@ def _parts(parallel: Partition, pending: dict[int, PendingShard]) -> list[Tensor
 def _times_size(parallel: Partition, scale: Tensor | None) -> Tensor:
     """What the sum over the ranks is divided by, inside the kernel, to be the unscaled mean."""
     if scale is None:
-        return torch.tensor(float(parallel.ranks.size), device=parallel.device)
+        return torch.full((), float(parallel.ranks.size), device=parallel.device)
     return scale * parallel.ranks.size
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from excessmtl_ext.distributed.collectives import Ranks
+from excessmtl_ext.distributed.ddp import AveragedGrads, register_averaged_grads
 from excessmtl_ext.distributed.dtensors import common_mesh, is_dtensor, local_part
 from excessmtl_ext.functional import ParamLayout
 
@@ -71,6 +72,9 @@ class Partition:
                 "averaged, so the exact risks cost no more."
             )
         self.ranks = Ranks(process_group)
+        self.averaged_grads: AveragedGrads | None = None
+        if self.ddp is not None and reduce == "grads":
+            self.averaged_grads = register_averaged_grads(self.ddp)
         ids = {id(parameter) for parameter in self.shared}
         self.heads: list[Tensor] | None = None
         if model is not None:
@@ -93,6 +97,25 @@ class Partition:
         self.wire_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.grad_dtype = dtypes.pop() if len(dtypes) == 1 else self.wire_dtype
         self.device = self.shared[0].device
+
+    @property
+    def needs_ddp(self) -> bool:
+        """Whether DistributedDataParallel must average the shared gradients itself.
+
+        So it is if another communication hook is in charge, if it only accumulates (``no_sync``),
+        or if there are older gradients, which may not have been averaged.
+        """
+        if self.ddp is None:
+            return False
+        has_older = any(parameter.grad is not None for parameter in self.shared)
+        return self.averaged_grads is None or has_older or not self.ddp.require_backward_grad_sync
+
+    def on_device(self, numbers: Sequence[float]) -> Tensor:
+        """``numbers`` as float64 [n] on the device, for which the host does not wait."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def packed(self, grads: Sequence[Tensor | None] | None, share: float) -> Tensor:
         """Gradients of the L parameters as one vector [W * shard], times the rank's share; zero where there is none."""

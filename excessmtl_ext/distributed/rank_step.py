@@ -24,10 +24,13 @@ class Agreement:
         tasks: Tasks that some rank has.
         shares: [T]: W times this rank's part of the samples of each task; 0 where it has none. The mean over the
             ranks of share times gradient is the gradient of the joined batch.
+        averages_shared: Whether a step with ``reduce="grads"`` hands out averaged shared gradients; else
+            DistributedDataParallel averages them.
     """
 
     tasks: list[int]
     shares: list[float]
+    averages_shared: bool
 
 
 @dataclass

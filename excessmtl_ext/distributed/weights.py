@@ -25,8 +25,7 @@ def update_from_own(
     """Risks of the rank's own gradients: averaged, or summed where each rank has a part of one gradient."""
     sums = _own_risk_sums(parallel, balancer, flat, scale)
     if not parallel.is_sharded:
-        shares = torch.tensor(agreed.shares, dtype=torch.float64, device=parallel.device)
-        sums *= shares / parallel.ranks.size
+        sums *= parallel.on_device(agreed.shares) / parallel.ranks.size
     parallel.ranks.all_reduce(sums)
     _update_weights(parallel, balancer, sums, agreed)
 
