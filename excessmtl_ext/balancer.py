@@ -31,6 +31,14 @@ WeightScale = Literal["simplex", "num_tasks"]
 HeadWeighting = Literal["none", "task_weights"]
 NonFinite = Literal["skip", "raise"]
 
+_NEVER_NAN = (
+    "log_task_weights",
+    "task_weights",
+    "sq_grad_sum",
+    "grad_mean",
+    "baseline_excess_risk",
+)
+
 STATE_VERSION = 1
 """Version of what ``state_dict`` holds; raised when its meaning changes."""
 
@@ -233,6 +241,9 @@ class Balancer(nn.Module, ABC):
 
     def _problem_with(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why ``state_dict`` cannot be loaded, or None."""
+        damage = self._damage_in(state_dict, prefix)
+        if damage is not None:
+            return f"Expected {damage}. The file is damaged, or not the state of a balancer: take it from a copy."
         extra = state_dict.get(prefix + "_extra_state")
         if extra is not None and extra["version"] > STATE_VERSION:
             return (
@@ -255,6 +266,26 @@ class Balancer(nn.Module, ABC):
                 return (
                     f"Expected `{name}` of shape {list(tensor.shape)}, but got {list(saved.shape)}. It was saved "
                     "by a balancer with other tasks, parameters or options; make this one with the same."
+                )
+        return None
+
+    def _damage_in(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """What is expected of ``state_dict`` and what it holds instead, or None: no step writes NaN into these."""
+        key = prefix + "_extra_state"
+        extra = state_dict.get(key)
+        if key in state_dict and not (
+            isinstance(extra, dict)
+            and isinstance(extra.get("version"), int)
+            and {"num_calls", "param_numels"} <= extra.keys()
+        ):
+            return f"`_extra_state` of a balancer, but got {extra!r:.100}"
+        for name in self._buffers:
+            saved = state_dict.get(prefix + name)
+            if saved is not None and not isinstance(saved, Tensor):
+                return f"`{name}` to be a tensor, but got {type(saved).__name__}"
+            if name in _NEVER_NAN and type(saved) is Tensor and bool(saved.isnan().any()):
+                return (
+                    f"`{name}` without NaN, but got {int(saved.isnan().sum())} of {saved.numel()}"
                 )
         return None
 

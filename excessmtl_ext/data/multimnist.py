@@ -1,10 +1,12 @@
 """MultiMNIST: pairs of MNIST digits, the first benchmark of He et al. 2024 (Sec. 5)."""
 
+import math
 from pathlib import Path
 
 import torch
 
 from excessmtl_ext.data.digit_pairs import (
+    NUM_DIGITS,
     TEST_PAIRING_SEED,
     LabelledDigits,
     PairGeometry,
@@ -116,6 +118,11 @@ def read_mnist(raw: Path, part: str) -> LabelledDigits:
         raise ValueError(
             f"Expected images of {SIZE} x {SIZE} pixels in {image_path}, but got {list(images.shape[1:])}."
         )
+    if not len(labels) or labels.max() >= NUM_DIGITS:
+        raise ValueError(
+            f"Expected labels from 0 to {NUM_DIGITS - 1} in {label_path}, "
+            f"but got {f'up to {int(labels.max())}' if len(labels) else 'none'}. Delete it and download MNIST again."
+        )
     return LabelledDigits(images, labels.long())
 
 
@@ -141,7 +148,9 @@ def _read_idx(path: Path, num_dims: int) -> torch.Tensor:
     shape = [
         int.from_bytes(content[start : start + 4], "big") for start in range(4, header_bytes, 4)
     ]
-    expected_bytes = header_bytes + torch.Size(shape).numel()
+    expected_bytes = header_bytes + math.prod(
+        shape
+    )  # in Python's integers: a hostile header cannot overflow them
     if len(content) != expected_bytes:
         raise ValueError(
             f"Expected {path} to have {expected_bytes:,} bytes for {shape}, but got {len(content):,}: "

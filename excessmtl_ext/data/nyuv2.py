@@ -306,13 +306,19 @@ def _read_array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"Expected {path}, but it is missing. {_DOWNLOAD}")
     try:
-        # Never unpickled: a pickle can run code.
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        # Mapped and not loaded: never unpickled, as a pickle can run code, never taken for an archive, and a header
+        # that promises more than the file holds allocates nothing.
+        array = np.array(np.lib.format.open_memmap(path, mode="r"))
+    except Exception as error:  # of a damaged header numpy raises whatever its parser trips over
         raise ValueError(
             f"Expected {path} to be an array of numbers, but reading its {path.stat().st_size:,} bytes failed: "
             f"{error}. Delete it and unpack the download again."
         ) from error
     if array.dtype.kind not in "fiu":
         raise ValueError(f"Expected {path} to hold numbers, but got {array.dtype}. {_DOWNLOAD}")
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"Expected finite numbers in {path}, but {int((~np.isfinite(array)).sum()):,} are not. "
+            "Delete it and unpack the download again."
+        )
     return array

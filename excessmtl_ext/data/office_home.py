@@ -33,8 +33,12 @@ TEST_SPLIT_SEED = 0
 
 DEFAULT_IMAGE_SIZE = 224
 
+# Of the number of a class in a split list.
+MAX_LABEL_DIGITS = 9
+
 _CPU = torch.device("cpu")
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
+_FORMATS = ("JPEG", "PNG")
 _LAYOUTS = ("office_home", "OfficeHomeDataset_10072016", "OfficeHome", ".")
 _DOWNLOAD = "Download Office-Home from https://www.hemanthdv.org/officeHomeDataset.html and unpack it there."
 
@@ -212,13 +216,14 @@ def read_image(path: Path, image_size: int) -> Tensor:
     image_module = _import_pillow()
     size = (image_size, image_size)
     try:
-        with image_module.open(path) as image:
+        # No other format, whatever the name says: some have decoders that start programs.
+        with image_module.open(path, formats=_FORMATS) as image:
             # Lets the JPEG decoder shrink large photographs, to no less than this size.
             image.draft("RGB", size)
             resized = image.convert("RGB").resize(size, image_module.Resampling.BILINEAR)
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # of a damaged file Pillow raises whatever its parser trips over
         raise ValueError(
-            f"Expected {path} to be an image, but reading it failed: {error}. Unpack the download again."
+            f"Expected {path} to be a JPEG or PNG image, but reading it failed: {error}. Unpack the download again."
         ) from error
     pixels = torch.from_numpy(np.array(resized))
     return pixels.permute(2, 0, 1).float().div_(255)
@@ -310,12 +315,13 @@ def _read_lists(
                 f"Expected {file}, but {lists} is: {listing(lists)}. Pass split_lists=None to split by the seed."
             )
         images: list[tuple[Path, int]] = []
-        for line_number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for line_number, line in enumerate(_read_lines(file), start=1):
             if not line.strip():
                 continue
             location, _, label = line.strip().rpartition(" ")
             pieces = location.split("/")
-            if len(pieces) != 3 or not label.isdecimal() or pieces[1] not in classes:
+            is_label = label.isdecimal() and len(label) <= MAX_LABEL_DIGITS
+            if len(pieces) != 3 or not is_label or pieces[1] not in classes:
                 raise ValueError(
                     f"Expected line {line_number} of {file} to be `Domain/Class/Image.jpg LABEL` with a class of "
                     f"{folder}, but got {line!r}."
@@ -339,6 +345,13 @@ def _read_lists(
             images.append((path, classes[name]))
         result[part] = _labelled_images(folder, part, images)
     return result
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected {file} to be text, but it is not UTF-8: {error}.") from error
 
 
 def _labelled_images(folder: Path, part: str, images: list[tuple[Path, int]]) -> LabelledImages:

@@ -161,10 +161,17 @@ def _read_rows(folder: Path, part: str) -> NDArray[np.float64]:
         )
     rows = content[key]
     num_columns = NUM_INPUTS + NUM_TORQUES
-    if rows.ndim != 2 or rows.shape[1] != num_columns or rows.dtype.kind != "f" or not len(rows):
+    is_array = isinstance(rows, np.ndarray)  # a sparse matrix is none
+    if (
+        not is_array
+        or rows.ndim != 2
+        or rows.shape[1] != num_columns
+        or rows.dtype.kind != "f"
+        or not len(rows)
+    ):
+        found = f"{rows.dtype} {list(rows.shape)}" if is_array else type(rows).__name__
         raise ValueError(
-            f"Expected {key!r} in {path} to be floating point [N, {num_columns}], "
-            f"but got {rows.dtype} {list(rows.shape)}. {_DOWNLOAD}"
+            f"Expected {key!r} in {path} to be floating point [N, {num_columns}], but got {found}. {_DOWNLOAD}"
         )
     if not np.isfinite(rows).all():
         raise ValueError(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from urllib.error import URLError
 
+import torch
 from torch import nn
 
 from excessmtl_ext.models.encoder_heads import EncoderHeads
@@ -31,11 +32,15 @@ def resnet18_heads(num_outputs: Sequence[int], *, pretrained: bool = False) -> E
             'ResNet-18 comes with torchvision, which is not installed: pip install "excessmtl_ext[train]".',
             name=error.name,
         ) from error
-    weights = models.ResNet18_Weights.IMAGENET1K_V1 if pretrained else None
+    encoder = models.resnet18()
+    url = models.ResNet18_Weights.IMAGENET1K_V1.url
     try:
-        encoder = models.resnet18(weights=weights)
+        if pretrained:
+            # Not resnet18(weights=...), which unpickles what it finds in the cache.
+            encoder.load_state_dict(
+                torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
+            )
     except URLError as error:
-        url = models.ResNet18_Weights.IMAGENET1K_V1.url
         raise RuntimeError(
             f"Expected to download {url} for `pretrained`, but got: {error.reason}. Put the file into the folder "
             "`checkpoints` of torch.hub.get_dir(), or pass pretrained=False."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from excessmtl_ext.training.config import TrainConfig
 from excessmtl_ext.training.loop import Progress, train
+from excessmtl_ext.training.run_files import read_json
 from excessmtl_ext.training.run_record import FINAL_METRICS
 from excessmtl_ext.training.workloads import find_workload
 
@@ -121,7 +121,7 @@ def summarise_method(method: str, folders: list[Path]) -> MethodSummary:
     """Summarises finished runs of two tasks, one of them noisy."""
     clean_accuracies, noisy_accuracies, clean_weights = [], [], []
     for folder in folders:
-        metrics = json.loads((folder / FINAL_METRICS).read_text())
+        metrics = read_json(folder / FINAL_METRICS)
         (noisy,) = metrics["noisy_tasks"]
         (clean,) = metrics["final_task_weights"].keys() - {noisy}
         clean_accuracies.append(metrics["selected"][f"test/{clean}_accuracy"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from excessmtl_ext.training.methods import METHODS
+from excessmtl_ext.training.run_files import read_json, read_table
 from excessmtl_ext.training.run_record import (
     CONFIG,
     FINAL_METRICS,
     METRICS,
     TASK_WEIGHTS,
-    read_table,
 )
 
 if TYPE_CHECKING:
@@ -54,15 +53,18 @@ def read_run(folder: Path) -> RunCurves:
 
     Raises:
         FileNotFoundError: the run has not finished, or the folder holds none.
+        ValueError: a file is damaged.
     """
     if not (folder / FINAL_METRICS).is_file():
         raise FileNotFoundError(
             f"Expected a finished run in {folder}, but it has no {FINAL_METRICS}."
         )
-    described = json.loads((folder / FINAL_METRICS).read_text())["tasks"]
-    config = json.loads((folder / CONFIG).read_text())
-    metrics = read_table(folder / METRICS)
-    weights = read_table(folder / TASK_WEIGHTS)
+    described = read_json(folder / FINAL_METRICS, "tasks")["tasks"]
+    config = read_json(folder / CONFIG, "method")
+    metrics = read_table(folder / METRICS, needs=("epoch", "step"))
+    weights = read_table(folder / TASK_WEIGHTS, needs=("step",))
+    if not metrics:
+        raise ValueError(f"Expected rows in {folder / METRICS}, but it has none. Was it edited?")
     tasks = [task["name"] for task in described]
     clean = [task["name"] for task in described if not task["is_noisy"]]
     # The heads of the others are as they were initialised.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +18,22 @@ from excessmtl_ext.data import Batch, MultiTaskData, Split, Task
 from excessmtl_ext.data.seeding import seeded_generator
 from excessmtl_ext.distributed import full_state_dict
 from excessmtl_ext.distributed.dtensors import local_part
+from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.models import EncoderHeads
 from excessmtl_ext.training.config import TrainConfig
+from excessmtl_ext.training.folder_lock import hold_folder
 from excessmtl_ext.training.methods import METHODS, check_spans_ranks, make_balancer
 from excessmtl_ext.training.metrics import evaluate, label_counts, task_losses
 from excessmtl_ext.training.parallel_model import ParallelModel
 from excessmtl_ext.training.ranks import RunRanks, joined_ranks, local_device
-from excessmtl_ext.training.run_record import METRICS, TASK_WEIGHTS, TIMES, RunRecord
+from excessmtl_ext.training.run_files import check_room
+from excessmtl_ext.training.run_record import CHECKPOINT, METRICS, TASK_WEIGHTS, TIMES, RunRecord
 from excessmtl_ext.training.workloads import find_workload
 
 SELECTION_METRIC = "validation/mean_score"
+
+# Names, headers and padding of the saved tensors, and the tables and JSON files of a long run.
+ROOM_FOR_TABLES = 1 << 20
 
 # Share of the training data that a method with validation losses (MOML) takes out of the training, with clean labels:
 # He et al. 2024, Fig. 5.
@@ -86,7 +93,9 @@ def train(
         TrainingInterrupted: ``should_stop`` returned True.
         FloatingPointError: no step of an epoch had finite gradients.
         FileExistsError: ``output`` holds a run and ``resume`` is False.
-        ValueError: the config is not that of the run in ``output``, or a value in it is out of range.
+        BlockingIOError: another process trains in ``output``.
+        OSError: ``output`` cannot be written to, or has no room for the run's files. No step is taken then.
+        ValueError: the config is not that of the run in ``output``, its files are damaged, or a value is out of range.
         FileNotFoundError: the data are missing.
         OtherRankFailed: another process of the run has failed.
     """
@@ -100,25 +109,24 @@ def train(
         joined_ranks(config.distributed, device) as ranks,
         torch.random.fork_rng(devices=cuda_devices),
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        ExitStack() as held,
     ):
         with ranks.sharing_errors():
             data = find_workload(config.dataset).load(config)
-        run = _Run(config, data, device, ranks, Path(output), resume=resume)
+        run = _Run(config, data, device, ranks)
+        ranks.first(lambda: held.enter_context(hold_folder(Path(output), "run", is_required=False)))
+        run.open(Path(output), resume=resume)
         return run.train(report or (lambda progress: None), should_stop or (lambda: False))
 
 
 class _Run:
     """The state of a run between two steps, and the loop over it."""
 
+    record: RunRecord  # of rank 0
+    folder: Path
+
     def __init__(
-        self,
-        config: TrainConfig,
-        data: MultiTaskData,
-        device: torch.device,
-        ranks: RunRanks,
-        output: Path,
-        *,
-        resume: bool,
+        self, config: TrainConfig, data: MultiTaskData, device: torch.device, ranks: RunRanks
     ) -> None:
         torch.manual_seed(config.seed)
         self.device = device
@@ -177,22 +185,35 @@ class _Run:
         self.num_skipped_steps = 0
         self.weight_rows: list[tuple[int, Tensor]] = []
         self.seconds = 0.0
+        self.latest: dict[str, float] = {}
 
         if ranks.rank > 0:  # one process' stream of random numbers is rank 0's
             torch.manual_seed(seeded_generator(config.seed, "rank", ranks.rank).initial_seed())
 
-        checkpoint = ranks.first(lambda: self._open_record(output, resume=resume))
+    def open(self, output: Path, *, resume: bool) -> None:
+        """Opens the run's folder: begins the run there, or goes on with it."""
+        self.folder = output
+        checkpoint = self.ranks.first(lambda: self._open_record(resume=resume))
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.latest: dict[str, float] = {}
         if self.step >= self.steps_per_epoch:
-            self.latest = ranks.first(lambda: self.record.read_metrics()[-1])
+            self.latest = self.ranks.first(self._read_latest)
 
-    def _open_record(self, output: Path, *, resume: bool) -> dict[str, Any] | None:
+    def _open_record(self, *, resume: bool) -> dict[str, Any] | None:
         """Rank 0 only, as everything else that touches ``self.record``; returns the checkpoint to go on from."""
+        check_room(self.folder, self._file_sizes(is_new=not (self.folder / CHECKPOINT).is_file()))
         config = {**dataclasses.asdict(self.config), "balancer": repr(self.balancer)}
-        self.record = RunRecord(output, config, resume=resume)
+        self.record = RunRecord(self.folder, config, resume=resume)
         return self.record.checkpoint
+
+    def _read_latest(self) -> dict[str, float]:
+        rows = self.record.read_metrics()
+        if not rows:
+            raise ValueError(
+                f"Expected a row of each finished epoch in {self.folder / METRICS}, but it has none. "
+                "Was it edited? Start the run again in another folder."
+            )
+        return rows[-1]
 
     def train(
         self, report: Callable[[Progress], None], should_stop: Callable[[], bool]
@@ -360,6 +381,20 @@ class _Run:
         self.record.write_final_metrics(metrics)
         return metrics
 
+    def _file_sizes(self, *, is_new: bool) -> list[int]:
+        """Bytes of the files that the run will write.
+
+        A checkpoint and the best model, and each once more while it is being replaced.
+        """
+        parameters = [parameter.numel() for parameter in self.model.parameters()]
+        model = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        checkpoint = model + 2 * 4 * sum(parameters)  # Adam's two means
+        if isinstance(self.balancer, ExcessMTL):
+            layout = ParamLayout([p.numel() for p in self.model.encoder.parameters()])
+            num_states = 1 + (self.balancer.gradient_momentum > 0)
+            checkpoint += num_states * len(self.tasks) * 4 * layout.padded_numel
+        return [*[checkpoint, model] * (1 + is_new), ROOM_FOR_TABLES]
+
     def _progress(self) -> Progress:
         epoch = self.step // self.steps_per_epoch
         return Progress(self.step, self.num_steps, epoch, self.latest)
@@ -391,16 +426,29 @@ class _Run:
         }
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        self.step = checkpoint["step"]
-        if self.step > self.num_steps:
-            done = -(-self.step // self.steps_per_epoch)
+        """Takes the state of an interrupted run; raises ValueError where the checkpoint does not hold it."""
+        try:
+            step = int(checkpoint["step"])
+            if step <= self.num_steps:
+                self._take(checkpoint)
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            what = " ".join(str(error).split())
             raise ValueError(
-                f"Expected `epochs` of at least {done}, which the run in {self.record.folder} has begun, "
+                f"Expected the checkpoint in {self.folder} to hold the state of this run, but got "
+                f"{type(error).__name__}: {what:.300}. Was it written by another program? Start the run again."
+            ) from error
+        if step > self.num_steps:
+            done = -(-step // self.steps_per_epoch)
+            raise ValueError(
+                f"Expected `epochs` of at least {done}, which the run in {self.folder} has begun, "
                 f"but got {self.config.epochs}."
             )
+
+    def _take(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint
         if self.ranks.rank > 0:
             own = checkpoint["other_ranks"][self.ranks.rank - 1]
+        self.step = checkpoint["step"]
         self.best_score = checkpoint["best_score"]
         self.epoch_sums.copy_(own["epoch_sums"])
         self.num_finite_steps = checkpoint["num_finite_steps"]

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import pickle
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from excessmtl_ext._extension import build_info, unavailable_reason
 from excessmtl_ext.training.config import FREE_ON_RESUME
+from excessmtl_ext.training.run_files import read_json, read_table, write_atomically, write_json
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.csv"
 TASK_WEIGHTS = "task_weights.csv"
 TIMES = "times.csv"
+TABLES = (METRICS, TASK_WEIGHTS, TIMES)
 FINAL_METRICS = "metrics.json"
 CHECKPOINT = "checkpoint.pt"
 BEST_MODEL = "best_model.pt"
@@ -68,11 +70,11 @@ class RunRecord:
                     f"Expected `output` without a run in it, but {self.folder} holds one already. "
                     "Pass --resume to go on with it, or name another folder."
                 )
-            _check_same_config(self.folder, json.loads(path.read_text()), config)
+            _check_same_config(self.folder, read_json(path), config)
             self.checkpoint = self._load_checkpoint()
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint is None:
-            for name in (METRICS, TASK_WEIGHTS, TIMES):
+            for name in TABLES:
                 (self.folder / name).unlink(missing_ok=True)
         else:
             for name, num_rows in self.checkpoint["num_rows"].items():
@@ -129,11 +131,16 @@ class RunRecord:
         if not path.is_file():
             return None
         try:
+            _check_archive(path)
+            # Never unpickled freely: a pickle can run code.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            version = checkpoint["version"]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            version, num_rows = checkpoint["version"], checkpoint.get("num_rows", {})
+        except Exception as error:  # of a damaged file torch raises whatever its parser trips over
+            # Not torch's own words for a pickle of something else: they advise to load it all the same.
+            has_code = isinstance(error, pickle.UnpicklingError)
+            reason = "it holds more than tensors and numbers" if has_code else error
             raise ValueError(
-                f"Expected {path} to be a checkpoint of a training run, but it cannot be read ({error}). "
+                f"Expected {path} to be a checkpoint of a training run, but it cannot be read ({reason}). "
                 "Delete the folder and start the run again."
             ) from error
         if version != CHECKPOINT_VERSION:
@@ -141,18 +148,27 @@ class RunRecord:
                 f"Expected version {CHECKPOINT_VERSION} in {path}, but got {version}: it was written by another "
                 "version of this package. Resume with that one, or start the run again."
             )
+        # Names of files come from the checkpoint: only those of this folder are touched.
+        if not isinstance(num_rows, dict) or not all(
+            name in TABLES and isinstance(count, int) and count >= 0
+            for name, count in num_rows.items()
+        ):
+            raise ValueError(
+                f"Expected {path} to count the rows of {', '.join(TABLES)}, but got {num_rows!r}. "
+                "Delete the folder and start the run again."
+            )
         return checkpoint
 
     def _cut_back(self, name: str, num_rows: int) -> None:
         """Removes rows that were written after the checkpoint."""
         path = self.folder / name
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         if len(lines) < num_rows + 1:
             raise ValueError(
                 f"Expected {path} to have the {num_rows} rows that its checkpoint counts, "
                 f"but got {max(len(lines) - 1, 0)}. Was it edited? Start the run again in another folder."
             )
-        content = "".join(lines[: num_rows + 1]).encode()
+        content = b"".join(lines[: num_rows + 1])
         write_atomically(path, lambda file: file.write(content))
         self._num_rows[name] = num_rows
 
@@ -161,15 +177,17 @@ class RunRecord:
         path = self.folder / ENVIRONMENT
         sessions = []
         if self.checkpoint is not None and path.is_file():
-            sessions = json.loads(path.read_text())["sessions"]
+            sessions = read_json(path, "sessions")["sessions"]
         sessions.append(describe_environment(device))
         write_json(path, {"sessions": sessions})
 
 
-def read_table(path: Path) -> list[dict[str, float]]:
-    """Reads one of a run's tables: a dict from column to number per row."""
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+def _check_archive(path: Path) -> None:
+    """Raises unless every entry has its checksum: torch compares none, and would load a flipped bit as it is."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its entry {damaged} is wrong")
 
 
 def describe_environment(device: str) -> dict[str, Any]:
@@ -239,19 +257,3 @@ def _commit() -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None, None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes an indented JSON file, as a whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes beside the file and renames: a reader, or a run after a crash, sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

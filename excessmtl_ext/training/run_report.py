@@ -17,13 +17,13 @@ from excessmtl_ext.training.figures import GRID_COLOUR, TEXT_COLOUR, new_figure,
 from excessmtl_ext.training.loop import SELECTION_METRIC
 from excessmtl_ext.training.methods import METHODS
 from excessmtl_ext.training.metrics import PRIMARY_METRIC
+from excessmtl_ext.training.run_files import read_json, read_table
 from excessmtl_ext.training.run_record import (
     CONFIG,
     ENVIRONMENT,
     FINAL_METRICS,
     METRICS,
     TASK_WEIGHTS,
-    read_table,
 )
 from excessmtl_ext.training.workloads import WORKLOADS
 
@@ -115,7 +115,7 @@ def read_content(folder: Path) -> RunContent:
         if not (folder / name).is_file():
             what = "a run" if name == CONFIG else "a run with a finished epoch"
             raise FileNotFoundError(f"Expected {what} in {folder}, but it has no {name}.")
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     epochs = read_table(folder / METRICS)
     if not epochs:
         raise FileNotFoundError(
@@ -125,11 +125,11 @@ def read_content(folder: Path) -> RunContent:
         tasks = file.readline().rstrip("\n").split(",")[1:]
     environment = folder / ENVIRONMENT
     final = folder / FINAL_METRICS
-    described = json.loads(final.read_text())["tasks"] if final.is_file() else None
+    described = read_json(final, "tasks")["tasks"] if final.is_file() else None
     selection = f"validation/{config['task']}_score" if config.get("task") else SELECTION_METRIC
     return RunContent(
         config=config,
-        sessions=json.loads(environment.read_text())["sessions"] if environment.is_file() else [],
+        sessions=read_json(environment, "sessions")["sessions"] if environment.is_file() else [],
         epochs=epochs,
         weights=read_table(folder / TASK_WEIGHTS),
         tasks=tasks,

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,14 +25,15 @@ from typing import Any
 
 from excessmtl_ext.data import Task
 from excessmtl_ext.training.config import FREE_ON_RESUME, TrainConfig
+from excessmtl_ext.training.folder_lock import hold_folder
 from excessmtl_ext.training.loop import TrainingInterrupted
 from excessmtl_ext.training.methods import METHODS
+from excessmtl_ext.training.run_files import read_json, write_json
 from excessmtl_ext.training.run_record import (
     CONFIG,
     ENVIRONMENT,
     FINAL_METRICS,
     describe_environment,
-    write_json,
 )
 from excessmtl_ext.training.sweep_results import (
     SWEEP,
@@ -50,10 +51,6 @@ RUNS = "runs"
 TUNING = "tuning"
 STEP_SIZES = "step_sizes.csv"
 LOG = "log.txt"
-LOCK = "sweep.lock"
-
-# A worker that lost its sweep ends after the step, and the evaluation, that it is in.
-SECONDS_TO_WAIT_FOR_LOST_WORKERS = 60
 
 # Not `python -m`, which looks into the working directory first: in a checkout, that is the package without its
 # compiled ops. A worker imports what the sweep imports.
@@ -313,8 +310,7 @@ def run_sweep(
     # Before anything is started or written: missing data concern all runs.
     first = _train_config(config, Cell("", config.methods[0], max(config.noise), 0))
     tasks = find_workload(config.dataset).load(first).tasks
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, announce) as lock:
+    with hold_folder(folder, "sweep", announce) as lock:
         sweep = _Sweep(config, folder, tasks, lock, report or (lambda status: None), announce)
         _write_settings(folder, config, tasks, command)
         return sweep.run(should_stop or (lambda: False))
@@ -485,7 +481,7 @@ class _Sweep:
         path = self.folder / cell.folder / CONFIG
         if not path.is_file():
             return
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
         for name, value in dataclasses.asdict(_train_config(self.config, cell)).items():
             # None stands for a value that only the run knows, such as the number of samples.
             if name not in FREE_ON_RESUME and value is not None and saved.get(name) != value:
@@ -550,7 +546,7 @@ class _Sweep:
         if state == "finished":
             self.num_finished += 1
             seconds = time.monotonic() - job.started
-            score = json.loads((job.folder / FINAL_METRICS).read_text())
+            score = read_json(job.folder / FINAL_METRICS)
             value = score["selected"][score["selection"]]
             self._announce_end(job, f"validation score {value:.4f}, {seconds:.0f} s")
             self._write_results()
@@ -595,7 +591,7 @@ class _Sweep:
     def _tuning_score(self, cell: Cell) -> float | None:
         if not is_finished(self.folder / cell.folder, self.config.epochs):
             return None
-        metrics = json.loads((self.folder / cell.folder / FINAL_METRICS).read_text())
+        metrics = read_json(self.folder / cell.folder / FINAL_METRICS)
         return metrics["selected"][metrics["selection"]]
 
     def _give_up(self, method: str, reason: str) -> None:
@@ -669,7 +665,7 @@ def _describe_failure(message: dict[str, Any], exit_status: int) -> str:
 def _write_settings(folder: Path, config: SweepConfig, tasks: Sequence[Task], command: str) -> None:
     """Writes sweep.json and environment.json, with a line more for each command that has worked on the folder."""
     path = folder / SWEEP
-    saved = json.loads(path.read_text()) if path.is_file() else {}
+    saved = read_json(path, "epochs", "methods", "noise", "num_seeds") if path.is_file() else {}
     # Where the data lie differs from machine to machine and decides nothing.
     values = {name: v for name, v in dataclasses.asdict(config).items() if name != "data_root"}
     if saved:
@@ -694,60 +690,6 @@ def _write_settings(folder: Path, config: SweepConfig, tasks: Sequence[Task], co
     write_json(path, {"commands": commands, **values, "tasks": described})
 
     path = folder / ENVIRONMENT
-    sessions = json.loads(path.read_text())["sessions"] if path.is_file() else []
+    sessions = read_json(path, "sessions")["sessions"] if path.is_file() else []
     environment = {**describe_environment(config.device), "num_threads": config.threads_per_job}
     write_json(path, {"sessions": [*sessions, environment]})
-
-
-@contextmanager
-def _lock(folder: Path, announce: Callable[[str], None]) -> Iterator[int]:
-    """Holds the folder's lock, which the workers inherit; yields its file descriptor."""
-    try:
-        import fcntl
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "A sweep needs the file locks of Linux or macOS; `excessmtl train` runs single cells everywhere.",
-            name=error.name,
-        ) from error
-
-    path = folder / LOCK
-    with path.open("a+") as file:
-        deadline = time.monotonic() + SECONDS_TO_WAIT_FOR_LOST_WORKERS
-        has_announced = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip()
-                if _is_alive(holder):
-                    raise BlockingIOError(
-                        f"Expected no other sweep in {folder}, but process {holder} works there."
-                    ) from None
-                if time.monotonic() > deadline:
-                    raise BlockingIOError(
-                        f"Expected no other sweep in {folder}, but workers of one that was killed still run. "
-                        "They end after the step that they are in: try again later."
-                    ) from None
-                if not has_announced:
-                    announce("Waiting for the workers of a sweep that was killed.")
-                    has_announced = True
-                time.sleep(0.2)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield file.fileno()
-
-
-def _is_alive(pid: str) -> bool:
-    if not pid.isdecimal():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # another user's
-    return True

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from excessmtl_ext.training.run_files import read_json, read_table, write_atomically
 from excessmtl_ext.training.run_record import (
     CONFIG,
     FINAL_METRICS,
     METRICS,
     TIMES,
-    read_table,
-    write_atomically,
 )
 
 SWEEP = "sweep.json"
@@ -66,13 +64,15 @@ class SweepResults:
 def is_finished(folder: Path, epochs: int) -> bool:
     """Says whether the folder holds a run that has gone through all of ``epochs``."""
     path = folder / FINAL_METRICS
-    return path.is_file() and json.loads(path.read_text())["final"]["epoch"] >= epochs
+    return path.is_file() and read_json(path, "final")["final"]["epoch"] >= epochs
 
 
 def read_finished_run(folder: Path) -> FinishedRun:
     """Reads the rows of a finished run from its folder."""
-    config = json.loads((folder / CONFIG).read_text())
-    metrics = json.loads((folder / FINAL_METRICS).read_text())
+    config = read_json(folder / CONFIG, "robust_step_size", "epochs", "num_train")
+    metrics = read_json(
+        folder / FINAL_METRICS, "selection", "selected", "final_task_weights", "num_skipped_steps"
+    )
     keys = {name: config.get(name) for name in KEYS}
     selected = metrics["selected"]
     result = {
@@ -103,14 +103,16 @@ def read_results(folder: Path) -> SweepResults:
 
     Raises:
         FileNotFoundError: the folder holds no sweep, or none of its runs has finished.
+        ValueError: a file is damaged.
     """
     for name in (SWEEP, RESULTS, EPOCHS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"Expected `results` to be a folder that `excessmtl sweep` has filled, but {folder} has no {name}."
             )
-    settings = json.loads((folder / SWEEP).read_text())
-    return SweepResults(folder, settings, read_rows(folder / RESULTS), read_rows(folder / EPOCHS))
+    settings = read_json(folder / SWEEP)
+    runs, epochs = (read_rows(folder / name, KEYS) for name in (RESULTS, EPOCHS))
+    return SweepResults(folder, settings, runs, epochs)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -130,13 +132,10 @@ def _format(value: Any) -> Any:
     return format(value, _FLOAT_FORMAT) if isinstance(value, float) else value
 
 
-def read_rows(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return [
-            {
-                name: value if name in TEXT_COLUMNS else float(value)
-                for name, value in row.items()
-                if value or name in TEXT_COLUMNS
-            }
-            for row in csv.DictReader(file)
-        ]
+def read_rows(path: Path, needs: Sequence[str] = ()) -> list[Row]:
+    """Reads one of a sweep's tables, which has the columns ``needs``; an empty number is absent from its row.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    return read_table(path, TEXT_COLUMNS, needs=needs, has_gaps=True)

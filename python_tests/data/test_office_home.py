@@ -294,7 +294,7 @@ def test_a_damaged_image_is_an_error_that_names_it(own_root: Path) -> None:
     path = domains(data.test).domains[0].paths[0]
     for content in (path.read_bytes()[:300], b"<html>404 not found</html>"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"Expected {path} to be an image.*Unpack"):
+        with pytest.raises(ValueError, match=rf"Expected {path} to be a JPEG or PNG image.*Unpack"):
             data.test.batch(torch.tensor([0]))
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -54,12 +58,34 @@ def test_without_torchvision_the_error_says_what_to_install(
 def test_pretrained_without_a_network_is_an_error_that_names_the_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def offline(*, weights: object) -> None:
-        assert weights is torchvision_models.ResNet18_Weights.IMAGENET1K_V1
+    def offline(url: str, **options: object) -> None:
+        assert url == torchvision_models.ResNet18_Weights.IMAGENET1K_V1.url
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(torchvision_models, "resnet18", offline)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(
         RuntimeError, match=r"resnet18-.*\.pth for `pretrained`, but got: Name or service not known"
     ):
         resnet18_heads([2], pretrained=True)
+
+
+class RunsCode:
+    """Its pickle makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pretrained_file_in_the_cache_is_not_unpickled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    name = torchvision_models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    torch.save({"conv1.weight": RunsCode(tmp_path / "ran")}, tmp_path / "checkpoints" / name)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        resnet18_heads([2], pretrained=True)
+    assert not (tmp_path / "ran").exists()

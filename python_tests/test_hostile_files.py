@@ -1,0 +1,556 @@
+"""Files that are truncated, flipped, made up or made to harm: an error that names them, and nothing is executed."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _datasets import write_nyuv2, write_office_home
+from _inputs import make_problem
+from _ranks import CONTEXT
+from PIL import Image
+from scipy.io import savemat
+from scipy.sparse import eye_array
+
+from excessmtl_ext import ExcessMTL
+from excessmtl_ext.data.multimnist import read_mnist
+from excessmtl_ext.data.nyuv2 import read_frame
+from excessmtl_ext.data.office_home import load_office_home, read_image
+from excessmtl_ext.data.sarcos import load_sarcos
+from excessmtl_ext.training import METHODS, TrainConfig, TrainingInterrupted, loop, train
+from excessmtl_ext.training.figures import read_run
+from excessmtl_ext.training.run_files import read_table
+from excessmtl_ext.training.run_report import read_content
+from excessmtl_ext.training.sweep_results import read_results
+
+NUM_MUTATIONS = 60
+
+CONFIG = TrainConfig(
+    dataset="digits",
+    method="excessmtl-recommended",
+    epochs=2,
+    batch_size=50,
+    lr=1e-3,
+    num_train=100,
+)
+
+
+class RunsCode:
+    """Its pickle makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def mutations(content: bytes) -> list[bytes]:
+    """Truncated, with flipped bits (most in the header, which decides what is read), and with parts repeated."""
+    draw = random.Random(0)
+    results = [content[: draw.randrange(len(content))] for _ in range(NUM_MUTATIONS // 3)]
+    for number in range(NUM_MUTATIONS // 3):
+        flipped = bytearray(content)
+        for _ in range(1 + number % 4):
+            flipped[draw.randrange(min(len(content), 200 if number % 3 else len(content)))] ^= (
+                1 << draw.randrange(8)
+            )
+        results.append(bytes(flipped))
+    for _ in range(NUM_MUTATIONS // 3):
+        start, stop = sorted(draw.randrange(len(content)) for _ in range(2))
+        results.append(content[:stop] + content[start:])
+    return [*results, b"", b"\0" * 100, b"<!DOCTYPE html><html>404</html>", b"PK\3\4" + content]
+
+
+def write_mnist_part(folder: Path) -> None:
+    header = bytes((0, 0, 8, 3)) + b"".join(size.to_bytes(4, "big") for size in (20, 28, 28))
+    (folder / "t10k-images-idx3-ubyte").write_bytes(header + bytes(range(256)) * 61 + bytes(64))
+    header = bytes((0, 0, 8, 1)) + (20).to_bytes(4, "big")
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(header + bytes(range(10)) * 2)
+
+
+def write_sarcos_part(folder: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 28))
+    savemat(folder / "sarcos_inv.mat", {"sarcos_inv": rows[:40]}, do_compression=True)
+    savemat(folder / "sarcos_inv_test.mat", {"sarcos_inv_test": rows[40:]})
+
+
+def write_frame(folder: Path) -> None:
+    write_nyuv2(folder, num_train=1, num_test=0, height=6, width=8)
+
+
+def write_image(folder: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, size=(24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "1.jpg")
+    Image.fromarray(pixels).save(folder / "1.png")
+
+
+FRAME = "nyuv2/train"
+DATA_FILES: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], Any]]] = {
+    "mnist images": (write_mnist_part, "t10k-images-idx3-ubyte", lambda f: read_mnist(f, "t10k")),
+    "mnist labels": (write_mnist_part, "t10k-labels-idx1-ubyte", lambda f: read_mnist(f, "t10k")),
+    "sarcos, compressed": (write_sarcos_part, "sarcos_inv.mat", load_sarcos),
+    "sarcos": (write_sarcos_part, "sarcos_inv_test.mat", load_sarcos),
+    "nyuv2 image": (write_frame, f"{FRAME}/image/0.npy", lambda f: read_frame(f / FRAME, 0)),
+    "nyuv2 label": (write_frame, f"{FRAME}/label/0.npy", lambda f: read_frame(f / FRAME, 0)),
+    "jpeg": (write_image, "1.jpg", lambda f: read_image(f / "1.jpg", 16)),
+    "png": (write_image, "1.png", lambda f: read_image(f / "1.png", 16)),
+}
+
+
+@pytest.mark.parametrize("name", DATA_FILES)
+def test_a_damaged_data_file_is_read_or_is_an_error_that_names_it(
+    tmp_path: Path, name: str
+) -> None:
+    write, file, read = DATA_FILES[name]
+    write(tmp_path)
+    path = tmp_path / file
+    read(tmp_path)
+    num_errors = 0
+    for content in mutations(path.read_bytes()):
+        path.write_bytes(content)
+        try:
+            read(tmp_path)
+        except ValueError as error:
+            num_errors += 1
+            assert path.name in str(error), error
+            assert str(error).startswith("Expected"), error
+    assert num_errors > NUM_MUTATIONS // 3
+
+
+def test_an_mnist_header_whose_size_overflows_is_an_error(tmp_path: Path) -> None:
+    """2**32 - 2**16 and the like: products that are 0 modulo 2**64 would match an empty body."""
+    write_mnist_part(tmp_path)
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    sizes = (1 << 31, 1 << 31, 4)
+    path.write_bytes(bytes((0, 0, 8, 3)) + b"".join(size.to_bytes(4, "big") for size in sizes))
+    with pytest.raises(
+        ValueError, match=rf"Expected {path} to have 18,446,744,073,709,551,632 bytes"
+    ):
+        read_mnist(tmp_path, "t10k")
+
+
+def test_mnist_labels_out_of_range_are_an_error(tmp_path: Path) -> None:
+    write_mnist_part(tmp_path)
+    path = tmp_path / "t10k-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ValueError, match=rf"labels from 0 to 9 in {path}, but got up to 255"):
+        read_mnist(tmp_path, "t10k")
+
+
+def test_a_sparse_matrix_in_a_mat_file_is_an_error(tmp_path: Path) -> None:
+    write_sarcos_part(tmp_path)
+    savemat(tmp_path / "sarcos_inv.mat", {"sarcos_inv": eye_array(28, format="csc")})
+    with pytest.raises(ValueError, match=r"sarcos_inv.mat to be floating point \[N, 28\], but got"):
+        load_sarcos(tmp_path)
+
+
+def npy_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000, 3), }\n",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-6, 8, 3), }\n",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (6, 8, 3), }\n",
+        "__import__('os').mkdir('ran')\n",
+    ],
+    ids=["huge", "negative", "objects", "code"],
+)
+def test_a_hostile_npy_header_allocates_and_executes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_frame(tmp_path)
+    path = tmp_path / FRAME / "image" / "0.npy"
+    path.write_bytes(npy_header(header) + bytes(6 * 8 * 3 * 4))
+    with pytest.raises(ValueError, match=rf"Expected {path} to be an array of numbers"):
+        read_frame(tmp_path / FRAME, 0)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_archive_in_place_of_an_array_is_an_error(tmp_path: Path) -> None:
+    write_frame(tmp_path)
+    path = tmp_path / FRAME / "image" / "0.npy"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../outside.npy", b"0" * 100)
+    with pytest.raises(ValueError, match=rf"Expected {path} to be an array of numbers"):
+        read_frame(tmp_path / FRAME, 0)
+
+
+def test_nan_in_a_frame_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    write_frame(tmp_path)
+    path = tmp_path / FRAME / "depth" / "0.npy"
+    depth = np.load(path)
+    depth[0, 0] = np.nan
+    np.save(path, depth)
+    with pytest.raises(ValueError, match=rf"Expected finite numbers in {path}, but 1 are not"):
+        read_frame(tmp_path / FRAME, 0)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "EPS"])
+def test_an_image_of_another_format_is_refused_whatever_its_name_says(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "1.jpg"
+    Image.new("RGB", (9, 9)).save(path, format=kind)
+    with pytest.raises(ValueError, match=f"Expected {path} to be a JPEG or PNG image"):
+        read_image(path, 8)
+
+
+def test_an_image_that_unpacks_to_gigabytes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # as a bomb is to the real limit
+    path = tmp_path / "1.png"
+    Image.new("L", (100, 100)).save(path)
+    with pytest.raises(ValueError, match=f"Expected {path} to be a JPEG.*decompression bomb"):
+        read_image(path, 8)
+
+
+@pytest.mark.parametrize(
+    "line", [b"Art/../../secret.jpg 0", b"Art/Bed/\xff.jpg 0", b"Art/Bed/00000.jpg " + b"9" * 5000]
+)
+def test_a_hostile_split_list_is_an_error(tmp_path: Path, line: bytes) -> None:
+    write_office_home(tmp_path / "images")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "Art_train.txt").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=rf"Expected .*{lists / 'Art_train.txt'}"):
+        load_office_home(tmp_path / "images", split_lists=lists, image_size=8)
+
+
+# ---- the files of a run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train(CONFIG, folder)
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def resume(folder: Path) -> None:
+    train(dataclasses.replace(CONFIG, epochs=3), folder, resume=True)
+
+
+def test_a_damaged_checkpoint_is_always_an_error(run: Path) -> None:
+    """Also a single flipped bit of a tensor, which torch itself does not notice."""
+    path = run / "checkpoint.pt"
+    content = path.read_bytes()
+    weights = torch.load(path, weights_only=True)["model"]["encoder.1.weight"]
+    flipped = bytearray(content)
+    flipped[content.index(weights.numpy().tobytes()) + 1000] ^= 1
+    draw = random.Random(0)
+    damaged = [bytes(flipped)] + [content[: draw.randrange(len(content))] for _ in range(20)]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"Expected {path} to be a checkpoint.*Delete the folder"
+        ):
+            resume(run)
+
+
+def test_a_checkpoint_that_would_run_code_does_not(run: Path, tmp_path: Path) -> None:
+    path = run / "checkpoint.pt"
+    for number, hostile in enumerate(
+        (RunsCode(tmp_path / "0"), {"version": RunsCode(tmp_path / "1")})
+    ):
+        torch.save(hostile, path)
+        with pytest.raises(ValueError, match=f"Expected {path} to be a checkpoint") as caught:
+            resume(run)
+        assert "weights_only" not in str(caught.value)  # torch's advice is to switch it off
+        assert not (tmp_path / str(number)).exists()
+    path.write_bytes(pickle.dumps(RunsCode(tmp_path / "2")))
+    with pytest.raises(ValueError, match=f"Expected {path} to be a checkpoint"):
+        resume(run)
+    assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize("rows", [{"../outside.csv": 0}, {"metrics.csv": -1}, ["metrics.csv"]])
+def test_a_checkpoint_names_no_file_outside_its_folder(run: Path, rows: Any) -> None:
+    outside = run.parent / "outside.csv"
+    outside.write_text("precious\nrows\n")
+    path = run / "checkpoint.pt"
+    torch.save({**torch.load(path, weights_only=True), "num_rows": rows}, path)
+    with pytest.raises(ValueError, match=f"Expected {path} to count the rows of metrics.csv"):
+        resume(run)
+    assert outside.read_text() == "precious\nrows\n"
+
+
+def test_a_checkpoint_without_its_entries_or_of_another_model_is_an_error(run: Path) -> None:
+    path = run / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("step", "model", "optimizer", "balancer", "cpu_generator", "weight_rows"):
+        torch.save({key: value for key, value in checkpoint.items() if key != name}, path)
+        with pytest.raises(
+            ValueError, match=rf"the checkpoint in {run} to hold the state.*'{name}'"
+        ):
+            resume(run)
+    model = {name: tensor[:1] for name, tensor in checkpoint["model"].items()}
+    torch.save({**checkpoint, "model": model}, path)
+    with pytest.raises(
+        ValueError, match=rf"the checkpoint in {run} to hold the state.*size mismatch"
+    ):
+        resume(run)
+
+
+def error_of(read: Callable[[Path], Any], folder: Path) -> str | None:
+    try:
+        read(folder)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    return None
+
+
+# Who reads it. A finished run's metrics.json is written by resume, and read by others.
+READERS: dict[str, tuple[Callable[[Path], Any], ...]] = {
+    "config.json": (read_run, read_content, resume),
+    "environment.json": (read_content, resume),
+    "metrics.json": (read_run, read_content),
+    "metrics.csv": (read_run, read_content, resume),
+}
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_a_damaged_file_of_a_run_is_an_error_that_names_it(run: Path, file: str) -> None:
+    path = run / file
+    content = path.read_bytes()
+    for damaged in (
+        content[: len(content) // 2],
+        b"\xff\xfe" + content,
+        b"[" * 100_000,
+        b"[1]",
+        b"{}",
+        content.replace(b",", b",,"),
+        b"",
+    ):
+        path.write_bytes(damaged)
+        errors = [error_of(read, run) for read in READERS[file]]
+        assert any(errors), f"{damaged[:40]!r} was read by all"
+        assert all(error is None or str(run) in error for error in errors), errors
+
+
+def test_a_damaged_table_says_after_which_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    for damaged in (
+        "epoch,loss\n1,0.5\n2\n",
+        "epoch,loss\n1,0.5\n2,x\n",
+        "epoch,loss\n1,0.5\n2,3,4\n",
+    ):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=rf"Expected {path} to be a table .*after line [23] "):
+            read_table(path)
+
+
+@pytest.mark.parametrize("file", ["sweep.json", "results.csv", "epochs.csv"])
+def test_a_damaged_file_of_a_sweep_is_an_error_that_names_it(tmp_path: Path, file: str) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"dataset": "digits"}))
+    for name in ("results.csv", "epochs.csv"):
+        (tmp_path / name).write_text("dataset,method,task,noise,seed\ndigits,uniform,,0,0\n")
+    read_results(tmp_path)
+    content = (tmp_path / file).read_text()
+    for damaged in (
+        content[: len(content) // 2 + 3] + "\0,",
+        content + "digits,uniform,,zero,,,,0\n{",
+    ):
+        (tmp_path / file).write_text(damaged)
+        with pytest.raises(ValueError, match=f"Expected {tmp_path / file} to be"):
+            read_results(tmp_path)
+
+
+# ---- the state of a balancer
+
+
+def test_a_damaged_balancer_state_is_refused_and_nothing_is_taken_over() -> None:
+    problem = make_problem()
+    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    for _ in range(2):
+        balancer.backward(problem.losses())
+    good = balancer.state_dict()
+    before = {name: tensor.clone() for name, tensor in balancer.named_buffers()}
+    nan = torch.full((3,), float("nan"), dtype=torch.float64)
+    for change, message in (
+        ({"task_weights": nan}, "`task_weights` without NaN"),
+        ({"sq_grad_sum": good["sq_grad_sum"] * float("nan")}, "`sq_grad_sum` without NaN"),
+        ({"num_steps": "many"}, "`num_steps` to be a tensor, but got str"),
+        ({"_extra_state": None}, "`_extra_state` of a balancer"),
+        ({"_extra_state": {"version": "new"}}, "`_extra_state` of a balancer"),
+        ({"_extra_state": [1, 2]}, "`_extra_state` of a balancer"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            balancer.load_state_dict({**good, **change})
+        for name, tensor in balancer.named_buffers():
+            assert torch.equal(tensor, before[name]), name
+    balancer.load_state_dict(good)
+
+
+# ---- folders
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_room_that_is_asked_for_is_what_a_run_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr(loop, "check_room", lambda folder, sizes: asked.append(sizes))
+    task = "top_left" if METHODS[method].requires_task else None
+    train(dataclasses.replace(CONFIG, method=method, task=task, epochs=1), tmp_path)
+    ((checkpoint, model, *_, tables),) = asked
+    written = sizes_of(tmp_path)
+    padding = 64 * 1024  # names and alignment of each tensor: part of what is asked for tables
+    assert 0 < written["checkpoint.pt"] - checkpoint < padding
+    assert 0 < written["best_model.pt"] - model < padding
+    assert tables > 10 * padding
+
+
+def train_with_limit(folder: str, num_bytes: int) -> None:
+    """Files may have ``num_bytes`` each: what a full disk or a quota does, without a disk of its own."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    log = Path(f"{folder}.log")
+    try:
+        train(CONFIG, folder, report=lambda progress: log.write_text(f"step {progress.step}"))
+    except OSError as error:
+        log.write_text(str(error))
+        sys.exit(1)
+
+
+def test_a_folder_without_room_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for num_bytes in (100_000, 100_000_000):
+        process = CONTEXT.Process(target=train_with_limit, args=(str(folder), num_bytes))
+        process.start()
+        process.join(120)
+        message = Path(f"{folder}.log").read_text()
+        if num_bytes == 100_000:
+            assert process.exitcode == 1
+            assert message.startswith("Expected room for")
+            assert f"in {folder}, which this run will write, but got: File too large" in message
+            assert sizes_of(folder).keys() == {
+                "run.lock"
+            }  # once there is room the same command works
+        else:
+            assert (process.exitcode, message) == (0, "step 4")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    folders = [file / "run", Path("/proc/excessmtl")]
+    if os.geteuid() != 0:  # root may write anywhere
+        folders.append(closed / "run")
+    steps: list[int] = []
+    for folder in folders:
+        with pytest.raises(
+            OSError, match="Expected `output` to be a folder that can be written to"
+        ):
+            train(CONFIG, folder, report=lambda progress: steps.append(progress.step))
+    assert not steps
+
+
+def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint_and_no_fragment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrainingInterrupted):
+        train(CONFIG, tmp_path, should_stop=iter([False, True]).__next__)
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(CONFIG, tmp_path, resume=True)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+    assert not list(tmp_path.glob("*.tmp"))
+    train(CONFIG, tmp_path, resume=True)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(progress: Any) -> None:
+        if progress.step == 1:
+            for config in (CONFIG, dataclasses.replace(CONFIG, method="uniform")):
+                with pytest.raises(BlockingIOError) as caught:
+                    train(config, tmp_path, resume=True)
+                refused.append(str(caught.value))
+
+    train(CONFIG, tmp_path, report=second)
+    assert (
+        refused
+        == [f"Expected no other run in {tmp_path}, but process {os.getpid()} works there."] * 2
+    )
+    train(dataclasses.replace(CONFIG, epochs=3), tmp_path, resume=True)  # free again
+
+
+# ---- the sources
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [
+    path
+    for folder in ("excessmtl_ext", "bench", "examples")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+def name_of(call: ast.Call) -> str:
+    return ast.unparse(call.func)
+
+
+def test_the_sources_are_there() -> None:
+    assert len(SOURCES) > 60
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_source_unpickles_or_unpacks_a_file(path: Path) -> None:
+    """So no download can write outside the data root: the package unpacks none."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call):
+            continue
+        name = name_of(call)
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if name in ("torch.load", "torch.hub.load_state_dict_from_url"):
+            default = "True" if name == "torch.load" else "False"
+            assert given.get("weights_only", default) == "True", f"{path}:{call.lineno}"
+        if name in ("np.load", "numpy.load"):
+            assert given.get("allow_pickle", "False") == "False", f"{path}:{call.lineno}"
+        last = name.rpartition(".")[2]
+        assert last not in (
+            "extractall",
+            "extract",
+            "unpack_archive",
+            "Unpickler",
+            "eval",
+            "exec",
+        ) or (name.startswith(("model.", "balancer."))), f"{path}:{call.lineno} {name}"
+        assert name not in ("pickle.load", "pickle.loads", "marshal.loads", "shelve.open"), path
