@@ -560,6 +560,37 @@ def _libmtl_excess(problem: Problem) -> FillGrads:
     return fill
 
 
+def _last_layer(problem: Problem) -> ExcessMTL:
+    """Risks from the encoder's last matrix and what follows it: its bias, a norm."""
+    shared = problem.shared
+    matrices = [index for index, parameter in enumerate(shared) if parameter.dim() > 1]
+    return _excess(problem, estimate_from=shared[matrices[-1] :])
+
+
+def _with_features(make: Callable[[Problem], Balancer]) -> Callable[[Problem], FillGrads]:
+    """``balancer.backward(losses, features=features)``."""
+
+    def made(problem: Problem) -> FillGrads:
+        balancer = make(problem)
+        return lambda features, losses: balancer.backward(losses, features=features)
+
+    return made
+
+
+def _from_features(key: str, label: str, *, period: int = 1) -> Row:
+    def make(problem: Problem) -> Balancer:
+        return _excess(problem, estimate_from="features", update_every=period)
+
+    return Row(key, label, "ours", _with_features(make), period=period, is_cheaper=True)
+
+
+def _rotating(key: str, label: str, *, period: int = 1) -> Row:
+    def make(problem: Problem) -> Balancer:
+        return _excess(problem, tasks_per_step=1, update_every=period)
+
+    return Row(key, label, "ours", _with_backward(make), period=period, is_cheaper=True)
+
+
 def _every(period: int) -> Row:
     def make(problem: Problem) -> Balancer:
         return _excess(problem, update_every=period)
@@ -606,6 +637,17 @@ _ALL_ROWS = (
     Row("official", "ExcessMTL, official preset", "ours", _with_backward(_official)),
     _every(4),
     _every(10),
+    Row(
+        "last_layer",
+        "ExcessMTL, estimate_from=last layer",
+        "ours",
+        _with_backward(_last_layer),
+        is_cheaper=True,
+    ),
+    _from_features("features", 'ExcessMTL, estimate_from="features"'),
+    _from_features("features_every_5", 'ExcessMTL, "features", update_every=5', period=5),
+    _rotating("rotation", "ExcessMTL, tasks_per_step=1"),
+    _rotating("rotation_every_5", "ExcessMTL, tasks_per_step=1, update_every=5", period=5),
     _baseline(Uniform, key="uniform_balancer", agrees_with="uniform", weight_scale="num_tasks"),
     _baseline(GroupDRO),
     _baseline(GradNorm),
