@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <bitset>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -19,11 +20,48 @@ inline void check_dtype(const torch::stable::Tensor& tensor, const char* name,
                   torch::headeronly::toString(tensor.scalar_type()), ".");
 }
 
+struct DeviceOf {
+  int32_t type = 0;
+  int32_t index = 0;
+
+  explicit DeviceOf(const torch::stable::Tensor& tensor) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  }
+  bool operator==(const DeviceOf&) const = default;
+};
+
+inline void check_same_device(const torch::stable::Tensor& tensor, const char* name,
+                              const DeviceOf& device) {
+  STD_TORCH_CHECK(DeviceOf(tensor) == device, "Expected `", name,
+                  "` on the device of the state. Move both to one device.");
+}
+
 inline void check_same_device(const torch::stable::Tensor& tensor, const char* name,
                               const torch::stable::Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.is_cuda() == like.is_cuda() &&
-                      tensor.get_device_index() == like.get_device_index(),
-                  "Expected `", name, "` on the device of the state. Move both to one device.");
+  check_same_device(tensor, name, DeviceOf(like));
+}
+
+// Sizes and strides may name more than the storage holds: resize_() on it takes memory away from under a tensor.
+inline void check_storage(const torch::stable::Tensor& tensor, const char* name) {
+  int64_t end = 0;  // of the elements, counted from the first
+  if (tensor.is_contiguous()) {
+    end = tensor.numel();
+  } else if (tensor.numel() > 0) {
+    end = 1;
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+      end += (tensor.size(dim) - 1) * tensor.stride(dim);
+    }
+  }
+  if (end == 0) {
+    return;
+  }
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  const auto element_size = static_cast<int64_t>(tensor.element_size());
+  STD_TORCH_CHECK((tensor.storage_offset() + end) * element_size <= bytes, "Expected `", name,
+                  "` to lie within its storage, but that has ", bytes,
+                  " bytes. Something has resized it.");
 }
 
 inline void check_vector(const torch::stable::Tensor& tensor, const char* name, int64_t numel,
@@ -32,6 +70,7 @@ inline void check_vector(const torch::stable::Tensor& tensor, const char* name, 
   check_same_device(tensor, name, like);
   STD_TORCH_CHECK(tensor.numel() == numel && tensor.is_contiguous(), "Expected `", name,
                   "` to be contiguous with ", numel, " elements, but got ", tensor.numel(), ".");
+  check_storage(tensor, name);
 }
 
 inline void check_matrix(const torch::stable::Tensor& tensor, const char* name, int64_t rows,
@@ -40,16 +79,20 @@ inline void check_matrix(const torch::stable::Tensor& tensor, const char* name, 
                   "Expected `", name, "` of shape [", rows, ", ", columns,
                   "], but got another shape.");
   STD_TORCH_CHECK(tensor.is_contiguous(), "Expected `", name, "` to be contiguous.");
-}
-
-inline void check_tasks(const std::vector<int64_t>& tasks, int64_t num_tasks) {
-  for (const int64_t task : tasks) {
-    STD_TORCH_CHECK(task >= 0 && task < num_tasks, "Expected `tasks` between 0 and ", num_tasks - 1,
-                    ", but got ", task, ".");
-  }
+  check_storage(tensor, name);
 }
 
 constexpr int64_t kMaxTasks = 512;
+
+inline void check_tasks(const std::vector<int64_t>& tasks, int64_t num_tasks) {
+  std::bitset<kMaxTasks> seen;
+  for (const int64_t task : tasks) {
+    STD_TORCH_CHECK(task >= 0 && task < num_tasks, "Expected `tasks` between 0 and ", num_tasks - 1,
+                    ", but got ", task, ".");
+    STD_TORCH_CHECK(!seen[task], "Expected `tasks` without repetition, but got ", task, " twice.");
+    seen[task] = true;
+  }
+}
 
 inline void check_num_tasks(int64_t num_tasks) {
   STD_TORCH_CHECK(num_tasks >= 1 && num_tasks <= kMaxTasks, "Expected between 1 and ", kMaxTasks,
@@ -62,6 +105,11 @@ inline void check_element_options(double eps, double momentum) {
                   "Expected `eps` >= 1.17549435e-38, but got ", eps, ".");
   STD_TORCH_CHECK(momentum >= 0.0 && momentum < 1.0,
                   "Expected `gradient_momentum` in [0, 1), but got ", momentum, ".");
+}
+
+inline void check_num_warmup_steps(int64_t num_warmup_steps) {
+  STD_TORCH_CHECK(num_warmup_steps >= 0, "Expected `num_warmup_steps` >= 0, but got ",
+                  num_warmup_steps, ".");
 }
 
 inline void check_weight_options(double robust_step_size, double min_weight, double weight_total,

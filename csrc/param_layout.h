@@ -43,6 +43,7 @@ inline ParamLayout read_param_layout(const Tensor& param_numels) {
                   "Expected `param_numels` on the CPU: the launch is planned on the host.");
   STD_TORCH_CHECK(param_numels.dim() == 1 && param_numels.is_contiguous(),
                   "Expected `param_numels` to be a contiguous vector.");
+  check_storage(param_numels, "param_numels");
   ParamLayout layout;
   const int64_t num_tensors = param_numels.numel();
   const int64_t* numels = param_numels.const_data_ptr<int64_t>();
@@ -62,6 +63,8 @@ inline ParamLayout read_param_layout(const Tensor& param_numels) {
 
 // The element types of gradients, in the order of the kernels' dispatch tables.
 enum GradType : uint8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kNumGradTypes };
+
+constexpr int64_t kGradBytes[kNumGradTypes] = {8, 4, 2, 2};
 
 inline GradType grad_type_of(const Tensor& grad) {
   switch (grad.scalar_type()) {
@@ -106,6 +109,7 @@ inline TaskGrads read_task_grads(std::vector<Tensor> task_grads, const ParamLayo
   grads.data.assign(grads.tensors.size(), nullptr);
   grads.types.assign(grads.tensors.size(), kFloat32);
   grads.is_present.assign(num_tasks, 0);
+  const DeviceOf device(like);
   for (int64_t task = 0; task < num_tasks; ++task) {
     for (int64_t index = 0; index < num_tensors; ++index) {
       const int64_t k = task * num_tensors + index;
@@ -117,8 +121,9 @@ inline TaskGrads read_task_grads(std::vector<Tensor> task_grads, const ParamLayo
       STD_TORCH_CHECK(numel == layout.numels[index], "Expected `task_grads` of task ", task,
                       ", parameter ", index, " to have ", layout.numels[index],
                       " elements, but got ", numel, ".");
-      check_same_device(grad, "task_grads", like);
+      check_same_device(grad, "task_grads", device);
       grads.types[k] = grad_type_of(grad);
+      check_storage(grad, "task_grads");
       if (!grad.is_contiguous()) {
         grad = torch::stable::contiguous(grad);
       }
@@ -145,6 +150,7 @@ inline void check_outputs(const std::vector<Tensor>& outputs, const ParamLayout&
                     " elements, but got ", output.numel(), ".");
     check_same_device(output, "outputs", like);
     (void)grad_type_of(output);
+    check_storage(output, "outputs");
   }
 }
 

@@ -22,14 +22,19 @@ struct RoundingSource {
 };
 
 inline void check_rounding(const RoundingSource& source, const Tensor& sq_grad_sum) {
-  if (sq_grad_sum.scalar_type() == ScalarType::BFloat16) {
-    STD_TORCH_CHECK(
-        source.num_steps.has_value() && source.num_skipped_steps.has_value(),
-        "Expected `num_steps` and `num_skipped_steps` with bfloat16 state: its rounding "
-        "draws from them. Pass those of the state.");
+  STD_TORCH_CHECK(sq_grad_sum.scalar_type() != ScalarType::BFloat16 ||
+                      (source.num_steps.has_value() && source.num_skipped_steps.has_value()),
+                  "Expected `num_steps` and `num_skipped_steps` with bfloat16 state: its rounding "
+                  "draws from them. Pass those of the state.");
+  if (source.num_steps.has_value()) {
     check_vector(*source.num_steps, "num_steps", 1, ScalarType::Long, sq_grad_sum);
+  }
+  if (source.num_skipped_steps.has_value()) {
     check_vector(*source.num_skipped_steps, "num_skipped_steps", 1, ScalarType::Long, sq_grad_sum);
   }
+  STD_TORCH_CHECK(source.first_task >= 0 && source.first_task < kMaxTasks,
+                  "Expected `first_task` between 0 and ", kMaxTasks - 1, ", but got ",
+                  source.first_task, ".");
 }
 
 // In the order of the schemas. The [T] vectors are float64 unless they say otherwise.
@@ -95,6 +100,7 @@ inline void check_step(const StepTensors& state, const StepChoices& choices,
   check_element_options(choices.eps, choices.gradient_momentum);
   check_weight_options(choices.robust_step_size, choices.min_weight, choices.weight_total,
                        num_tasks);
+  check_num_warmup_steps(choices.num_warmup_steps);
   constexpr ScalarType kDouble = ScalarType::Double;
   check_vector(state.excess_risk, "excess_risk", num_tasks, kDouble, sums);
   check_vector(state.relative_excess_risk, "relative_excess_risk", num_tasks, kDouble, sums);
@@ -105,6 +111,7 @@ inline void check_step(const StepTensors& state, const StepChoices& choices,
   check_vector(state.num_task_steps, "num_task_steps", num_tasks, ScalarType::Long, sums);
   check_vector(state.num_skipped_steps, "num_skipped_steps", 1, ScalarType::Long, sums);
   check_vector(state.found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, sums);
+  check_vector(state.ticket, "ticket", 1, ScalarType::Int, sums);
 }
 
 }  // namespace excessmtl

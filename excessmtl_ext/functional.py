@@ -545,8 +545,32 @@ def cpu_capability() -> str:
     return torch.ops.excessmtl_ext.cpu_capability.default()
 
 
+def _fake_of(name: str) -> Callable[..., None]:
+    """The fake of an op that only mutates: it does nothing, but on one device.
+
+    One meta tensor among others sends a call here, where it would pass for a step.
+    """
+    schema = getattr(torch.ops.excessmtl_ext, name).default._schema
+    names = [argument.name for argument in schema.arguments]
+
+    def fake(*args: Any, **kwargs: Any) -> None:
+        devices: dict[torch.device, str] = {}
+        for name, arg in (*zip(names, args, strict=False), *kwargs.items()):
+            for tensor in arg if isinstance(arg, (list, tuple)) else [arg]:
+                # `param_numels` is on the CPU, whatever the device of the step.
+                if isinstance(tensor, Tensor) and (name, tensor.device.type) != (
+                    "param_numels",
+                    "cpu",
+                ):
+                    devices.setdefault(tensor.device, name)
+        if len(devices) > 1:
+            where = ", ".join(f"`{name}` on {device}" for device, name in devices.items())
+            raise RuntimeError(f"Expected one device, but got {where}. Move them to one device.")
+
+    return fake
+
+
 def _register_fakes() -> None:
-    """Every op only mutates its arguments, so its fake does nothing at all."""
     for name in (
         "fused_step_",
         "fused_step_combine_",
@@ -556,7 +580,7 @@ def _register_fakes() -> None:
         "combine_",
         "fold_",
     ):
-        torch.library.register_fake(f"excessmtl_ext::{name}", lambda *args, **kwargs: None)
+        torch.library.register_fake(f"excessmtl_ext::{name}", _fake_of(name))
 
 
 if _extension.ops_available:

@@ -51,12 +51,8 @@ void for_each_slice(const ParamLayout& layout, int64_t chunk, const F& f) {
   }
 }
 
-inline int64_t element_size(GradType type) {
-  return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2;
-}
-
 inline const void* advanced(const void* data, GradType type, int64_t count) {
-  return static_cast<const char*>(data) + count * element_size(type);
+  return static_cast<const char*>(data) + count * kGradBytes[type];
 }
 
 // The widest instruction set this machine has. EXCESSMTL_CPU_CAPABILITY=avx2 or =default lowers it (for tests and measurements).

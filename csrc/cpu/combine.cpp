@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
 #include "../param_layout.h"
+#include "../step_arguments.h"
 #include "chunks.h"
 #include "grad_scale.h"
 #include "step_phases.h"
@@ -113,7 +113,7 @@ void combine(const TaskGrads& grads, const ParamLayout& layout,
                 }
                 // The gradients of this tile are read by now, so an output may be one of them.
                 char* output = static_cast<char*>(output_data[segment]) +
-                               (in_segment + begin) * element_size(output_types[segment]);
+                               (in_segment + begin) * kGradBytes[output_types[segment]];
                 write_tile(tile, output, output_types[segment], size, accumulate);
               }
             });
@@ -148,36 +148,21 @@ void repair(const TaskGrads& grads, const ParamLayout& layout, const Tensor& sq_
 }
 
 void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels,
-                Tensor /*chunk_map*/, std::optional<Tensor> grad_scale, Tensor task_weights,
+                Tensor chunk_map, std::optional<Tensor> grad_scale, Tensor task_weights,
                 Tensor found_nonfinite, Tensor sq_grad_sum, Tensor grad_mean,
                 double gradient_momentum, bool accumulate, std::optional<Tensor> num_steps,
                 std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
                 int64_t first_task) {
   const ParamLayout layout = read_param_layout(param_numels);
-  const int64_t num_tasks = task_weights.numel();
-  check_num_tasks(num_tasks);
-  check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, task_weights);
-  check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, task_weights);
-  check_element_options(1.0, gradient_momentum);
   const RoundingSource rounding = {rounding_seed, std::move(num_steps),
                                    std::move(num_skipped_steps), first_task};
-  const bool has_state = sq_grad_sum.numel() > 0;
-  if (has_state) {
-    check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
-    STD_TORCH_CHECK(sq_grad_sum.size(0) == num_tasks, "Expected `sq_grad_sum` to have ", num_tasks,
-                    " rows, but got ", sq_grad_sum.size(0), ".");
-    check_same_device(sq_grad_sum, "sq_grad_sum", task_weights);
-    check_rounding(rounding, sq_grad_sum);
-  }
   const double scale = read_grad_scale(grad_scale);
-  const TaskGrads grads = read_task_grads(std::move(task_grads), layout, num_tasks, task_weights);
-  if (has_state) {
-    check_state_holds(grads, sq_grad_sum);
-  }
-  check_outputs(outputs, layout, task_weights);
+  const TaskGrads grads =
+      read_combination(std::move(task_grads), outputs, layout, chunk_map, grad_scale, task_weights,
+                       found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum, rounding);
   run_combine(grads, layout, scale,
               {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum,
-               has_state ? read_rounding(rounding, sq_grad_sum) : StepRounding{}},
+               sq_grad_sum.numel() > 0 ? read_rounding(rounding, sq_grad_sum) : StepRounding{}},
               outputs, accumulate);
 }
 
@@ -204,21 +189,14 @@ void fold(const TaskGrads& grads, const ParamLayout& layout, Tensor& running_sum
       });
 }
 
-void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /*chunk_map*/,
+void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_map,
              Tensor log_weight, Tensor running_sum, Tensor running_log_max) {
   const ParamLayout layout = read_param_layout(param_numels);
-  check_vector(log_weight, "log_weight", 1, ScalarType::Double, running_sum);
-  check_vector(running_log_max, "running_log_max", 1, ScalarType::Double, running_sum);
-  const ScalarType type = running_sum.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "Expected `running_sum` of float32 or float64, but got ",
-                  torch::headeronly::toString(type), ".");
-  check_vector(running_sum, "running_sum", layout.padded_numel(), type, running_sum);
-  const TaskGrads grads = read_task_grads(std::move(task_grads), layout, 1, running_sum);
-  check_state_holds(grads, running_sum);
+  const TaskGrads grads =
+      read_fold(std::move(task_grads), layout, chunk_map, log_weight, running_sum, running_log_max);
   double& log_max = *running_log_max.mutable_data_ptr<double>();
   const FoldFactors factors = fold_factors(*log_weight.const_data_ptr<double>(), log_max);
-  if (type == ScalarType::Double) {
+  if (running_sum.scalar_type() == ScalarType::Double) {
     fold<double>(grads, layout, running_sum, factors);
   } else {
     fold<float>(grads, layout, running_sum, factors);

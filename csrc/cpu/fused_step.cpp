@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
 #include "../param_layout.h"
+#include "../step_arguments.h"
 #include "chunks.h"
 #include "grad_scale.h"
 #include "state_rows.h"
@@ -78,30 +78,25 @@ void accumulate_any_type(const TaskGrads& grads, const ParamLayout& layout,
 }
 
 void accumulate_excess_risk_op(std::vector<Tensor> task_grads, Tensor param_numels,
-                               Tensor /*chunk_map*/, std::optional<Tensor> grad_scale,
+                               Tensor chunk_map, std::optional<Tensor> grad_scale,
                                Tensor sq_grad_sum, Tensor grad_mean, Tensor excess_risk_sum,
-                               Tensor /*ticket*/, bool sqrt_fisher, double eps,
+                               Tensor ticket, bool sqrt_fisher, double eps,
                                double gradient_momentum, std::optional<Tensor> num_steps,
                                std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
                                int64_t first_task) {
   const ParamLayout layout = read_param_layout(param_numels);
-  check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
-  const int64_t num_tasks = sq_grad_sum.size(0);
-  check_num_tasks(num_tasks);
-  check_element_options(eps, gradient_momentum);
-  check_vector(excess_risk_sum, "excess_risk_sum", num_tasks, ScalarType::Double, sq_grad_sum);
   const RoundingSource rounding = {rounding_seed, std::move(num_steps),
                                    std::move(num_skipped_steps), first_task};
-  check_rounding(rounding, sq_grad_sum);
   const double scale = read_grad_scale(grad_scale);
-  const TaskGrads grads = read_task_grads(std::move(task_grads), layout, num_tasks, sq_grad_sum);
-  check_state_holds(grads, sq_grad_sum);
+  const TaskGrads grads =
+      read_accumulation(std::move(task_grads), layout, chunk_map, grad_scale, sq_grad_sum,
+                        grad_mean, excess_risk_sum, ticket, eps, gradient_momentum, rounding);
   accumulate_any_type(grads, layout, sq_grad_sum, grad_mean,
                       excess_risk_sum.mutable_data_ptr<double>(), sqrt_fisher, eps,
                       gradient_momentum, scale, read_rounding(rounding, sq_grad_sum));
 }
 
-void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /*chunk_map*/,
+void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_map,
                    std::optional<Tensor> grad_scale, Tensor sq_grad_sum, Tensor grad_mean,
                    Tensor excess_risk, Tensor relative_excess_risk, Tensor baseline_excess_risk,
                    Tensor log_task_weights, Tensor task_weights, Tensor num_steps,
@@ -117,11 +112,9 @@ void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor /
   const StepChoices choices = {sqrt_fisher,      eps,      gradient_momentum, robust_step_size,
                                num_warmup_steps, relative, min_weight,        weight_total,
                                rounding_seed};
-  check_step(state, choices, layout);
   const double scale = read_grad_scale(grad_scale);
   const TaskGrads grads =
-      read_task_grads(std::move(task_grads), layout, state.num_tasks(), sq_grad_sum);
-  check_state_holds(grads, sq_grad_sum);
+      read_step(std::move(task_grads), {}, layout, chunk_map, grad_scale, state, choices);
   run_fused_step(grads, layout, scale, state, choices);
 }
 

@@ -7,21 +7,23 @@
 #include <vector>
 
 #include "../param_layout.h"
-#include "../step_state.h"
+#include "../step_arguments.h"
 #include "grad_scale.h"
 #include "step_phases.h"
 
 namespace excessmtl::cpu {
 namespace {
 
-void fused_step_combine_op(
-    std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels,
-    Tensor /*chunk_map*/, std::optional<Tensor> grad_scale, Tensor sq_grad_sum, Tensor grad_mean,
-    Tensor excess_risk, Tensor relative_excess_risk, Tensor baseline_excess_risk,
-    Tensor log_task_weights, Tensor task_weights, Tensor num_steps, Tensor num_task_steps,
-    Tensor num_skipped_steps, Tensor found_nonfinite, Tensor ticket, bool sqrt_fisher, double eps,
-    double gradient_momentum, double robust_step_size, int64_t num_warmup_steps, bool relative,
-    double min_weight, double weight_total, bool accumulate, int64_t rounding_seed) {
+void fused_step_combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs,
+                           Tensor param_numels, Tensor chunk_map, std::optional<Tensor> grad_scale,
+                           Tensor sq_grad_sum, Tensor grad_mean, Tensor excess_risk,
+                           Tensor relative_excess_risk, Tensor baseline_excess_risk,
+                           Tensor log_task_weights, Tensor task_weights, Tensor num_steps,
+                           Tensor num_task_steps, Tensor num_skipped_steps, Tensor found_nonfinite,
+                           Tensor ticket, bool sqrt_fisher, double eps, double gradient_momentum,
+                           double robust_step_size, int64_t num_warmup_steps, bool relative,
+                           double min_weight, double weight_total, bool accumulate,
+                           int64_t rounding_seed) {
   const ParamLayout layout = read_param_layout(param_numels);
   const StepTensors state = {
       sq_grad_sum,          grad_mean,         excess_risk,     relative_excess_risk,
@@ -30,12 +32,9 @@ void fused_step_combine_op(
   const StepChoices choices = {sqrt_fisher,      eps,      gradient_momentum, robust_step_size,
                                num_warmup_steps, relative, min_weight,        weight_total,
                                rounding_seed};
-  check_step(state, choices, layout);
   const double scale = read_grad_scale(grad_scale);
   const TaskGrads grads =
-      read_task_grads(std::move(task_grads), layout, state.num_tasks(), sq_grad_sum);
-  check_state_holds(grads, sq_grad_sum);
-  check_outputs(outputs, layout, sq_grad_sum);
+      read_step(std::move(task_grads), outputs, layout, chunk_map, grad_scale, state, choices);
   run_fused_step(grads, layout, scale, state, choices);
   run_combine(grads, layout, scale,
               {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum,

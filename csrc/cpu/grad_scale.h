@@ -14,6 +14,7 @@ inline double read_grad_scale(const std::optional<Tensor>& grad_scale) {
   }
   STD_TORCH_CHECK(grad_scale->numel() == 1 && grad_scale->is_cpu(),
                   "Expected `grad_scale` to be one number on the CPU.");
+  check_storage(*grad_scale, "grad_scale");
   if (grad_scale->scalar_type() == ScalarType::Double) {
     return *grad_scale->const_data_ptr<double>();
   }

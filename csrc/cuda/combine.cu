@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
 #include "../param_layout.h"
+#include "../step_arguments.h"
 #include "combine.cuh"
 #include "launch.cuh"
 #include "launch_scope.h"
@@ -34,27 +34,12 @@ void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Ten
                 std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
                 int64_t first_task) {
   const ParamLayout layout = read_param_layout(param_numels);
-  const int64_t num_tasks = task_weights.numel();
-  check_num_tasks(num_tasks);
-  check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, task_weights);
-  check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, task_weights);
-  check_element_options(1.0, gradient_momentum);
   const RoundingSource rounding = {rounding_seed, std::move(num_steps),
                                    std::move(num_skipped_steps), first_task};
-  const bool has_state = sq_grad_sum.numel() > 0;
-  if (has_state) {
-    check_rounding(rounding, sq_grad_sum);
-    check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
-    STD_TORCH_CHECK(sq_grad_sum.size(0) == num_tasks, "Expected `sq_grad_sum` to have ", num_tasks,
-                    " rows, but got ", sq_grad_sum.size(0), ".");
-    check_same_device(sq_grad_sum, "sq_grad_sum", task_weights);
-  }
+  TaskGrads grads =
+      read_combination(std::move(task_grads), outputs, layout, chunk_map, grad_scale, task_weights,
+                       found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum, rounding);
   const LaunchScope scope(task_weights);
-  TaskGrads grads = read_task_grads(std::move(task_grads), layout, num_tasks, task_weights);
-  if (has_state) {
-    check_state_holds(grads, sq_grad_sum);
-  }
-  check_outputs(outputs, layout, task_weights);
   run_combine(grads, {layout, chunk_map, grad_scale, scope},
               {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum, rounding},
               outputs, accumulate);

@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
 #include "../param_layout.h"
+#include "../step_arguments.h"
 #include "fold.cuh"
 #include "launch.cuh"
 #include "launch_scope.h"
@@ -31,19 +31,12 @@ cudaError_t launch_fold(const ParamChunks& chunks, const Tensor& log_weight, Ten
 void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_map,
              Tensor log_weight, Tensor running_sum, Tensor running_log_max) {
   const ParamLayout layout = read_param_layout(param_numels);
-  check_vector(log_weight, "log_weight", 1, ScalarType::Double, running_sum);
-  check_vector(running_log_max, "running_log_max", 1, ScalarType::Double, running_sum);
-  const ScalarType type = running_sum.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "Expected `running_sum` of float32 or float64, but got ",
-                  torch::headeronly::toString(type), ".");
-  check_vector(running_sum, "running_sum", layout.padded_numel(), type, running_sum);
+  TaskGrads grads =
+      read_fold(std::move(task_grads), layout, chunk_map, log_weight, running_sum, running_log_max);
   check_state_alignment(running_sum, "running_sum");
   const LaunchScope scope(running_sum);
-  TaskGrads grads = read_task_grads(std::move(task_grads), layout, 1, running_sum);
-  check_state_holds(grads, running_sum);
   CommonType common;
-  common.add_state(type);
+  common.add_state(running_sum.scalar_type());
   add_types(common, grads);
   convert_grads(grads, common.get());
   const ParamChunks chunks = read_chunk_map(chunk_map, layout, running_sum);

@@ -8,9 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
 #include "../param_layout.h"
-#include "../step_state.h"
+#include "../step_arguments.h"
 #include "fused_step_launch.cuh"
 #include "launch_scope.h"
 #include "launch_tensors.h"
@@ -81,18 +80,13 @@ void accumulate_excess_risk_op(std::vector<Tensor> task_grads, Tensor param_nume
                                std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
                                int64_t first_task) {
   const ParamLayout layout = read_param_layout(param_numels);
-  check_state(sq_grad_sum, grad_mean, layout, gradient_momentum > 0.0);
-  check_num_tasks(sq_grad_sum.size(0));
-  check_element_options(eps, gradient_momentum);
-  check_state_for_launch(sq_grad_sum, grad_mean, ticket);
-  const int64_t num_tasks = sq_grad_sum.size(0);
-  check_vector(excess_risk_sum, "excess_risk_sum", num_tasks, ScalarType::Double, sq_grad_sum);
   const RoundingSource rounding = {rounding_seed, std::move(num_steps),
                                    std::move(num_skipped_steps), first_task};
-  check_rounding(rounding, sq_grad_sum);
+  TaskGrads grads =
+      read_accumulation(std::move(task_grads), layout, chunk_map, grad_scale, sq_grad_sum,
+                        grad_mean, excess_risk_sum, ticket, eps, gradient_momentum, rounding);
+  check_state_for_launch(sq_grad_sum, grad_mean);
   const LaunchScope scope(sq_grad_sum);
-  TaskGrads grads = read_task_grads(std::move(task_grads), layout, num_tasks, sq_grad_sum);
-  check_state_holds(grads, sq_grad_sum);
   if (!grads.any_present()) {
     return;
   }
@@ -119,21 +113,18 @@ void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor c
   const StepChoices choices = {sqrt_fisher,      eps,      gradient_momentum, robust_step_size,
                                num_warmup_steps, relative, min_weight,        weight_total,
                                rounding_seed};
-  check_step(state, choices, layout);
-  check_state_for_launch(sq_grad_sum, grad_mean, ticket);
+  TaskGrads grads =
+      read_step(std::move(task_grads), {}, layout, chunk_map, grad_scale, state, choices);
+  check_state_for_launch(sq_grad_sum, grad_mean);
   const LaunchScope scope(sq_grad_sum);
-  TaskGrads grads = read_task_grads(std::move(task_grads), layout, state.num_tasks(), sq_grad_sum);
-  check_state_holds(grads, sq_grad_sum);
   run_fused_step(grads, {layout, chunk_map, grad_scale, scope}, state, choices);
 }
 
 }  // namespace
 
-void check_state_for_launch(const Tensor& sq_grad_sum, const Tensor& grad_mean,
-                            const Tensor& ticket) {
+void check_state_for_launch(const Tensor& sq_grad_sum, const Tensor& grad_mean) {
   check_state_alignment(sq_grad_sum, "sq_grad_sum");
   check_state_alignment(grad_mean, "grad_mean");
-  check_vector(ticket, "ticket", 1, ScalarType::Int, sq_grad_sum);
 }
 
 void run_fused_step(TaskGrads& grads, const StepPlan& plan, const StepTensors& state,

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../param_layout.h"
-#include "../step_state.h"
+#include "../step_arguments.h"
 #include "fused_step_combine_launch.cuh"
 #include "launch_scope.h"
 #include "launch_tensors.h"
@@ -17,8 +17,6 @@
 
 namespace excessmtl::cuda {
 namespace {
-
-constexpr int64_t kElementBytes[kNumGradTypes] = {8, 4, 2, 2};
 
 template <typename grad_t, typename acc_t>
 cudaError_t launch_both_as(TaskGrads& grads, const StepPlan& plan, const StepTensors& state,
@@ -68,8 +66,7 @@ std::optional<GradType> one_launch_type(const TaskGrads& grads, const StepPlan& 
       return std::nullopt;
     }
   }
-  const int64_t grad_bytes =
-      grads.num_tasks() * plan.layout.num_params * kElementBytes[common.get()];
+  const int64_t grad_bytes = grads.num_tasks() * plan.layout.num_params * kGradBytes[common.get()];
   const bool is_better = grads.any_present() &&
                          static_cast<int64_t>(grads.data.size() + outputs.size()) <= kSmallTable &&
                          plan.scope.can_launch_cooperatively() &&
@@ -118,12 +115,10 @@ void fused_step_combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> o
   const StepChoices choices = {sqrt_fisher,      eps,      gradient_momentum, robust_step_size,
                                num_warmup_steps, relative, min_weight,        weight_total,
                                rounding_seed};
-  check_step(state, choices, layout);
-  check_state_for_launch(sq_grad_sum, grad_mean, ticket);
+  TaskGrads grads =
+      read_step(std::move(task_grads), outputs, layout, chunk_map, grad_scale, state, choices);
+  check_state_for_launch(sq_grad_sum, grad_mean);
   const LaunchScope scope(sq_grad_sum);
-  TaskGrads grads = read_task_grads(std::move(task_grads), layout, state.num_tasks(), sq_grad_sum);
-  check_state_holds(grads, sq_grad_sum);
-  check_outputs(outputs, layout, sq_grad_sum);
   const StepPlan plan = {layout, chunk_map, grad_scale, scope};
   if (!launch_both(grads, plan, state, choices, outputs, accumulate)) {
     run_fused_step(grads, plan, state, choices);

@@ -18,7 +18,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 class LaunchScope {
  public:
 #if defined(__CUDACC__)
-  explicit LaunchScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit LaunchScope(const torch::stable::Tensor& tensor) : guard_(cuda_index_of(tensor)) {
     device = tensor.get_device_index();
     // This library carries a CUDA runtime of its own (static), which has to hear of the device too.
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
@@ -53,6 +53,12 @@ class LaunchScope {
   }
 
 #if defined(__CUDACC__)
+  // One CUDA tensor among CPU tensors is enough to be sent here.
+  static int32_t cuda_index_of(const torch::stable::Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.is_cuda(), "Expected the state on a CUDA device, like the gradients.");
+    return tensor.get_device_index();
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };

@@ -102,6 +102,7 @@ inline ParamChunks read_chunk_map(const Tensor& chunk_map, const ParamLayout& la
       layout.padded_numel() == 0
           ? num_chunks == 0
           : num_chunks >= 1 && num_chunks <= layout.padded_numel() / kSegmentAlignment;
+  check_storage(chunk_map, "chunk_map");
   STD_TORCH_CHECK(chunk_map.is_contiguous() && fits,
                   "Expected `chunk_map` to be the map made for `param_numels` of ",
                   layout.num_tensors(), " parameters, but got one of ", chunk_map.numel(),

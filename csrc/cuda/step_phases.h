@@ -28,9 +28,8 @@ struct StepPlan {
   const LaunchScope& scope;
 };
 
-// What CUDA asks of the state beyond check_step().
-void check_state_for_launch(const Tensor& sq_grad_sum, const Tensor& grad_mean,
-                            const Tensor& ticket);
+// What CUDA asks of the state beyond read_step().
+void check_state_for_launch(const Tensor& sq_grad_sum, const Tensor& grad_mean);
 
 // fused_step_: one launch, or none where no task is present.
 void run_fused_step(TaskGrads& grads, const StepPlan& plan, const StepTensors& state,

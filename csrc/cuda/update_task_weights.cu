@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "../checks.h"
 #include "../param_layout.h"
+#include "../step_arguments.h"
 #include "launch.cuh"
 #include "launch_scope.h"
 #include "launch_tensors.h"
@@ -21,18 +21,9 @@ void update_task_risks_op(Tensor excess_risk_sum, std::vector<int64_t> tasks, Te
                           double gradient_momentum, int64_t num_warmup_steps, bool relative,
                           double raw_risk_scale) {
   const int64_t num_tasks = excess_risk.numel();
-  check_num_tasks(num_tasks);
-  check_tasks(tasks, num_tasks);
-  check_vector(excess_risk_sum, "excess_risk_sum", num_tasks, ScalarType::Double, excess_risk);
-  check_vector(excess_risk, "excess_risk", num_tasks, ScalarType::Double, excess_risk);
-  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double,
-               excess_risk);
-  check_vector(baseline_excess_risk, "baseline_excess_risk", num_tasks, ScalarType::Double,
-               excess_risk);
-  check_vector(num_steps, "num_steps", 1, ScalarType::Long, excess_risk);
-  check_vector(num_task_steps, "num_task_steps", num_tasks, ScalarType::Long, excess_risk);
-  check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, excess_risk);
-  check_element_options(1.0, gradient_momentum);
+  check_task_risks(excess_risk_sum, tasks, excess_risk, relative_excess_risk, baseline_excess_risk,
+                   num_steps, num_task_steps, found_nonfinite, gradient_momentum, num_warmup_steps,
+                   raw_risk_scale);
   if (tasks.empty()) {
     return;
   }
@@ -58,16 +49,9 @@ void update_task_weights_op(std::vector<int64_t> tasks, Tensor relative_excess_r
                             double robust_step_size, int64_t num_warmup_steps, double min_weight,
                             double weight_total) {
   const int64_t num_tasks = task_weights.numel();
-  check_num_tasks(num_tasks);
-  check_tasks(tasks, num_tasks);
-  check_vector(relative_excess_risk, "relative_excess_risk", num_tasks, ScalarType::Double,
-               task_weights);
-  check_vector(log_task_weights, "log_task_weights", num_tasks, ScalarType::Double, task_weights);
-  check_vector(task_weights, "task_weights", num_tasks, ScalarType::Double, task_weights);
-  check_vector(num_steps, "num_steps", 1, ScalarType::Long, task_weights);
-  check_vector(num_skipped_steps, "num_skipped_steps", 1, ScalarType::Long, task_weights);
-  check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, task_weights);
-  check_weight_options(robust_step_size, min_weight, weight_total, num_tasks);
+  check_task_weights(tasks, relative_excess_risk, log_task_weights, task_weights, num_steps,
+                     num_skipped_steps, found_nonfinite, robust_step_size, num_warmup_steps,
+                     min_weight, weight_total);
   if (tasks.empty()) {
     return;
   }
