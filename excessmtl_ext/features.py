@@ -9,7 +9,7 @@ passes, which never need to know where the features are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -86,8 +86,12 @@ class Cut:
         self._is_shared = {id(parameter) for parameter in shared}
         self.heads: list[list[Tensor]] = []
         self.reached: list[list[int]] = []  # per task, which features
+        self._entries: list[
+            list[tuple[Node, list[int]]]
+        ] = []  # per task, what hands gradients to features
         num_walked, walked = 0, set()
         for task, root in enumerate(roots):
+            self._entries.append([])
             nodes, heads, reached = self._head_of(root) if root is not None else (set(), [], [])
             if root is not None:
                 self._check_head(task, heads, reached)
@@ -112,15 +116,19 @@ class Cut:
             variable = getattr(node, "variable", None)
             if variable is not None:
                 leaves.append(variable)
-            for edge in node.next_functions:
+            handing = []
+            for position, edge in enumerate(node.next_functions):
                 parent = edge[0]
                 if parent is None:
                     continue
                 if edge in self._edges:
                     reached.add(self._edges[edge])
+                    handing.append(position)
                 elif parent not in nodes:
                     nodes.add(parent)
                     stack.append(parent)
+            if handing:
+                self._entries[-1].append((node, handing))
         return nodes, leaves, sorted(reached)
 
     def _check_head(self, task: int, heads: Sequence[Tensor], reached: Sequence[int]) -> None:
@@ -275,10 +283,38 @@ class Cut:
     def weighted_backward(
         self, roots: Sequence[Root | None], task_weights: Tensor, *, scale: Tensor | None
     ) -> None:
-        """Like ``gradients.weighted_backward`` with unweighted heads: T heads, and one pass of the encoder."""
+        """Like ``gradients.weighted_backward`` with unweighted heads: one pass where heads have no node in common."""
+        has_entries = (
+            bool(entries) == (root is not None)
+            for entries, root in zip(self._entries, roots, strict=True)
+        )
+        if not self._heads_meet and all(has_entries):
+            self._one_weighted_pass(roots, task_weights, scale)
+            return
         feature_grads, head_grads = self.walk_heads(roots, gradients.starts_of(roots, scale))
         self.walk_encoder_weighted(feature_grads, task_weights)
         self.deposit_heads(head_grads)
+
+    def _one_weighted_pass(
+        self, roots: Sequence[Root | None], task_weights: Tensor, scale: Tensor | None
+    ) -> None:
+        """One pass from all losses, in which what a head hands to the features is multiplied by its task's weight."""
+        of_dtype = task_weights.to(self.features[0].dtype).unbind()
+        handles = [
+            node.register_hook(_scaling(positions, weight))
+            for entries, weight in zip(self._entries, of_dtype, strict=True)
+            for node, positions in entries
+        ]
+        starts = gradients.starts_of(roots, scale)
+        try:
+            gradients.run_backward(
+                [root for root in roots if root is not None],
+                [start for start in starts if start is not None],
+                retain_graph=False,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def walk_encoder_weighted(
         self, feature_grads: Sequence[Sequence[Tensor | None]], task_weights: Tensor
@@ -296,3 +332,19 @@ class Cut:
             for index in used
         ]
         gradients.run_backward([self.features[index] for index in used], starts, retain_graph=False)
+
+
+def _scaling(
+    positions: Sequence[int], weight: Tensor
+) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
+    """A node's hook that multiplies what it passes on at ``positions`` by ``weight``."""
+
+    def scale(
+        grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        return tuple(
+            grad * weight.to(grad.dtype) if index in positions and grad is not None else grad
+            for index, grad in enumerate(grad_inputs)
+        )
+
+    return scale
