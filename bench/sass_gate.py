@@ -53,6 +53,9 @@ STEP(__nv_bfloat16, float, true, false, kSmallTable)
 STEP(__half, float, true, true, kSmallTable)
 STEP(double, double, true, false, kSmallTable)
 STEP(double, double, true, true, kSmallTable)
+STEP(float, BFloat16Bits, true, false, kSmallTable)
+STEP(float, BFloat16Bits, true, true, kSmallTable)
+STEP(__nv_bfloat16, BFloat16Bits, true, false, kSmallTable)
 #define STEP_COMBINE(grad_t, acc_t, kSqrt, kMomentum)                                \\
   template __global__ void                                                          \\
   fused_step_combine_kernel<grad_t, acc_t, kSqrt, kMomentum, kSmallTable>(          \\
@@ -68,6 +71,8 @@ template __global__ void combine_kernel<float, float, kSmallTable>(
     const __grid_constant__ CombineArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
 template __global__ void combine_kernel<__nv_bfloat16, float, kSmallTable>(
     const __grid_constant__ CombineArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
+template __global__ void combine_kernel<float, BFloat16Bits, kSmallTable>(
+    const __grid_constant__ CombineArgs<BFloat16Bits>, const __grid_constant__ PointerTable<kSmallTable>);
 template __global__ void fold_kernel<float, float, kSmallTable>(
     const __grid_constant__ FoldArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
 }
@@ -110,12 +115,14 @@ def kernel_name(mangled: str) -> str:
         kernel = re.search(r"cuda\d+(\w+?_kernel)", mangled)
         assert kernel is not None, mangled
         grad = "bfloat16" if "bfloat16" in mangled else "float32"
+        grad += " rounded" if re.search(r"_kernelI\w*?tLi", mangled) else ""
         return kernel[1] + (f" {grad}" if "Table" in mangled and "write" not in mangled else "")
     match = re.search(r"fused_step(_combine)?_kernelI(.*?)Lb([01])ELb([01])ELi(\d+)E", mangled)
     assert match is not None, mangled
-    types = {"ff": "float32", "dd": "float64"}
+    types = {"ff": "float32", "dd": "float64", "ft": "float32"}
     grad = types.get(match[2], "bfloat16" if "bfloat16" in match[2] else "float16")
     choices = ("sqrt" if match[3] == "1" else "linear") + (" momentum" if match[4] == "1" else "")
+    choices += " rounded" if match[2].endswith("t") else ""  # unsigned short: bfloat16 state
     table = "4 KiB" if int(match[5]) < 1000 else "32 KiB"
     return f"fused_step{match[1] or ''} {grad} {choices}, {table} table"
 
@@ -172,7 +179,9 @@ def loop_figures(
     stores = [i for i in body if "STG" in i]
     elements = sum(map(access_bytes, stores)) / element_bytes / (2 if has_momentum else 1)
     moved = sum(map(access_bytes, loads + stores))
-    narrow = sum(access_bytes(i) < 8 for i in loads) + sum(access_bytes(i) < 16 for i in stores)
+    vector_bytes = 4 * element_bytes if element_bytes < 8 else 16
+    narrow = sum(access_bytes(i) < 8 for i in loads)
+    narrow += sum(access_bytes(i) < vector_bytes for i in stores)
     return moved / elements, narrow, loads_before_use(body), len(body) / elements
 
 
@@ -181,8 +190,10 @@ def main_loop(
 ) -> tuple[float, int, int, float]:
     """The worst figures over the loops that take several vectors per turn: one for a whole block, one for a warp."""
     streams = 2 if has_momentum else 1
+    # Evict first, as the state is stored: the [T] vectors of float64 are stored in 64 bits too.
+    width = ".EF.64" if element_bytes == 2 else ".128"
     bodies = [
-        b for b in inner_loops(lines) if sum("STG" in i and ".128" in i for i in b) >= 2 * streams
+        b for b in inner_loops(lines) if sum("STG" in i and width in i for i in b) >= 2 * streams
     ]
     assert bodies, "no vector loop found"
     figures = [loop_figures(body, element_bytes, has_momentum) for body in bodies]
@@ -221,12 +232,17 @@ def measure(arch: str, nvdisasm: str) -> dict[str, Figures]:
         local = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in code[mangled])
         figures[name] = Figures(registers, blocks, stores + loads, stack + local)
         if name.startswith("fused_step"):
-            loop = main_loop(code[mangled], 8 if "float64" in name else 4, "momentum" in name)
+            loop = main_loop(code[mangled], state_bytes(name), "momentum" in name)
             figures[name].loop_bytes_per_element = loop[0]
             figures[name].loop_narrow_accesses = loop[1]
             figures[name].loads_before_use = loop[2]
             figures[name].loop_instructions_per_element = round(loop[3], 2)
     return figures
+
+
+def state_bytes(name: str) -> int:
+    """Of one element of the state; ``rounded``: bfloat16."""
+    return 2 if "rounded" in name else 8 if "float64" in name else 4
 
 
 def violations(name: str, new: Figures, old: dict[str, float | None] | None) -> list[str]:
@@ -236,8 +252,7 @@ def violations(name: str, new: Figures, old: dict[str, float | None] | None) -> 
         found.append("spills or uses local memory")
     if new.loop_bytes_per_element is not None:
         grad_bytes = 8 if "float64" in name else 4 if "float32" in name else 2
-        state_bytes = 8 if "float64" in name else 4
-        expected = grad_bytes + state_bytes * (4 if "momentum" in name else 2)
+        expected = grad_bytes + state_bytes(name) * (4 if "momentum" in name else 2)
         if new.loop_bytes_per_element != expected:
             found.append(f"moves {new.loop_bytes_per_element} bytes per element, not {expected}")
         if new.loop_narrow_accesses:
