@@ -53,7 +53,6 @@ from rich.console import Console
 from rich.progress import Progress
 from timing import Ratio, Timing, best_ratio, cpu_name, environment, load_average, measure_steps
 from timing import ratio as ratio_of
-from torch.profiler import ProfilerActivity, profile
 from training_step_rows import (
     ADAM,
     EPS,
@@ -74,6 +73,8 @@ from training_step_rows import (
     param_sweep,
     task_sweep,
 )
+
+from excessmtl_ext.memory import measured_peak
 
 PEAK_STEPS = 3
 
@@ -103,33 +104,7 @@ def peak_bytes(row: Row, template: Template) -> int:
             step()
 
     gc.collect()
-    device = template.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    return peak_of(profiler)
-
-
-def peak_of(profiler: profile) -> int:
-    """Peak of the CPU allocator's bytes in what a profiler has seen; what was there before is not counted."""
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    recorded: list[Any] = profiler.profiler.kineto_results.events()
-    events = [
-        (event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"
-    ]
-    events.sort(key=lambda event: event[0])
-    held = peak = 0
-    for _, nbytes in events:
-        held += nbytes
-        peak = max(peak, held)
-    return peak
+    return measured_peak(run, template.device)
 
 
 # ---- measuring ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ everything else is here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ from excessmtl_ext.features import Features, checked_features
 from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.gradients import Losses, Root
 from excessmtl_ext.history import History, HistoryWriter
+from excessmtl_ext.memory import MemoryReport, make_memory_report
 from excessmtl_ext.passes import Batched, Passes
 from excessmtl_ext.report import BalancerReport, make_report
 
@@ -357,6 +358,24 @@ class Balancer(nn.Module, ABC):
         Gradient norm, noise share and cosine need ``record_history(gradients=True)``. Waits for the device.
         """
         return make_report(self)
+
+    def memory_report(self, step: Callable[[], object] | None = None) -> MemoryReport:
+        """What the balancer holds and what a step adds, in bytes by kind, and a measured peak; to print.
+
+        Args:
+            step: One training step, called once and measured: the most it added to what was there, activations and
+                all. None: the peak of the process so far, by torch's allocator on CUDA, else of its resident set.
+
+        Raises:
+            ValueError: the balancer was made without parameters and has seen no gradient.
+        """
+        return make_memory_report(self, step)
+
+    def _live_task_grads(self) -> tuple[float, str]:
+        """The most gradients of all shared parameters that live at once in ``backward``, and what they are."""
+        if "task_grads" in self.requires:
+            return self.num_tasks, "one per task; `.grad` is one of them"
+        return 1, "`.grad`"
 
     def _record_gradients(
         self, task_grads: Sequence[Tensor], tasks: Sequence[int], scale: Tensor | None

@@ -485,6 +485,17 @@ class ExcessMTL(Balancer):
         else:
             cheaper_steps.step_in_rotation(self, roots, tasks, scale, features)
 
+    def _live_task_grads(self) -> tuple[float, str]:
+        if self._estimate_parameters is not None:
+            share = self._bound_layout().num_params / sum(
+                parameter.numel() for parameter in self._bound_parameters()
+            )
+            return self.num_tasks * share + 1, "of the subset, one per task; then `.grad`"
+        if self._rotation is not None:
+            assert self.tasks_per_step is not None
+            return self.tasks_per_step + 1, "of the tasks whose turn it is; then `.grad`"
+        return super()._live_task_grads()
+
     def _moves_weights(self) -> bool:
         return self._num_calls % self.update_every == 0
 
