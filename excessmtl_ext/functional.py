@@ -159,7 +159,7 @@ def init_state(
     """
     if not 1 <= num_tasks <= MAX_TASKS:
         raise ValueError(f"Expected `num_tasks` between 1 and {MAX_TASKS}, but got {num_tasks}.")
-    tasks = {"dtype": torch.float64, "device": device}
+    tasks: dict[str, Any] = {"dtype": torch.float64, "device": device}
     return StepState(
         sq_grad_sum=torch.zeros(num_tasks, layout.padded_numel, dtype=dtype, device=device),
         grad_mean=torch.zeros(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,7 +209,7 @@ class GradientStatistics:
         """Makes the [T] state where the gradients are; statistics begin anew on another device."""
         if self._gramian is not None and self._gramian.device == device:
             return
-        wide = {"dtype": torch.float64, "device": device}
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self._gramian = torch.zeros(self._num_tasks, self._num_tasks, **wide)
         self._is_present = torch.zeros(self._num_tasks, dtype=torch.bool, device=device)
         self._num_updates = torch.zeros(self._num_tasks, **wide)

@@ -70,7 +70,7 @@ def register_averaged_grads(ddp: DistributedDataParallel) -> AveragedGrads | Non
 
 
 # Without annotations: torch compares them with types, and in this file they are strings.
-def _average_the_rest(state, bucket):
+def _average_the_rest(state, bucket):  # pyright: ignore[reportMissingParameterType, reportUnknownParameterType]
     """The mean over the ranks of a bucket's gradients, but of those that ``state`` knows to be averaged."""
     buffer = bucket.buffer()
     rest = [

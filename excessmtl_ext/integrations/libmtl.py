@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
 _NAME = "excessmtl_ext:{}"
 
 
-class BalancerWeighting(AbsWeighting):
+class BalancerWeighting(AbsWeighting):  # pyright: ignore[reportUntypedBaseClass]
     """What :func:`weighting` makes a subclass of: LibMTL mixes it into its model, whose decoders and encoder it sees.
 
     The balancer is a submodule of LibMTL's model: it moves with the model, and its state is in what

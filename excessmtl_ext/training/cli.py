@@ -95,7 +95,7 @@ def sweep() -> None:
 class _CommaList(click.ParamType):
     """A comma-separated list, such as ``0,0.4,0.8``."""
 
-    def __init__(self, item: click.ParamType) -> None:
+    def __init__(self, item: click.ParamType) -> None:  # pyright: ignore[reportUnknownParameterType]
         self.item = item
         self.name = f"{item.name},..."
 
