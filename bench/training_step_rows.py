@@ -203,7 +203,7 @@ def named_workloads(*, quick: bool) -> dict[str, Workload]:
     return {workload.key: workload for workload in (make(quick=quick) for make in makers)}
 
 
-TASK_COUNTS = (2, 5, 10, 20, 40)
+TASK_COUNTS = (2, 5, 10, 20, 40, 100, 500)
 PARAM_COUNTS = (10_000, 100_000, 1_000_000, 5_000_000, 25_000_000)
 
 
@@ -392,6 +392,16 @@ def _with_backward(make: Callable[[Problem], Balancer]) -> Callable[[Problem], F
     def made(problem: Problem) -> FillGrads:
         balancer = make(problem)
         return lambda features, losses: balancer.backward(losses)
+
+    return made
+
+
+def _with_features(**options: Any) -> Callable[[Problem], FillGrads]:
+    """``balancer.backward(losses, features=features)``."""
+
+    def made(problem: Problem) -> FillGrads:
+        balancer = _excess(problem, **options)
+        return lambda features, losses: balancer.backward(losses, features=features)
 
     return made
 
@@ -631,6 +641,22 @@ _ALL_ROWS = (
     Row("lower_bound", "lower bound", "bound", _lower_bound, in_sweeps=True),
     Row("exact", "ExcessMTL", "ours", _with_backward(_excess), in_sweeps=True),
     Row("exact_scalar", "ExcessMTL, scalar", "ours", _scalar, agrees_with="exact"),
+    Row("features", "ExcessMTL, features=", "ours", _with_features(), agrees_with="exact"),
+    Row(
+        "batched",
+        "ExcessMTL, batched=True",
+        "ours",
+        _with_features(batched=True),
+        agrees_with="exact",
+        in_sweeps=True,
+    ),
+    Row(
+        "auto",
+        "ExcessMTL, batched='auto'",
+        "ours",
+        _with_features(batched="auto"),
+        agrees_with="exact",
+    ),
     Row(
         "streaming", "ExcessMTL, streaming", "ours", _streaming, agrees_with="exact", in_sweeps=True
     ),

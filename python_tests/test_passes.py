@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from _inputs import make_problem
@@ -192,3 +194,42 @@ def test_wrong_batched_raises(value):
         ExcessMTL(make_problem().encoder.parameters(), num_tasks=3, batched=value)
     with pytest.raises(ValueError, match="Expected `batched` to be True, False or 'auto'"):
         GradNorm(make_problem().encoder.parameters(), num_tasks=3, batched=value)
+
+
+def bytecodes_of_a_step(num_tasks: int, num_layers: int, how: str) -> int:
+    """Bytecode instructions that the interpreter executes in a step; what runs in built-ins and in torch is none."""
+    encoder = nn.Sequential(*[nn.Linear(4, 4) for _ in range(num_layers)])
+    heads = [nn.Linear(4, 1) for _ in range(num_tasks)]
+    balancer = ExcessMTL(encoder.parameters(), num_tasks=num_tasks, batched=how == "batched")
+    inputs = torch.randn(3, 4)
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    for step in range(3):
+        features = encoder(inputs)
+        losses = [head(features).square().mean() for head in heads]
+        before = sys.gettrace()
+        if step == 2:  # the first ones size state and try the vectorised pass
+            sys.settrace(trace)
+        try:
+            balancer.backward(losses, features=None if how == "plain" else features)
+        finally:
+            sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("how", ["plain", "features", "batched"])
+def test_no_python_loop_of_a_step_grows_with_tasks_times_parameters(how):
+    counts = {
+        (num_tasks, num_layers): bytecodes_of_a_step(num_tasks, num_layers, how)
+        for num_tasks in (4, 8, 16)
+        for num_layers in (2, 10)
+    }
+    # An affine function of T and of L: its mixed difference is zero, and the cost of a task is constant.
+    assert counts[8, 10] - counts[4, 10] == counts[8, 2] - counts[4, 2]
+    assert counts[16, 2] - counts[8, 2] == 2 * (counts[8, 2] - counts[4, 2])
