@@ -396,11 +396,11 @@ def _with_backward(make: Callable[[Problem], Balancer]) -> Callable[[Problem], F
     return made
 
 
-def _with_features(**options: Any) -> Callable[[Problem], FillGrads]:
+def _with_features(make: Callable[[Problem], Balancer]) -> Callable[[Problem], FillGrads]:
     """``balancer.backward(losses, features=features)``."""
 
     def made(problem: Problem) -> FillGrads:
-        balancer = _excess(problem, **options)
+        balancer = make(problem)
         return lambda features, losses: balancer.backward(losses, features=features)
 
     return made
@@ -577,16 +577,6 @@ def _last_layer(problem: Problem) -> ExcessMTL:
     return _excess(problem, estimate_from=shared[matrices[-1] :])
 
 
-def _with_features(make: Callable[[Problem], Balancer]) -> Callable[[Problem], FillGrads]:
-    """``balancer.backward(losses, features=features)``."""
-
-    def made(problem: Problem) -> FillGrads:
-        balancer = make(problem)
-        return lambda features, losses: balancer.backward(losses, features=features)
-
-    return made
-
-
 def _from_features(key: str, label: str, *, period: int = 1) -> Row:
     def make(problem: Problem) -> Balancer:
         return _excess(problem, estimate_from="features", update_every=period)
@@ -641,12 +631,18 @@ _ALL_ROWS = (
     Row("lower_bound", "lower bound", "bound", _lower_bound, in_sweeps=True),
     Row("exact", "ExcessMTL", "ours", _with_backward(_excess), in_sweeps=True),
     Row("exact_scalar", "ExcessMTL, scalar", "ours", _scalar, agrees_with="exact"),
-    Row("features", "ExcessMTL, features=", "ours", _with_features(), agrees_with="exact"),
+    Row(
+        "exact_features",
+        "ExcessMTL, features=",
+        "ours",
+        _with_features(_excess),
+        agrees_with="exact",
+    ),
     Row(
         "batched",
         "ExcessMTL, batched=True",
         "ours",
-        _with_features(batched=True),
+        _with_features(lambda problem: _excess(problem, batched=True)),
         agrees_with="exact",
         in_sweeps=True,
     ),
@@ -654,7 +650,7 @@ _ALL_ROWS = (
         "auto",
         "ExcessMTL, batched='auto'",
         "ours",
-        _with_features(batched="auto"),
+        _with_features(lambda problem: _excess(problem, batched="auto")),
         agrees_with="exact",
     ),
     Row(
