@@ -87,6 +87,59 @@ def test_every_file_that_the_kernel_and_contribution_pages_name_exists():
             assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}"
 
 
+# Which test runs or compares the Python blocks of a page. Tutorials: above.
+RUN_BY = {
+    "README.md": "test_readme.py",
+    "docs/quickstart.md": "test_docs.py",
+    "docs/migration.md": "test_migration_page.py",
+    "docs/kernels.md": "test_docs.py",
+}
+
+
+# Its block needs a launcher; test_distributed.py makes the same calls on several ranks.
+NOT_RUN = {"docs/distributed.md"}
+
+
+def test_no_python_block_of_a_page_is_left_without_a_test():
+    tests = {name: (Path(__file__).parent / name).read_text("utf-8") for name in RUN_BY.values()}
+    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        if blocks(page, "python") and page not in TUTORIALS:
+            name = page.relative_to(ROOT).as_posix()
+            if name in NOT_RUN:
+                continue
+            assert name in RUN_BY, f"no test runs the Python of {name}"
+            assert page.name in tests[RUN_BY[name]]
+
+
+def shell_words(page: Path) -> list[list[str]]:
+    """The commands of a page's shell blocks, without comments and what follows ``&&``'s first command."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    commands = [part for line in lines for part in re.split(r"&&|;", line.partition("  #")[0])]
+    return [command.split() for command in commands if command.strip() and command[0] != "#"]
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda p: p.stem
+)
+def test_commands_of_a_page_name_files_modules_and_subcommands_that_exist(page):
+    cli = (ROOT / "excessmtl_ext" / "training" / "cli.py").read_text(encoding="utf-8")
+    for words in shell_words(page):
+        for word in words:
+            if re.fullmatch(r"(bench|docs|examples|python_tests|csrc)/[\w./]+", word):
+                assert (ROOT / word).exists(), f"{page.name}: {' '.join(words)}"
+        if words[0] == "excessmtl":
+            assert re.search(rf"def {words[1]}\b|\"{words[1]}\"", cli), (
+                f"{page.name}: {' '.join(words)}"
+            )
+        if "-m" in words and words[words.index("-m") + 1].startswith("excessmtl_ext"):
+            assert importlib.util.find_spec(words[words.index("-m") + 1]), " ".join(words)
+
+
+@pytest.mark.parametrize("name", excessmtl_ext.__all__)
+def test_every_public_name_says_what_it_does(name):
+    assert (getattr(excessmtl_ext, name).__doc__ or "").strip()
+
+
 def test_every_committed_timing_of_the_step_is_on_the_performance_page():
     page = (DOCS / "performance.md").read_text(encoding="utf-8")
     runs = sorted((ROOT / "bench" / "results").glob("fused_step*/README.md"))

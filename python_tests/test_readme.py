@@ -42,3 +42,17 @@ def test_every_file_of_the_tour_exists():
             path = ROOT / name if "/" in name.rstrip("/") else folder / name
             assert path.exists(), f"the tour names {name}"
             folder = path.parent
+
+
+def test_the_tour_of_the_contribution_guide_names_every_room():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tour = guide.partition("## The tour of the house")[2].partition("\n## ")[0]
+    package = [
+        path
+        for path in (ROOT / "excessmtl_ext").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    ]
+    assert len(package) > 15
+    for path in package:
+        name = f"{path.name}/" if path.is_dir() else path.name
+        assert name == "__init__.py" or f"`{name}`" in tour or f"/{name}`" in tour, name
