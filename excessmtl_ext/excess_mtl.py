@@ -486,15 +486,17 @@ class ExcessMTL(Balancer):
             cheaper_steps.step_in_rotation(self, roots, tasks, scale, features)
 
     def _live_task_grads(self) -> tuple[float, str]:
-        if self._estimate_parameters is not None:
-            share = self._bound_layout().num_params / sum(
-                parameter.numel() for parameter in self._bound_parameters()
-            )
-            return self.num_tasks * share + 1, "of the subset, one per task; then `.grad`"
-        if self._rotation is not None:
-            assert self.tasks_per_step is not None
-            return self.tasks_per_step + 1, "of the tasks whose turn it is; then `.grad`"
-        return super()._live_task_grads()
+        if self._looks_at_all:
+            return super()._live_task_grads()
+        num_rows = self.num_tasks if self._rotation is None else self._rotation.tasks_per_step
+        num_shared = sum(parameter.numel() for parameter in self._bound_parameters())
+        share = self._bound_layout().num_params / num_shared
+        what = {
+            "parameters": "of the tasks whose turn it is",
+            "subset": "of the subset, one per task",
+            "features": "of the features' adapter, one per task",
+        }[self._estimate_kind]
+        return num_rows * share + 1, f"{what}; then `.grad`"
 
     def _moves_weights(self) -> bool:
         return self._num_calls % self.update_every == 0

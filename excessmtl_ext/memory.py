@@ -102,7 +102,7 @@ def make_memory_report(
     # After the measured step: before the first one state has no size and gradients no type.
     return MemoryReport(
         num_tasks=balancer.num_tasks,
-        num_params=layout.num_params,
+        num_params=_num_shared(balancer),
         entries=(*_held(balancer), *_of_step(balancer), *_of_streamed_step(balancer)),
         measured_bytes=measured_bytes,
         measured_by=measured_by,
@@ -166,6 +166,14 @@ def _held(balancer: Balancer) -> list[MemoryEntry]:
     return [*large, MemoryEntry("per task", small, "always", "weights, risks, counters")]
 
 
+def _num_shared(balancer: Balancer) -> int:
+    """P; the state may be that of fewer, or of others (``estimate_from``)."""
+    shared = balancer.shared_parameters
+    if shared is None:
+        return balancer._bound_layout().num_params
+    return sum(parameter.numel() for parameter in shared)
+
+
 def _bytes_per_param(balancer: Balancer) -> int:
     """Of a gradient: that of its parameter where the balancer knows it, else float32."""
     shared = balancer.shared_parameters
@@ -174,7 +182,7 @@ def _bytes_per_param(balancer: Balancer) -> int:
 
 def _of_step(balancer: Balancer) -> list[MemoryEntry]:
     layout = balancer._bound_layout()
-    gradient = layout.num_params * _bytes_per_param(balancer)
+    gradient = _num_shared(balancer) * _bytes_per_param(balancer)
     num_rows, what = balancer._live_task_grads()
     entries = [MemoryEntry("gradients", round(num_rows * gradient), "step", what)]
     if "task_grads" in balancer.requires:

@@ -479,6 +479,30 @@ def test_history_and_report_know_these_steps(options):
     assert "task0" in str(balancer.report())
 
 
+GRADIENT_ELEMENTS = {
+    "subset": 3 * (128 + 8) + 248,
+    "features": 3 * 8 * 8 + 248,
+    "rotation": 248 + 248,
+    "rotating subset": 2 * (128 + 8) + 248,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "num_elements"),
+    [(CHEAPER[name], number) for name, number in GRADIENT_ELEMENTS.items()],
+    ids=GRADIENT_ELEMENTS,
+)
+def test_the_memory_report_counts_the_gradients_that_live(options, num_elements):
+    """Those that risks are estimated from, and ``.grad`` of the 248 shared parameters."""
+    problem = make_problem()
+    balancer = make_balancer(problem, **options)
+    backward(problem, balancer)
+    report = balancer.memory_report()
+    assert report.num_params == 248
+    found = [entry.num_bytes for entry in report.entries if entry.name == "gradients"]
+    assert found == [4 * num_elements]
+
+
 # ---- what they cannot do
 
 
