@@ -371,13 +371,19 @@ class ExcessMTL(Balancer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _in_own_type(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A state saved with another ``state_dtype`` in this balancer's: widened, or rounded to nearest once."""
+        """A state saved in another type in this balancer's: widened, or rounded to nearest once."""
         is_narrow = self.state_dtype is torch.bfloat16
+        has_float64 = any(each.dtype is torch.float64 for each in self.shared_parameters or ())
         own = dict(state_dict)
         for name in _SIZED_BY_FIRST_STEP:
             saved = state_dict.get(prefix + name)
-            if saved is not None and (saved.dtype is torch.bfloat16) != is_narrow:
-                own[prefix + name] = saved.bfloat16() if is_narrow else saved.float()
+            if saved is None:
+                continue
+            if (saved.dtype is torch.bfloat16) != is_narrow:
+                saved = saved.bfloat16() if is_narrow else saved.float()
+            if has_float64 and saved.dtype is torch.float32:
+                saved = saved.double()  # what the op asks of the state for such gradients
+            own[prefix + name] = saved
         return own
 
     def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
