@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +68,23 @@ def test_many_tasks_streamed_agree_with_all_at_once(capsys):
     assert names["balancer"].task_weights.shape == (40,)
     assert names["grads"]["streamed"][0].abs().max() > 0
     assert "agree" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_several_processes_end_with_the_same_weights_however_they_share_the_model():
+    weights = []
+    for kind in ("ddp", "fsdp"):
+        printed = subprocess.run(
+            [sys.executable, "-W", "error::UserWarning", "-m", "torch.distributed.run", "--standalone",
+             "--nproc-per-node", "2", str(ROOT / "examples" / "several_processes.py"), kind],
+            capture_output=True, text=True, check=False, timeout=280,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert printed.returncode == 0, printed.stderr
+        assert "resumed bit for bit" in printed.stdout
+        weights.append(json.loads(re.findall(r"2 processes: weights (\[.*\])", printed.stdout)[0]))
+    assert weights[0] == pytest.approx(weights[1], abs=1e-5)
+    assert max(weights[0]) - min(weights[0]) > 0.05
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
