@@ -178,6 +178,8 @@ class Cut:
         Returns:
             Per task, gradients of the features it reached, and of its ``heads``.
         """
+        if self._heads_are_apart(roots):
+            return self._walk_heads_at_once(roots, starts)
         present = [task for task, root in enumerate(roots) if root is not None]
         feature_grads: list[list[Tensor | None]] = [[] for _ in roots]
         head_grads: list[list[Tensor | None]] = [[] for _ in roots]
@@ -195,6 +197,52 @@ class Cut:
             feature_grads[task] = grads[: len(reached)]
             head_grads[task] = grads[len(reached) :]
         return feature_grads, head_grads
+
+    def _heads_are_apart(self, roots: Sequence[Root | None]) -> bool:
+        """Whether no node serves two heads and a node of its own lies between each loss and the features."""
+        return not self._heads_meet and all(
+            bool(entries) == (root is not None)
+            for entries, root in zip(self._entries, roots, strict=True)
+        )
+
+    def _walk_heads_at_once(
+        self, roots: Sequence[Root | None], starts: Sequence[Tensor | None]
+    ) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
+        """:meth:`walk_heads` in one pass from all losses: what a head hands to the features is read off on the way.
+
+        T calls of the engine cost more than small heads do.
+        """
+        found: list[dict[int, Tensor]] = [{} for _ in roots]
+        handles = [
+            node.register_hook(_reading(self._edges_at(node, positions), found[task]))
+            for task, entries in enumerate(self._entries)
+            for node, positions in entries
+        ]
+        used = sorted({index for reached in self.reached for index in reached})
+        heads = self.all_heads()
+        try:
+            grads = gradients.capture_joint(
+                [root for root in roots if root is not None],
+                [start for start in starts if start is not None],
+                [*(self.features[index] for index in used), *heads],
+                retain_graph=False,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        of_head = dict(zip(map(id, heads), grads[len(used) :], strict=True))
+        return (
+            [
+                [found[task].get(index) for index in reached]
+                for task, reached in enumerate(self.reached)
+            ],
+            [[of_head[id(leaf)] for leaf in leaves] for leaves in self.heads],
+        )
+
+    def _edges_at(self, node: Node, positions: Sequence[int]) -> list[tuple[int, int]]:
+        """For each of these inputs of a node: its position, and which feature it is."""
+        edges = node.next_functions
+        return [(position, self._edges[edges[position]]) for position in positions]  # type: ignore[index]
 
     def deposit_heads(self, head_grads: Sequence[Sequence[Tensor | None]]) -> None:
         """Adds every task's gradients of its head to ``.grad``, in one pass, so that what is hooked there runs once."""
@@ -284,11 +332,7 @@ class Cut:
         self, roots: Sequence[Root | None], task_weights: Tensor, *, scale: Tensor | None
     ) -> None:
         """Like ``gradients.weighted_backward`` with unweighted heads: one pass where heads have no node in common."""
-        has_entries = (
-            bool(entries) == (root is not None)
-            for entries, root in zip(self._entries, roots, strict=True)
-        )
-        if not self._heads_meet and all(has_entries):
+        if self._heads_are_apart(roots):
             self._one_weighted_pass(roots, task_weights, scale)
             return
         feature_grads, head_grads = self.walk_heads(roots, gradients.starts_of(roots, scale))
@@ -348,3 +392,17 @@ def _scaling(
         )
 
     return scale
+
+
+def _reading(
+    positions: Sequence[tuple[int, int]], found: dict[int, Tensor]
+) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], None]:
+    """A node's hook that adds what it passes on at each position to ``found``, by feature."""
+
+    def read(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
+        for position, feature in positions:
+            grad = grad_inputs[position]
+            if grad is not None:
+                found[feature] = found[feature] + grad if feature in found else grad
+
+    return read

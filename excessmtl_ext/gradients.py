@@ -257,14 +257,26 @@ def capture_grads(
     Nothing that waits for a gradient to be accumulated is told: DistributedDataParallel sees one
     pass per step, that of :func:`deposit_grads`.
     """
+    grads = capture_joint([root], [start], parameters, retain_graph=retain_graph)
+    return grads if keep_sparse else _dense(grads)
+
+
+def capture_joint(
+    roots: Sequence[Root],
+    starts: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+) -> list[Tensor | None]:
+    """Like :func:`capture_grads` from several roots at once: gradients of their sum; sparse ones stay sparse."""
     grads = torch.autograd.grad(
-        [root],  # type: ignore[arg-type]
+        list(roots),  # type: ignore[arg-type]
         list(parameters),
-        [start],
+        list(starts),
         retain_graph=retain_graph,
         allow_unused=True,
     )
-    return list(grads) if keep_sparse else _dense(grads)
+    return list(grads)
 
 
 def capture_batched(
