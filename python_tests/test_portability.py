@@ -60,7 +60,10 @@ def assert_loops_agree(output, expected_names):
     lines = dict(line.split(": ", 1) for line in output.splitlines())
     assert set(lines) == expected_names
     for name, said in lines.items():
-        assert re.fullmatch(r"0 of [1-9]\d{6,} values off|not on this processor", said), (name, said)
+        assert re.fullmatch(r"0 of [1-9]\d{6,} values off|not on this processor", said), (
+            name,
+            said,
+        )
     assert "values off" in lines["default"]
 
 

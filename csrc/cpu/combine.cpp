@@ -219,7 +219,7 @@ void run_combine(const TaskGrads& grads, const ParamLayout& layout, double grad_
             state.rounding);
       });
     }
-    for (Tensor output : outputs) {
+    for (const Tensor& output : outputs) {
       torch::stable::fill_(output, std::numeric_limits<double>::quiet_NaN());
     }
     return;

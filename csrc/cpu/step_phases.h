@@ -11,7 +11,7 @@ namespace excessmtl::cpu {
 
 // fused_step_. grad_scale: 1 where there is none.
 void run_fused_step(const TaskGrads& grads, const ParamLayout& layout, double grad_scale,
-                    const StepTensors& state, const StepChoices& choices);
+                    const StepTensors& tensors, const StepChoices& choices);
 
 // What combine_ works on besides gradients and outputs.
 struct CombineState {

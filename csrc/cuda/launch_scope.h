@@ -35,7 +35,7 @@ class LaunchScope {
   }
 #else
   // The tests' host build runs the ops on CPU tensors: no device to choose.
-  explicit LaunchScope(const torch::stable::Tensor&) : num_sms(simt::num_sms()) {}
+  explicit LaunchScope(const torch::stable::Tensor&) : num_sms(static_cast<int>(simt::num_sms())) {}
 #endif
 
   bool can_launch_cooperatively() const { return attribute(cudaDevAttrCooperativeLaunch) != 0; }
