@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-# One server process imports torch; the ranks are its forks.
+# One server process imports torch; the ranks are its forks. It does not import the package: it looks in the working
+# folder first, which may be the checkout, where nothing is compiled.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -30,7 +31,6 @@ CONTEXT.set_forkserver_preload(
         "sklearn.datasets",
         "torch.distributed.checkpoint.state_dict",
         "torch.distributed.fsdp",
-        "excessmtl_ext.training",
     ]
 )
 

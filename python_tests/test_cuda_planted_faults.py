@@ -159,8 +159,8 @@ FAULTS = [
     Fault(
         "tail left out",
         "fused_step.cuh",
-        "  for (int at = done + index; at < numel; at += kStride) {\n    acc_t sum = __ldcs",
-        "  for (int at = done + index; at < numel && done == 0; at += kStride) {\n    acc_t sum = __ldcs",
+        "  for (int at = done + index; at < numel; at += kStride) {\n    acc_t sum = State::widen",
+        "  for (int at = done + index; at < numel && done == 0; at += kStride) {\n    acc_t sum = State::widen",
     ),
     Fault(
         "vector loop one vector too long",

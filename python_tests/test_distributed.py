@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from excessmtl_ext import ExcessMTL
+from excessmtl_ext import ExcessMTL, _extension
 from excessmtl_ext.distributed import Ranks, full_state_dict
 
 NUM_TASKS = 3
@@ -617,3 +617,12 @@ def test_what_needs_one_process_is_refused_at_once() -> None:
     for without_parameters, streaming, history in run_ranks(2, refuse):
         assert without_parameters[1].startswith("Expected `shared_parameters` with `process_group`")
         assert streaming[0] == history[0] == "NotImplementedError"
+
+
+def loaded_package(rank: int, num_ranks: int) -> tuple[str, bool]:
+    return str(_extension.__file__), _extension.ops_available
+
+
+def test_ranks_run_the_package_under_test() -> None:
+    """Not the source folder that pytest was started in."""
+    assert run_ranks(2, loaded_package) == [(_extension.__file__, _extension.ops_available)] * 2

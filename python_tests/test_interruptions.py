@@ -182,8 +182,9 @@ def run_for(folder: Path, seconds: float | None) -> tuple[int | None, float]:
     ours.recv()
     started = time.monotonic()
     if seconds is not None:
-        time.sleep(seconds)
-        os.kill(process.pid, signal.SIGINT)
+        process.join(seconds)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
     process.join(120)
     assert not process.is_alive()
     return process.exitcode, time.monotonic() - started
@@ -196,10 +197,13 @@ def test_ctrl_c_at_random_times_leaves_a_run_that_ends_with_the_same_bytes(tmp_p
     status, duration = run_for(undisturbed, None)
     assert status == 0
     draw = random.Random(0)
-    statuses = [run_for(interrupted, draw.uniform(0, duration / 2))[0] for _ in range(4)]
+    statuses = []
+    while 0 not in statuses and len(statuses) < 4:
+        statuses.append(run_for(interrupted, draw.uniform(0, duration / 2))[0])
     assert set(statuses) <= {130, 0}
     assert 130 in statuses
-    assert run_for(interrupted, None)[0] == 0
+    if 0 not in statuses:
+        assert run_for(interrupted, None)[0] == 0
     for name in RESULTS:
         assert (interrupted / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert not list(interrupted.glob("*.tmp"))

@@ -121,7 +121,11 @@ def start_torchrun(folder: Path, log: Path) -> subprocess.Popen[bytes]:
     words += ["--output", str(folder)]
     with log.open("wb") as file:
         return subprocess.Popen(
-            words, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            words,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=folder.parent,  # not the checkout: -m would import its source folder
         )
 
 

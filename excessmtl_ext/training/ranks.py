@@ -15,9 +15,7 @@ from excessmtl_ext.distributed import Ranks
 
 T = TypeVar("T")
 
-HOW_TO_START = (
-    "torchrun --nproc-per-node 2 -m excessmtl_ext.training.cli train DATASET --distributed ddp"
-)
+HOW_TO_START = "torchrun --nproc-per-node 2 --no-python excessmtl train DATASET --distributed ddp"
 
 _END = object()
 

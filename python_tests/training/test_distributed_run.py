@@ -197,7 +197,9 @@ def test_an_error_on_one_rank_ends_the_run_on_all(
 def test_a_distributed_run_says_how_it_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="Start it as: torchrun --nproc-per-node 2 -m"):
+    with pytest.raises(
+        ValueError, match="Start it as: torchrun --nproc-per-node 2 --no-python excessmtl"
+    ):
         train(of_kind("ddp"), tmp_path)
     with pytest.raises(ValueError, match=r"Expected `method` to be one of excessmtl, .*'uniform'"):
         train(of_kind("ddp", method="uniform"), tmp_path)
