@@ -429,6 +429,7 @@ class _Sweep:
         self.announce = announce
         self.step_sizes: dict[str, float] = {}
         self.failed: list[FailedRun] = []
+        self.is_stopping = False
         self.diverged: set[Cell] = set()
         self.finished_runs: dict[str, FinishedRun] = {}
         self.jobs: list[_Job | None] = [None] * config.jobs
@@ -452,17 +453,16 @@ class _Sweep:
         """Works until nothing is left that can be done."""
         self._choose_step_sizes()
         self._write_results()
-        is_stopping = False
         try:
             while True:
-                if not is_stopping:
+                if not self.is_stopping:
                     self._start_jobs()
                 self.report(self._status())
                 if not any(self.jobs):
                     break
                 self._handle_events()
-                if should_stop() and not is_stopping:
-                    is_stopping = True
+                if should_stop() and not self.is_stopping:
+                    self.is_stopping = True
                     self.announce("Stopping: the runs save their checkpoints.")
                     for job in filter(None, self.jobs):
                         job.stop()
@@ -470,7 +470,7 @@ class _Sweep:
             for job in filter(None, self.jobs):
                 job.kill()
                 job.wait()
-        if is_stopping:
+        if self.is_stopping:
             raise TrainingInterrupted(f"Stopped after {self.num_finished} of {self.num_runs} runs.")
         return SweepOutcome(
             self.num_finished, self.num_skipped, tuple(self.failed), self.step_sizes
@@ -541,7 +541,7 @@ class _Sweep:
 
     def _end(self, job: _Job, exit_status: int) -> None:
         state = job.last_message.get("state")
-        if state == "stopped":
+        if state == "stopped" and self.is_stopping:
             return
         if state == "finished":
             self.num_finished += 1
@@ -655,6 +655,8 @@ def best_step_size(scores: dict[Cell, float | None]) -> float | None:
 def _describe_failure(message: dict[str, Any], exit_status: int) -> str:
     if "error" in message:
         return f"{message['error']}: {message['message']}"
+    if message.get("state") == "stopped":
+        return "the process was asked to stop and has saved its checkpoint; the same command goes on from there"
     if exit_status < 0:
         name = signal.Signals(-exit_status).name
         hint = ", as a machine short of memory does" if name == "SIGKILL" else ""

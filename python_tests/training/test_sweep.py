@@ -210,6 +210,24 @@ def test_a_stopped_sweep_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_that_someone_else_stops_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    config = sweep_config(methods=("uniform",), epochs=200)
+    said: list[str] = []
+    folder = tmp_path / "runs/uniform_noise0.8_seed0"
+
+    def stop_the_worker(status: object) -> None:
+        if (folder / "checkpoint.pt").is_file() and not said:
+            os.kill(worker_of(os.getpid(), folder), signal.SIGINT)
+            said.append("sent")
+
+    outcome = run_sweep(config, tmp_path, report=stop_the_worker, announce=said.append)
+    assert outcome.num_finished == 0
+    assert "asked to stop and has saved its checkpoint" in outcome.failed[0].reason
+    assert "FAILED" in said[-1]
+    assert run_sweep(config, tmp_path, announce=print).num_finished == 1
+
+
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_sweep_lose_no_number(tmp_path: Path) -> None:
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "sweep"
     train(train_config("uniform", epochs=100), undisturbed)
