@@ -683,7 +683,6 @@ class Balancer(nn.Module, ABC):
         scale: Tensor | None,
         features: list[Tensor] | None = None,
     ) -> None:
-        shared = self._bound_parameters()
         if self._stream is not None:
             raise RuntimeError("Expected finish() before another step: accumulate() has begun one.")
         tasks = [task for task, root in enumerate(roots) if root is not None]
@@ -699,21 +698,34 @@ class Balancer(nn.Module, ABC):
                     self._raise_if_nonfinite()
                 else:
                     self.found_nonfinite.zero_()  # the flags are those of the latest step
-                weights = self.task_weights
-                if "losses" in self.requires:
-                    weights = torch.where(self.found_nonfinite.any(), float("nan"), weights)
-            self._passes.weighted_backward(
-                roots,
-                shared,
-                features,
-                weights,
-                scale=scale,
-                weighted_heads=self.head_weighting == "task_weights",
-                is_uniform=self._has_uniform_weights(),
-            )
+                looks_at_losses = "losses" in self.requires
+                weights = self._guarded_weights() if looks_at_losses else self.task_weights
+            self._weighted_pass(roots, weights, scale, features)
         self._num_calls += 1
         self._after_call()
         self._record_step(tasks)
+
+    def _guarded_weights(self) -> Tensor:
+        """[T], the weights; NaN after a step that does not count, so that whoever guards the optimizer sees it."""
+        return torch.where(self.found_nonfinite.any(), float("nan"), self.task_weights)
+
+    def _weighted_pass(
+        self,
+        roots: Sequence[Root | None],
+        weights: Tensor,
+        scale: Tensor | None,
+        features: Sequence[Tensor] | None,
+    ) -> None:
+        """One pass of the weighted loss, into ``.grad`` of shared and head parameters."""
+        self._passes.weighted_backward(
+            roots,
+            self._bound_parameters(),
+            features,
+            weights,
+            scale=scale,
+            weighted_heads=self.head_weighting == "task_weights",
+            is_uniform=self._has_uniform_weights(),
+        )
 
     def _step_from_task_grads(
         self,

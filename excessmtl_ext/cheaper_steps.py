@@ -120,7 +120,7 @@ def step_from_subset(
         gradients.check_reached(rows[task], task)
     with torch.no_grad():
         _estimate(balancer, rows, scale)
-    _weighted_pass(balancer, roots, scale, features)
+    balancer._weighted_pass(roots, balancer._guarded_weights(), scale, features)
 
 
 def step_in_rotation(
@@ -147,7 +147,7 @@ def step_in_rotation(
         )
     with torch.no_grad():
         _estimate(balancer, rows, scale)
-        weights = _usable_weights(balancer)
+        weights = balancer._guarded_weights()
         for task in turn:
             for parameter, grad in zip(shared, rows[task], strict=True):
                 if grad is not None:
@@ -155,7 +155,7 @@ def step_in_rotation(
                     gradients.add_grads([parameter], [parameter.grad], [grad])
         if heads is not None:
             heads.add(weights)
-    _weighted_pass(balancer, others, scale, features)
+    balancer._weighted_pass(others, balancer._guarded_weights(), scale, features)
 
 
 def step_from_features(
@@ -171,7 +171,7 @@ def step_from_features(
     with torch.no_grad():
         rows = _adapter_grads(cut, feature_grads, balancer.feature_dim)
         _estimate(balancer, rows, scale)
-        weights = _usable_weights(balancer)
+        weights = balancer._guarded_weights()
     cut.walk_encoder_weighted(feature_grads, weights)
     if balancer.head_weighting == "none":
         cut.deposit_heads(head_grads)
@@ -273,25 +273,3 @@ def _end_round(balancer: ExcessMTL) -> None:
     assert rotation is not None
     functional.update_task_weights_(rotation.served, balancer.step_state, balancer.step_options)
     rotation.start_round()
-
-
-def _usable_weights(balancer: ExcessMTL) -> Tensor:
-    """[T], the weights; NaN after a step that does not count, so that whoever guards the optimizer sees it."""
-    return torch.where(balancer.found_nonfinite.any(), float("nan"), balancer.task_weights)
-
-
-def _weighted_pass(
-    balancer: ExcessMTL,
-    roots: Sequence[Root | None],
-    scale: Tensor | None,
-    features: Sequence[Tensor] | None,
-) -> None:
-    balancer._passes.weighted_backward(
-        roots,
-        balancer._bound_parameters(),
-        features,
-        _usable_weights(balancer),
-        scale=scale,
-        weighted_heads=balancer.head_weighting == "task_weights",
-        is_uniform=False,
-    )
