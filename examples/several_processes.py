@@ -9,6 +9,7 @@ through it.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -112,4 +113,7 @@ assert all(torch.equal(weights[0], other) for other in everywhere)
 if rank == 0:
     print(f"{KIND}, {num_ranks} processes: weights {[round(w, 6) for w in weights[0].tolist()]}")
     print("the same on all of them, and resumed bit for bit")
+# The group's threads end with the last thing that holds it, and should before Python does.
+del training, resumed, model, optimizer, balancer, each
+gc.collect()
 dist.destroy_process_group()

@@ -113,10 +113,17 @@ def train(
     ):
         with ranks.sharing_errors():
             data = find_workload(config.dataset).load(config)
-        run = _Run(config, data, device, ranks)
-        ranks.first(lambda: held.enter_context(hold_folder(Path(output), "run", is_required=False)))
-        run.open(Path(output), resume=resume)
-        return run.train(report or (lambda progress: None), should_stop or (lambda: False))
+
+        def run_all() -> dict[str, Any]:
+            # A function of its own: the run is gone when the ranks part.
+            run = _Run(config, data, device, ranks)
+            ranks.first(
+                lambda: held.enter_context(hold_folder(Path(output), "run", is_required=False))
+            )
+            run.open(Path(output), resume=resume)
+            return run.train(report or (lambda progress: None), should_stop or (lambda: False))
+
+        return run_all()
 
 
 class _Run:

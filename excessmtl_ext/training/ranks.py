@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,15 @@ class RunRanks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._ranks = None if group is None else Ranks(group)
+
+    def leave(self) -> None:
+        """Ends the group, and with it its threads: one that lets go of a tensor while Python ends would abort it.
+
+        They end when nothing holds the group any more: the model and the balancer have to be gone.
+        """
+        self.group = self._ranks = None
+        gc.collect()  # a DistributedDataParallel is part of a cycle
+        dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
@@ -180,7 +190,8 @@ def joined_ranks(distributed: str | None, device: torch.device) -> Iterator[RunR
             torch.cuda.set_device(device)
         # gloo beside NCCL: flags and objects are exchanged on the CPU, and no GPU waits for them.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        ranks = RunRanks(dist.group.WORLD)
         try:
-            yield RunRanks(dist.group.WORLD)
+            yield ranks
         finally:
-            dist.destroy_process_group()
+            ranks.leave()
