@@ -20,6 +20,7 @@ from excessmtl_ext.collapse import effective_num_tasks
 from excessmtl_ext.features import Features, checked_features
 from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.gradients import Losses, Root
+from excessmtl_ext.heap_pin import LEAST_NUMEL, HeapPin
 from excessmtl_ext.history import History, HistoryWriter
 from excessmtl_ext.memory import MemoryReport, make_memory_report
 from excessmtl_ext.passes import Batched, Passes
@@ -122,6 +123,7 @@ class Balancer(nn.Module, ABC):
         self._layout: ParamLayout | None = None
         self._stream: streaming.Stream | None = None
         self._passes = Passes(batched)
+        self._heap_pin = HeapPin()
         self._num_calls = 0
         self._history: History | None = None
         if shared_parameters is not None:
@@ -183,6 +185,7 @@ class Balancer(nn.Module, ABC):
         """Forgets everything: the state is as before the first step, also the sizes if no parameters were given."""
         self._stream = None
         self._passes.forget()
+        self._heap_pin.release()
         self._num_calls = 0
         if self._history is not None:
             self._history.restart()
@@ -758,6 +761,8 @@ class Balancer(nn.Module, ABC):
             gradients.assign_grads(shared, outputs)
             if heads is not None:
                 heads.add(self._head_weights())
+        if self.num_tasks * self._bound_layout().num_params >= LEAST_NUMEL:
+            self._heap_pin.move(flat)
 
     def _call_op(self, function: Any, *args: Any) -> Any:
         """Calls into the ops; what they say about an argument is the caller's error, in the caller's type."""

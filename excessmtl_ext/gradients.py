@@ -605,7 +605,7 @@ def combine_targets(
             is_alone = uses[task][_storage_of(grad)] == 1
             outputs.append(
                 grad
-                if is_alone and grad.is_contiguous() and _fills_its_storage(grad)
+                if is_alone and grad.is_contiguous() and fills_its_storage(grad)
                 else torch.empty_like(grad, memory_format=torch.contiguous_format)
             )
     return outputs, accumulate
@@ -620,7 +620,7 @@ def _storage_of(grad: Tensor | None) -> int:
     return 0 if grad is None else grad.untyped_storage().data_ptr()
 
 
-def _fills_its_storage(grad: Tensor) -> bool:
+def fills_its_storage(grad: Tensor) -> bool:
     """False for a row of all tasks' gradients: as ``.grad`` it would keep those of all tasks alive."""
     return grad.untyped_storage().nbytes() <= grad.numel() * grad.element_size()
 

@@ -163,7 +163,11 @@ def _held(balancer: Balancer) -> list[MemoryEntry]:
             large.append(MemoryEntry(name, tensor.nbytes, "always", _describe(tensor)))
         else:
             small += tensor.nbytes
-    return [*large, MemoryEntry("per task", small, "always", "weights, risks, counters")]
+    held = [*large, MemoryEntry("per task", small, "always", "weights, risks, counters")]
+    if balancer._heap_pin.num_bytes > 0:
+        what = "one, so that malloc keeps the memory of the others"
+        held.append(MemoryEntry("gradient", balancer._heap_pin.num_bytes, "always", what))
+    return held
 
 
 def _num_shared(balancer: Balancer) -> int:

@@ -1,0 +1,105 @@
+"""The memory of a step's gradients stays with the process, and what keeps it there costs one gradient and no bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from excessmtl_ext import ExcessMTL
+from excessmtl_ext.heap_pin import LEAST_NUMEL, HeapPin
+
+NUM_TASKS = 4
+WIDTH = 1024
+
+STEPS = """
+import resource, sys
+import torch
+from torch import nn
+from excessmtl_ext import ExcessMTL
+from excessmtl_ext.heap_pin import HeapPin
+
+if sys.argv[1] == "unpinned":
+    HeapPin.move = lambda self, task_grads: None
+torch.set_num_threads(1)
+tasks, width = int(sys.argv[2]), int(sys.argv[3])
+encoder = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
+heads = nn.ModuleList([nn.Linear(width, 1) for _ in range(tasks)])
+parameters = [*encoder.parameters(), *heads.parameters()]
+balancer = ExcessMTL(encoder.parameters(), num_tasks=tasks)
+optimizer = torch.optim.SGD(parameters, lr=1e-3)
+inputs = torch.randn(2, width)
+for step in range(12):
+    if step == 8:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    optimizer.zero_grad()
+    features = encoder(inputs)
+    balancer.backward([head(features).square().mean() for head in heads])
+    optimizer.step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4)
+"""
+
+
+def faults_per_step(how: str) -> float:
+    command = [sys.executable, "-c", STEPS, how, str(NUM_TASKS), str(WIDTH)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc's malloc gives back")
+def test_a_step_does_not_fault_its_gradients_in_again():
+    """Three layers of 4 MiB for each of four tasks are 12,288 pages."""
+    pages = NUM_TASKS * 3 * WIDTH * WIDTH * 4 / 4096
+    assert faults_per_step("unpinned") > pages / 4
+    assert faults_per_step("pinned") < pages / 6
+
+
+def stepped(width: int) -> tuple[ExcessMTL, nn.Linear]:
+    encoder = nn.Linear(width, width, bias=False)
+    balancer = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS)
+    features = encoder(torch.ones(1, width))
+    balancer.backward([(features * (task + 1)).square().mean() for task in range(NUM_TASKS)])
+    return balancer, encoder
+
+
+def test_what_is_held_is_one_gradient_and_reported():
+    balancer, _ = stepped(WIDTH)
+    assert balancer._heap_pin.num_bytes == 4 * WIDTH * WIDTH
+    held = {entry.name: entry for entry in balancer.memory_report().entries}
+    assert "so that malloc keeps" in str(balancer.memory_report())
+    assert held["sq_grad_sum"].num_bytes == 4 * NUM_TASKS * WIDTH * WIDTH
+    balancer.reset()
+    assert balancer._heap_pin.num_bytes == 0
+
+
+def test_small_steps_hold_nothing():
+    width = 64
+    assert NUM_TASKS * width * width < LEAST_NUMEL
+    assert stepped(width)[0]._heap_pin.num_bytes == 0
+
+
+def test_a_gradient_that_shares_its_storage_is_not_held():
+    """The row of a vectorised pass: it would keep those of all tasks."""
+    pin = HeapPin()
+    pin.move(list(torch.zeros(NUM_TASKS, 8)))
+    assert pin.num_bytes == 0
+    pin.move([torch.zeros(8), torch.empty(0)])
+    assert pin.num_bytes == 32
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda balancer: pickle.loads(pickle.dumps(balancer))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_hold_nothing(copied):
+    balancer, _ = stepped(WIDTH)
+    twin = copied(balancer)
+    assert balancer._heap_pin.num_bytes > 0
+    assert twin._heap_pin.num_bytes == 0
+    assert torch.equal(twin.sq_grad_sum, balancer.sq_grad_sum)
