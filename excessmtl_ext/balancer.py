@@ -568,24 +568,16 @@ class Balancer(nn.Module, ABC):
                 raise ValueError(
                     f"Expected `{name}`: {type(self).__name__} computes its weights from them."
                 )
-        values = None
+        given = None
         tasks = list(range(self.num_tasks))
         if losses is not None and "losses" in self.requires:
-            values = (
-                torch.as_tensor(
-                    losses if isinstance(losses, Tensor) else [float(loss) for loss in losses],
-                    device=self.task_weights.device,
-                )
-                .detach()
-                .to(self.task_weights)
-            )
-            if values.shape != (self.num_tasks,):
-                raise ValueError(
-                    f"Expected `losses` of shape [{self.num_tasks}], but got {list(values.shape)}."
-                )
+            given = self._checked_losses(losses)
         flat = None
         if task_grads is not None and "task_grads" in self.requires:
             flat, tasks = self._flat_task_grads(task_grads)
+        values = (
+            None if given is None else given.to(self.task_weights)
+        )  # which follow the gradients
         if self._data_parallel is not None and flat is not None:
             tasks = self._data_parallel.update(self, flat, scale)  # type: ignore[arg-type]
         elif tasks and self._moves_weights():
@@ -674,6 +666,22 @@ class Balancer(nn.Module, ABC):
             self._step(roots, values, scale, features)
         else:
             self._data_parallel.step(self, roots, num_samples, scale)  # type: ignore[arg-type]
+
+    def _checked_losses(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
+        """[T], where and as they were given: on a GPU none is fetched."""
+        if isinstance(losses, Tensor):
+            values = losses.detach()
+        elif len(losses) > 0 and all(
+            isinstance(loss, Tensor) and loss.device == losses[0].device for loss in losses
+        ):
+            values = torch.stack([loss.detach().reshape(()) for loss in losses])
+        else:
+            values = torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+        if values.shape != (self.num_tasks,):
+            raise ValueError(
+                f"Expected `losses` of shape [{self.num_tasks}], but got {list(values.shape)}."
+            )
+        return values
 
     def _checked_features(self, features: Features | None) -> list[Tensor] | None:
         device = self._bound_parameters()[0].device
@@ -795,7 +803,10 @@ class Balancer(nn.Module, ABC):
     def _as_scale(self, grad_scale: Tensor | float | None) -> Tensor | None:
         if grad_scale is None:
             return None
-        scale = torch.as_tensor(grad_scale, device=self.task_weights.device).detach()
+        device = self.task_weights.device
+        if isinstance(grad_scale, (int, float)):  # a fill: a GPU would wait for a copy
+            return torch.full((), float(grad_scale), dtype=torch.float32, device=device)
+        scale = torch.as_tensor(grad_scale, device=device).detach()
         if scale.numel() != 1:
             raise ValueError(
                 f"Expected `grad_scale` to be one number, but got shape {list(scale.shape)}."

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import excessmtl_ext
-from excessmtl_ext import ExcessMTL
+from excessmtl_ext import ExcessMTL, GroupDRO
 
 # What item(), float(), bool() and indexing by a mask come down to, and what has a size that depends on values.
 READING_OPS = {
@@ -103,6 +103,14 @@ def test_a_step_reads_no_value(
             verb(balancer, losses)
     assert balancer.num_steps.item() == 4 // options.get("update_every", 1)  # counted in a tensor
     assert "num_steps" in dict(balancer.named_buffers())
+
+
+def test_losses_that_are_handed_over_are_not_read() -> None:
+    balancer = GroupDRO(num_tasks=3, robust_step_size=1.0)
+    losses = make_problem().losses()
+    with NoReading(), mock.patch.object(Tensor, "__float__", side_effect=AssertionError):
+        balancer.update_weights(losses=losses)
+    assert torch.equal(balancer.task_weights.argmax(), torch.stack(losses).argmax())
 
 
 def test_raising_on_a_nonfinite_gradient_does_read() -> None:
