@@ -366,7 +366,9 @@ class Cut:
         """One pass of the encoder from the weighted sum of the features' gradients; adds to the shared ``.grad``."""
         present = [task for task, reached in enumerate(self.reached) if reached]
         used = sorted(set().union(*(self.reached[task] for task in present)))
-        weights = task_weights[present]
+        # Not by a list as index, which a GPU would wait for.
+        everyone = len(present) == len(self.reached)
+        weights = task_weights if everyone else torch.stack([task_weights[i] for i in present])
         starts = [
             torch.tensordot(
                 weights.to(self.features[index].dtype),
