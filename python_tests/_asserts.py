@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,3 +36,15 @@ def assert_equal_bits(left: Sequence[Tensor | None], right: Sequence[Tensor | No
         assert a.shape == b.shape, f"tensor {index}: {a.shape} against {b.shape}"
         same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
         assert bool(same.all()), f"tensor {index} differs in {int((~same).sum())} elements"
+
+
+@contextmanager
+def never_waiting_for_the_gpu() -> Iterator[None]:
+    """A read, or a copy that the host waits for, raises RuntimeError inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode says that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

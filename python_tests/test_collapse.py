@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from _asserts import assert_equal_bits
+from _asserts import assert_equal_bits, never_waiting_for_the_gpu
 from torch import Tensor, nn
 
 from excessmtl_ext import ExcessMTL, GroupDRO, TaskCollapseWarning, Uniform
@@ -224,13 +224,10 @@ def test_on_a_gpu_nothing_waits_and_the_warning_still_comes():
         pytest.skip("no CUDA device on this machine")
     guard = CollapseGuard()
     weights, risks = COLLAPSED.cuda(), SIMILAR.cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting_for_the_gpu():
         guard.look(CALLS_PER_LOOK, weights, risks)
         assert copy.deepcopy(guard)._copy_under_way is None
         with pytest.warns(TaskCollapseWarning):
             for look in range(2, 2 * LOOKS_REMEMBERED):
                 time.sleep(0.05)  # what a GPU has had time for after 50 steps
                 guard.look(look * CALLS_PER_LOOK, weights, risks)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

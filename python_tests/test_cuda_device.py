@@ -1,15 +1,13 @@
 """What only a GPU can show: no host sync, launches counted, graphs, streams, other devices. Values: test_fused_step.py.
 
-Never run on the machines that build this package; what is shown without a GPU is in test_cuda_simt.py.
+What is shown without a GPU is in test_cuda_simt.py; training through the balancers in test_cuda_training.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from _asserts import assert_equal_bits, assert_states_close
+from _asserts import assert_equal_bits, assert_states_close, never_waiting_for_the_gpu
 from _inputs import DTYPES, make_task_grads
 from torch import Tensor
 
@@ -55,19 +53,12 @@ def outputs_for(grads: list[Tensor], layout: ParamLayout = LAYOUT) -> list[Tenso
     return [torch.empty_like(grad) for grad in grads[: len(layout.numels)]]
 
 
-@pytest.fixture
-def no_sync() -> Iterator[None]:
-    LAYOUT.chunk_map(torch.device("cuda"))  # made once, by a copy
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 def kernels_launched(work) -> list[str]:
     """Names of the kernels that ``work`` launches, after a first call that may set things up."""
     work()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         work()
         torch.cuda.synchronize()
     events = profile.events()
@@ -102,7 +93,8 @@ def test_equal_steps_give_equal_bits() -> None:
     assert_equal_bits(*states)
 
 
-def test_nothing_waits_for_the_device(no_sync: None) -> None:
+def test_nothing_waits_for_the_device() -> None:
+    LAYOUT.chunk_map(torch.device("cuda"))  # made once, by a copy
     state = make_state()
     grads = make_task_grads(3, NUMELS, device="cuda")
     outputs = outputs_for(grads)
@@ -113,14 +105,14 @@ def test_nothing_waits_for_the_device(no_sync: None) -> None:
     many.chunk_map(torch.device("cuda"))
     many_grads = make_task_grads(2, [2] * 3000, device="cuda")
     many_state = make_state(2, layout=many)
-    torch.cuda.set_sync_debug_mode("error")
-    F.fused_step_(grads, LAYOUT, state, OPTIONS, grad_scale)
-    F.combine_(grads, outputs, LAYOUT, state, OPTIONS, grad_scale)
-    F.fused_step_combine_(grads, outputs, LAYOUT, state, OPTIONS, grad_scale)
-    F.update_task_risks_(state.excess_risk, [0, 2], LAYOUT, state, OPTIONS)
-    F.update_task_weights_([0, 2], state, OPTIONS)
-    F.fold_(grads[: len(NUMELS)], LAYOUT, state.log_task_weights[0], running_sum, log_max)
-    F.fused_step_(many_grads, many, many_state, OPTIONS)
+    with never_waiting_for_the_gpu():
+        F.fused_step_(grads, LAYOUT, state, OPTIONS, grad_scale)
+        F.combine_(grads, outputs, LAYOUT, state, OPTIONS, grad_scale)
+        F.fused_step_combine_(grads, outputs, LAYOUT, state, OPTIONS, grad_scale)
+        F.update_task_risks_(state.excess_risk, [0, 2], LAYOUT, state, OPTIONS)
+        F.update_task_weights_([0, 2], state, OPTIONS)
+        F.fold_(grads[: len(NUMELS)], LAYOUT, state.log_task_weights[0], running_sum, log_max)
+        F.fused_step_(many_grads, many, many_state, OPTIONS)
 
 
 def test_one_launch_for_the_step_and_one_for_combine() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _asserts import assert_equal_bits
+from _asserts import assert_equal_bits, never_waiting_for_the_gpu
 from _inputs import Problem, make_problem
 from torch import Tensor
 
@@ -396,9 +396,6 @@ def test_nothing_waits_for_the_gpu_between_flushes() -> None:
     history = balancer.record_history(gradients=True, flush_every=100)
     train(problem, balancer, 2)
     losses = problem.losses()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting_for_the_gpu():
         balancer.backward([losses[0], None, losses[2]])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert history.records().is_present[2].tolist() == [True, False, True]
