@@ -65,9 +65,14 @@ def _last_layer(parameters: Iterable[Tensor], **given: Any) -> ExcessMTL:
 
 MODES: dict[str, tuple[str, Callable[..., ExcessMTL]]] = {
     "exact": ("exact", _recommended()),
+    "update_every_4": ("update_every=4", _recommended(update_every=4)),
     "update_every_10": ("update_every=10", _recommended(update_every=10)),
     "last_layer": ("estimate_from=the last layer", _last_layer),
     "features": ('estimate_from="features"', _recommended(estimate_from="features")),
+    "features_every_5": (
+        'estimate_from="features", update_every=5',
+        _recommended(estimate_from="features", update_every=5),
+    ),
     "rotation": ("tasks_per_step=1", _recommended(tasks_per_step=1)),
     "rotation_every_5": (
         "tasks_per_step=1, update_every=5",
