@@ -580,6 +580,8 @@ def combine_targets(
     ``task_grads``: a row of L gradients per task, whose memory may be written; None where the task
     did not reach the parameter.
     """
+    if not any(_are_given(list(map(_grad_of, shared)))) and _may_be_written(task_grads[0]):
+        return list(task_grads[0]), False  # type: ignore[arg-type]
     tasks = [
         next((task for task, grads in enumerate(task_grads) if grads[index] is not None), None)
         for index in range(len(shared))
@@ -609,6 +611,18 @@ def combine_targets(
                 else torch.empty_like(grad, memory_format=torch.contiguous_format)
             )
     return outputs, accumulate
+
+
+def _may_be_written(grads: Sequence[Tensor | None]) -> bool:
+    """Whether all gradients of a task are there, each contiguous and alone in its storage."""
+    if not all(_are_given(grads)):
+        return False
+    given: list[Tensor] = list(grads)  # type: ignore[arg-type]
+    return (
+        len(set(map(_storage_of, given))) == len(given)
+        and all(map(Tensor.is_contiguous, given))
+        and all(map(fills_its_storage, given))
+    )
 
 
 def _storage_of(grad: Tensor | None) -> int:
