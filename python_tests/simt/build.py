@@ -37,7 +37,7 @@ def compile_cases(
     _run([compiler(), "-std=c++20", "-O1", *warnings, *flags, source, "-o", str(output)])
 
 
-def compile_ops(output: Path) -> None:
+def compile_ops(output: Path, *extra_flags: str) -> None:
     """The CUDA ops, registered for CPU tensors, as a library for ``torch.ops.load_library``."""
     torch_dir = Path(torch.__file__).parent
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
@@ -45,12 +45,13 @@ def compile_ops(output: Path) -> None:
     flags = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", f"-I{SIMT}", f"-I{CSRC}"]
     flags += ["-isystem", str(torch_dir / "include")]
     flags += [f"-DTORCH_TARGET_VERSION={(target[0] << 56) | (target[1] << 48):#x}ULL"]
+    flags += extra_flags
     objects = []
     for name in ("simt_ops", "simt_kernels"):
         objects.append(output.with_name(f"{name}.o"))
         _run([compiler(), *flags, "-c", str(SIMT / f"{name}.cpp"), "-o", str(objects[-1])])
     libraries = ["-L", str(torch_dir / "lib"), "-ltorch_cpu", "-lc10"]
-    _run([compiler(), "-shared", *map(str, objects), "-o", str(output), *libraries])
+    _run([compiler(), "-shared", *extra_flags, *map(str, objects), "-o", str(output), *libraries])
 
 
 def _run(command: list[str]) -> None:

@@ -8,6 +8,12 @@
 
 #include <algorithm>
 
+// AddressSanitizer is told on which stack the program is. Other builds tell nobody.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace simt {
 
 #if defined(__x86_64__)
@@ -40,6 +46,40 @@ inline void switch_context(Context& from, Context& to) { simt_switch(&from, to);
 using Context = ucontext_t;
 inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
 #endif
+
+struct StackBounds {
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+};
+
+// Goes on on another stack, and returns once somebody comes back to this one.
+inline void switch_stack(Context& from, Context& to, const StackBounds& stack_of_to) {
+#if defined(__SANITIZE_ADDRESS__)
+  void* frames = nullptr;
+  __sanitizer_start_switch_fiber(&frames, stack_of_to.bottom, stack_of_to.bytes);
+  switch_context(from, to);
+  __sanitizer_finish_switch_fiber(frames, nullptr, nullptr);
+#else
+  (void)stack_of_to;
+  switch_context(from, to);
+#endif
+}
+// To be called first on a new stack. Returns where the stack lies that it was entered from.
+inline StackBounds enter_stack() {
+  StackBounds entered_from;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &entered_from.bottom, &entered_from.bytes);
+#endif
+  return entered_from;
+}
+// To be called before a stack is used again: its last function has not returned, and its guards are still up.
+inline void clear_guards(const StackBounds& stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack.bottom, stack.bytes);
+#else
+  (void)stack;
+#endif
+}
 
 constexpr size_t kStackBytes =
     size_t{256} << 10;  // committed page by page; large argument tables are copied onto it
@@ -84,6 +124,7 @@ struct Grid {
   unsigned num_at_grid_barrier = 0;
   double yield_probability = 0.0;
   Context scheduler{};
+  StackBounds scheduler_stack;
 };
 
 inline Grid* active_grid = nullptr;
@@ -104,7 +145,9 @@ inline void make_ready(Thread& thread) {
   thread.block->ready[thread.rank / kLanes].push_back(thread.rank);
   thread.block->num_ready++;
 }
-inline void to_scheduler() { switch_context(active_thread->context, active_grid->scheduler); }
+inline void to_scheduler() {
+  switch_stack(active_thread->context, active_grid->scheduler, active_grid->scheduler_stack);
+}
 
 inline void* shared_memory(size_t bytes) {
   Block& block = *active_thread->block;
@@ -221,6 +264,7 @@ inline unsigned atomic_inc(unsigned* address, unsigned limit) {
 }
 
 inline void thread_main() {
+  active_grid->scheduler_stack = enter_stack();
   (*active_grid->kernel)();
   Block& block = *active_thread->block;
   if (block.num_at_barrier != 0) {
@@ -347,10 +391,11 @@ inline void run_grid(dim3 grid_dim, dim3 block_dim, bool cooperative,
     for (uint64_t burst = 1 + grid.random() % (4 * block.threads.size());
          burst != 0 && block.num_ready != 0; --burst) {
       active_thread = &block.threads[choose_thread(grid, block, by_priority)];
-      switch_context(grid.scheduler, active_thread->context);
+      switch_stack(grid.scheduler, active_thread->context, {active_thread->stack, kStackBytes});
     }
     if (block.num_done == block.threads.size()) {
       for (Thread& thread : block.threads) {
+        clear_guards({thread.stack, kStackBytes});
         free_stacks().push_back(thread.stack);
       }
       grid.resident.erase(grid.resident.begin() + chosen);
