@@ -1,8 +1,8 @@
-"""Checks of constructor arguments, with one wording: argument, what was expected, what came, and the way out."""
+"""Checks of arguments, with one wording: argument, what was expected, what came, and the way out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -72,3 +72,9 @@ def checked_parameters(
             )
         seen[id(parameter)] = index
     return parameters
+
+
+def shortened(sizes: Sequence[object]) -> str:
+    """``sizes`` for a message, the first six of many."""
+    shown = ", ".join(map(str, sizes[:6]))
+    return f"[{shown}, ... ({len(sizes)} in all)]" if len(sizes) > 6 else f"[{shown}]"

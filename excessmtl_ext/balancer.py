@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from excessmtl_ext import functional, gradients, streaming
+from excessmtl_ext import functional, given_gradients, gradients, saved_state, streaming
 from excessmtl_ext.arguments import check_choice, check_count, checked_parameters
 from excessmtl_ext.collapse import effective_num_tasks
 from excessmtl_ext.features import Features, checked_features
 from excessmtl_ext.functional import ParamLayout
+from excessmtl_ext.given_gradients import GivenGrads
 from excessmtl_ext.gradients import Losses, Root
 from excessmtl_ext.heap_pin import LEAST_NUMEL, HeapPin
 from excessmtl_ext.history import History, HistoryWriter
 from excessmtl_ext.memory import MemoryReport, make_memory_report
 from excessmtl_ext.passes import Batched, Passes
 from excessmtl_ext.report import BalancerReport, make_report
+from excessmtl_ext.saved_state import STATE_VERSION
 
 if TYPE_CHECKING:
     from excessmtl_ext.distributed import DataParallel, NumSamples
@@ -32,17 +34,6 @@ if TYPE_CHECKING:
 WeightScale = Literal["simplex", "num_tasks"]
 HeadWeighting = Literal["none", "task_weights"]
 NonFinite = Literal["skip", "raise"]
-
-_NEVER_NAN = (
-    "log_task_weights",
-    "task_weights",
-    "sq_grad_sum",
-    "grad_mean",
-    "baseline_excess_risk",
-)
-
-STATE_VERSION = 1
-"""Version of what ``state_dict`` holds; raised when its meaning changes."""
 
 
 class Balancer(nn.Module, ABC):
@@ -245,53 +236,9 @@ class Balancer(nn.Module, ABC):
 
     def _problem_with(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why ``state_dict`` cannot be loaded, or None."""
-        damage = self._damage_in(state_dict, prefix)
-        if damage is not None:
-            return f"Expected {damage}. The file is damaged, or not the state of a balancer: take it from a copy."
-        extra = state_dict.get(prefix + "_extra_state")
-        if extra is not None and extra["version"] > STATE_VERSION:
-            return (
-                f"Expected a balancer state of version {STATE_VERSION} or older, but got version {extra['version']}. "
-                "Install the newer excessmtl_ext it was saved with."
-            )
-        numels = (
-            None if extra is None or extra["param_numels"] is None else tuple(extra["param_numels"])
+        return saved_state.problem_with(
+            state_dict, prefix, self._buffers, self._layout, self._may_resize
         )
-        if numels is not None and self._layout is not None and numels != self._layout.numels:
-            return (
-                f"Expected a state for shared parameters of sizes {_short(self._layout.numels)}, but got one for "
-                f"{_short(numels)}. Give the balancer the parameters it was saved with, or start a new one."
-            )
-        for name, tensor in self._buffers.items():
-            saved = state_dict.get(prefix + name)
-            if saved is None or tensor is None or saved.shape == tensor.shape:
-                continue
-            if not self._may_resize(name, tensor, saved):
-                return (
-                    f"Expected `{name}` of shape {list(tensor.shape)}, but got {list(saved.shape)}. It was saved "
-                    "by a balancer with other tasks, parameters or options; make this one with the same."
-                )
-        return None
-
-    def _damage_in(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """What is expected of ``state_dict`` and what it holds instead, or None: no step writes NaN into these."""
-        key = prefix + "_extra_state"
-        extra = state_dict.get(key)
-        if key in state_dict and not (
-            isinstance(extra, dict)
-            and isinstance(extra.get("version"), int)
-            and {"num_calls", "param_numels"} <= extra.keys()
-        ):
-            return f"`_extra_state` of a balancer, but got {extra!r:.100}"
-        for name in self._buffers:
-            saved = state_dict.get(prefix + name)
-            if saved is not None and not isinstance(saved, Tensor):
-                return f"`{name}` to be a tensor, but got {type(saved).__name__}"
-            if name in _NEVER_NAN and type(saved) is Tensor and bool(saved.isnan().any()):
-                return (
-                    f"`{name}` without NaN, but got {int(saved.isnan().sum())} of {saved.numel()}"
-                )
-        return None
 
     def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
         """Whether a buffer that is not yet sized may take the size of a saved one."""
@@ -828,59 +775,10 @@ class Balancer(nn.Module, ABC):
         assert self._layout is not None
         return self._layout
 
-    def _flat_task_grads(
-        self, task_grads: Sequence[Sequence[Tensor | None]] | Tensor
-    ) -> tuple[list[Tensor], list[int]]:
-        """T lists of L gradients, or one [T, P], as the flat list the ops take, and the tasks that are present."""
-        rows: list[list[Tensor | None]]
-        if isinstance(task_grads, Tensor):
-            if task_grads.dim() != 2 or task_grads.shape[0] != self.num_tasks:
-                raise ValueError(
-                    f"Expected `task_grads` of shape [{self.num_tasks}, P], but got {list(task_grads.shape)}."
-                )
-            rows = [[row] for row in task_grads.detach().unbind()]
-        else:
-            if len(task_grads) != self.num_tasks:
-                raise ValueError(
-                    f"Expected `task_grads` to hold {self.num_tasks} lists, one per task, but got {len(task_grads)}."
-                )
-            rows = [
-                [None if grad is None else grad.detach() for grad in grads] for grads in task_grads
-            ]
-        num_tensors = max(len(row) for row in rows)
-        for task, row in enumerate(rows):
-            if row and len(row) != num_tensors:
-                raise ValueError(
-                    f"Expected `task_grads[{task}]` to hold {num_tensors} gradients, but got {len(row)}."
-                )
-        rows = [row or [None] * num_tensors for row in rows]
-        if (
-            isinstance(task_grads, Tensor)
-            and self._layout is not None
-            and len(self._layout.numels) != 1
-        ):
-            rows = [_split(row[0], self._layout) for row in rows if row[0] is not None]
-        numels = [
-            next((row[index].numel() for row in rows if row[index] is not None), None)  # type: ignore[union-attr]
-            for index in range(len(rows[0]))
-        ]
-        if self._layout is None:
-            if None in numels:
-                raise ValueError(
-                    f"Expected `task_grads` with a gradient for every parameter in the first step, but parameter "
-                    f"{numels.index(None)} has none. Give the balancer its shared parameters, or pass zeros once."
-                )
-            self._layout = ParamLayout([numel for numel in numels if numel is not None])
-        known = self._bound_layout().numels
-        if len(numels) != len(known) or any(
-            numel is not None and numel != expected
-            for numel, expected in zip(numels, known, strict=True)
-        ):
-            raise ValueError(
-                f"`task_grads` has parameters of sizes {_short(numels)}, but this balancer has accumulated "
-                f"{_short(known)}. Call reset() to start on a new model."
-            )
-        flat = [grad for row in rows for grad in gradients.flattened(row)]
+    def _flat_task_grads(self, task_grads: GivenGrads) -> tuple[list[Tensor], list[int]]:
+        """Given gradients as the flat list the ops take, and the tasks that are present; state is ready for them."""
+        rows, self._layout = given_gradients.checked_rows(task_grads, self.num_tasks, self._layout)
+        flat = gradients.flat_rows(rows)
         self._prepare(flat)
         return flat, [
             task for task, row in enumerate(rows) if any(grad is not None for grad in row)
@@ -928,17 +826,3 @@ class _BalancedLoss(torch.autograd.Function):
         with torch.enable_grad():
             ctx.balancer._run_step(ctx.roots, ctx.values, scale, ctx.num_samples, ctx.features)
         return (None,) * 7
-
-
-def _short(sizes: Sequence[object]) -> str:
-    shown = ", ".join(map(str, sizes[:6]))
-    return f"[{shown}, ... ({len(sizes)} in all)]" if len(sizes) > 6 else f"[{shown}]"
-
-
-def _split(row: Tensor, layout: ParamLayout) -> list[Tensor | None]:
-    if row.numel() != layout.num_params:
-        raise ValueError(
-            f"`task_grads` has {row.numel()} columns, but this balancer has accumulated {layout.num_params}. "
-            "Call reset() to start on a new model."
-        )
-    return list(row.split(list(layout.numels)))
