@@ -22,7 +22,6 @@ Contestants:
 
 ``--output`` (default: ``bench/results/fused_step_<hardware>_<yyyymm>``) receives config.json,
 environment.json, measurements.json, fused_step.png and a README.md with the tables.
-The CUDA half of this file has not run yet: it was written where there is no GPU.
 """
 
 from __future__ import annotations

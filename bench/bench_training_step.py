@@ -69,6 +69,7 @@ from training_step_rows import (
     Workload,
     difference,
     filled_grads,
+    make_step,
     named_workloads,
     param_sweep,
     task_sweep,
@@ -99,7 +100,7 @@ def peak_bytes(row: Row, template: Template) -> int:
     """Most bytes torch's allocator held at a time for this row's model, method and first steps; see the file's head."""
 
     def run() -> None:
-        step = Step(row, Problem(template))
+        step = make_step(row, Problem(template))
         for _ in range(PEAK_STEPS):
             step()
 
@@ -251,7 +252,7 @@ def run_workload(
         # Models and optimizer states of all rows live from here on; peaks are known, so nobody is charged for them.
         for row in rows:
             if results[row.key].reason is None:
-                steps[row.key] = Step(row, Problem(template))
+                steps[row.key] = make_step(row, Problem(template))
         progress.update(bar, description=f"{workload.key}: timing")
         timings = measure_steps(
             steps,
@@ -288,7 +289,7 @@ def _prepare(row: Row, template: Template) -> RowResult:
         return RowResult(reason=reason)
     if row.kind == "peer":
         try:
-            step = Step(row, Problem(template))
+            step = make_step(row, Problem(template))
             step()
         except Exception as error:  # whatever another package raises on this network
             first_line = (str(error).splitlines() or [""])[0]
@@ -612,7 +613,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def plan(arguments: argparse.Namespace) -> list[tuple[Workload, list[Row]]]:
     """Workloads and their rows, in the order of the run."""
-    rows = [row for row in ROWS.values() if arguments.rows is None or row.key in arguments.rows]
+    rows = [
+        row
+        for row in ROWS.values()
+        if (arguments.rows is None or row.key in arguments.rows)
+        and not (row.is_captured and torch.device(arguments.device).type != "cuda")
+    ]
     in_sweeps = [row for row in rows if row.in_sweeps]
     named = named_workloads(quick=arguments.quick)
     planned = [(named[key], rows) for key in arguments.workloads if key in named]

@@ -329,6 +329,7 @@ class Row:
         in_sweeps: Whether it is in the pictures.
         trains_all_heads: Whether each head gets a gradient.
         is_cheaper: Whether it promises to cost little more than ``uniform``.
+        is_captured: Whether the whole step is replayed as a CUDA graph.
         packages: What must be importable.
     """
 
@@ -341,6 +342,7 @@ class Row:
     in_sweeps: bool = False
     trains_all_heads: bool = True
     is_cheaper: bool = False
+    is_captured: bool = False
     packages: tuple[str, ...] = ()
 
     @property
@@ -350,6 +352,8 @@ class Row:
 
     def missing(self) -> str | None:
         """Why the row cannot run here, or None."""
+        if self.is_captured and not torch.cuda.is_available():
+            return "no CUDA device for a graph"
         absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 
@@ -629,6 +633,8 @@ def _baseline(
 _ALL_ROWS = (
     Row("uniform", "plain summed loss", "bound", _uniform, in_sweeps=True),
     Row("lower_bound", "lower bound", "bound", _lower_bound, in_sweeps=True),
+    Row("uniform_graph", "plain summed loss, as a graph", "bound", _uniform, is_captured=True),
+    Row("lower_bound_graph", "lower bound, as a graph", "bound", _lower_bound, is_captured=True),
     Row("exact", "ExcessMTL", "ours", _with_backward(_excess), in_sweeps=True),
     Row("exact_scalar", "ExcessMTL, scalar", "ours", _scalar, agrees_with="exact"),
     Row(
@@ -637,6 +643,14 @@ _ALL_ROWS = (
         "ours",
         _with_features(_excess),
         agrees_with="exact",
+    ),
+    Row(
+        "exact_graph",
+        "ExcessMTL, as a graph",
+        "ours",
+        _with_backward(_excess),
+        agrees_with="exact",
+        is_captured=True,
     ),
     Row(
         "batched",
@@ -736,6 +750,38 @@ class Step:
         features, losses = self.problem.forward()
         self.fill(features, losses)
         self.problem.optimizer.step()
+
+
+class CapturedStep(Step):
+    """The same step replayed: a CUDA graph per batch, recorded after one ordinary step with each."""
+
+    def __init__(self, row: Row, problem: Problem) -> None:
+        super().__init__(row, problem)
+        for group in problem.optimizer.param_groups:
+            group["capturable"] = True  # Adam then counts its steps on the device
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(NUM_BATCHES):
+                super().__call__()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        for _ in range(NUM_BATCHES):
+            graph = torch.cuda.CUDAGraph()
+            pool = self._graphs[0].pool() if self._graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                super().__call__()
+            self._graphs.append(graph)
+        self._num_replays = 0
+
+    def __call__(self) -> None:
+        self._graphs[self._num_replays % NUM_BATCHES].replay()
+        self._num_replays += 1
+
+
+def make_step(row: Row, problem: Problem) -> Step:
+    """A row's step as it is timed."""
+    return (CapturedStep if row.is_captured else Step)(row, problem)
 
 
 # ---- do the rows do the same work? --------------------------------------------------------------

@@ -62,6 +62,23 @@ def test_every_row_trains_the_encoder_and_its_heads(template, key):
         assert not torch.equal(parameter, old)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("key", [key for key in ROWS if ROWS[key].is_captured])
+def test_a_replayed_step_trains_as_one_that_is_launched(key):
+    workload = contestants.named_workloads(quick=True)["mlp"]
+    template = contestants.Template(workload, torch.device("cuda"))
+    replayed = contestants.make_step(ROWS[key], contestants.Problem(template))
+    launched = contestants.Step(ROWS[key], contestants.Problem(template))
+    for _ in range(5):
+        replayed()
+    for _ in range(contestants.NUM_BATCHES + 5):  # before it was recorded, each batch was run once
+        launched()
+    for mine, theirs in zip(
+        replayed.problem.model.parameters(), launched.problem.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("key", [key for key in RUNNABLE if ROWS[key].agrees_with])
 def test_rows_that_compute_the_same_leave_the_same_gradients(template, key):
     row = ROWS[key]

@@ -105,11 +105,12 @@ def test_nothing_waits_for_the_device() -> None:
     many.chunk_map(torch.device("cuda"))
     many_grads = make_task_grads(2, [2] * 3000, device="cuda")
     many_state = make_state(2, layout=many)
+    risks = torch.ones(3, dtype=torch.float64, device="cuda")
     with never_waiting_for_the_gpu():
         F.fused_step_(grads, LAYOUT, state, OPTIONS, grad_scale)
         F.combine_(grads, outputs, LAYOUT, state, OPTIONS, grad_scale)
         F.fused_step_combine_(grads, outputs, LAYOUT, state, OPTIONS, grad_scale)
-        F.update_task_risks_(state.excess_risk, [0, 2], LAYOUT, state, OPTIONS)
+        F.update_task_risks_(risks, [0, 2], LAYOUT, state, OPTIONS)
         F.update_task_weights_([0, 2], state, OPTIONS)
         F.fold_(grads[: len(NUMELS)], LAYOUT, state.log_task_weights[0], running_sum, log_max)
         F.fused_step_(many_grads, many, many_state, OPTIONS)

@@ -307,6 +307,7 @@ def test_an_overflow_changes_neither_weights_nor_parameters() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11 imports what it deprecates
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # and advises to round
 def test_a_compiled_model_trains_as_an_eager_one() -> None:
     results = []
     for compile_losses in (lambda losses: losses, torch.compile):
