@@ -8,7 +8,7 @@ begins. Parameters that are not shared (heads) receive their gradient from the s
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_not
@@ -362,7 +362,15 @@ def head_leaves(roots: Sequence[Root | None], shared: Sequence[Tensor]) -> list[
         None if root is None else root.grad_fn if isinstance(root, Tensor) else root.node
         for root in roots
     ]
-    reaches_heads = _reaches_others([node for node in nodes if node is not None], is_shared)
+    parents_of = _parents_below([node for node in nodes if node is not None])
+    others = {
+        node: variable
+        for node, parents in parents_of.items()
+        if not parents
+        and (variable := getattr(node, "variable", None)) is not None
+        and id(variable) not in is_shared
+    }
+    leads_there = _nodes_above(others, parents_of)
     leaves: list[list[Tensor]] = []
     for root, first in zip(roots, nodes, strict=True):
         if first is None:
@@ -373,36 +381,46 @@ def head_leaves(roots: Sequence[Root | None], shared: Sequence[Tensor]) -> list[
         stack, seen = [first], {first}
         while stack:
             node = stack.pop()
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) not in is_shared:
-                found.append(variable)
-            for parent, _ in node.next_functions:
-                if parent is not None and parent not in seen and reaches_heads[parent]:
+            if node in others:
+                found.append(others[node])
+            for parent in parents_of[node]:
+                if parent not in seen and parent in leads_there:
                     seen.add(parent)
                     stack.append(parent)
         leaves.append(found)
     return leaves
 
 
-def _reaches_others(starts: Iterable[Node], is_shared: set[int]) -> dict[Node, bool]:
-    """For every node below ``starts``: whether a pass from it reaches a parameter that is not shared.
+def _parents_below(starts: Iterable[Node]) -> dict[Node, list[Node]]:
+    """Every node that a pass from ``starts`` may visit, with those it hands its gradients to.
 
     So the encoder, which all tasks have in common, is walked once and not once for each of them.
     """
-    known: dict[Node, bool] = {}
+    parents_of: dict[Node, list[Node]] = {}
     stack = list(starts)
     while stack:
-        node = stack[-1]
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        waiting = [parent for parent in parents if parent not in known]
-        if waiting:
-            stack += waiting
-            continue
-        variable = getattr(node, "variable", None)
-        is_other = variable is not None and id(variable) not in is_shared
-        known[node] = is_other or any(known[parent] for parent in parents)
-        stack.pop()
-    return known
+        node = stack.pop()
+        if node not in parents_of:
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            parents_of[node] = parents
+            stack += parents
+    return parents_of
+
+
+def _nodes_above(targets: Iterable[Node], parents_of: Mapping[Node, Sequence[Node]]) -> set[Node]:
+    """``targets``, and every node whose gradients some of them receive."""
+    children_of: dict[Node, list[Node]] = {}
+    for node, parents in parents_of.items():
+        for parent in parents:
+            children_of.setdefault(parent, []).append(node)
+    stack = list(targets)
+    above = set(stack)
+    while stack:
+        for child in children_of.get(stack.pop(), ()):
+            if child not in above:
+                above.add(child)
+                stack.append(child)
+    return above
 
 
 class HeadGrads:
@@ -557,10 +575,9 @@ def weighted_backward(
 
 
 def _weighted(starts: Sequence[Tensor], tasks: Sequence[int], task_weights: Tensor) -> list[Tensor]:
-    return [
-        start * task_weights[task].to(start.dtype)
-        for task, start in zip(tasks, starts, strict=True)
-    ]
+    dtypes = {start.dtype for start in starts}
+    of_dtype = {dtype: task_weights.to(dtype).unbind() for dtype in dtypes}
+    return [start * of_dtype[start.dtype][task] for task, start in zip(tasks, starts, strict=True)]
 
 
 def add_grads(
