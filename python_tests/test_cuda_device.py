@@ -94,15 +94,15 @@ def test_equal_steps_give_equal_bits() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    LAYOUT.chunk_map(torch.device("cuda"))  # made once, by a copy
     state = make_state()
+    LAYOUT.chunk_map(state.ticket.device)  # made once, by a copy
     grads = make_task_grads(3, NUMELS, device="cuda")
     outputs = outputs_for(grads)
     grad_scale = torch.full((1,), 2.0, device="cuda")
     running_sum = torch.zeros(LAYOUT.padded_numel, device="cuda")
     log_max = torch.full((), -float("inf"), dtype=torch.float64, device="cuda")
     many = ParamLayout([2] * 3000)  # a pointer table in device memory
-    many.chunk_map(torch.device("cuda"))
+    many.chunk_map(state.ticket.device)
     many_grads = make_task_grads(2, [2] * 3000, device="cuda")
     many_state = make_state(2, layout=many)
     risks = torch.ones(3, dtype=torch.float64, device="cuda")

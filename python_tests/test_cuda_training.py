@@ -259,13 +259,13 @@ def test_equal_runs_give_equal_bits() -> None:
 def test_a_step_runs_on_the_stream_that_is_current() -> None:
     expected, problem = on_device("cuda"), on_device("cuda")
     balancers = [excess_mtl(expected), excess_mtl(problem)]
-    train(expected, balancers[0], backward)
+    train(expected, balancers[0], backward, 3)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        # A second, so that a kernel on any other stream would run before its gradients are there.
-        torch.cuda._sleep(2_000_000_000)
-        train(problem, balancers[1], backward)
+        # Two seconds, so that a kernel on any other stream would run before its gradients are there.
+        torch.cuda._sleep(4_000_000_000)
+        train(problem, balancers[1], backward, 3)
     assert not stream.query()  # nothing waited for the sleep
     stream.synchronize()
     assert_equal_bits(
