@@ -67,10 +67,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, help="Run at most so many cells.")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="Run only these.")
     parser.add_argument("--sweep", type=Path, help="Take finished runs of this sweep's folder.")
     arguments = parser.parse_args()
 
-    cells = list(STAGES[arguments.stage](arguments.dataset))
+    cells = [
+        cell
+        for cell in STAGES[arguments.stage](arguments.dataset)
+        if arguments.batch_sizes is None or cell.batch_size in arguments.batch_sizes
+    ]
     arguments.output.mkdir(parents=True, exist_ok=True)
     table = arguments.output / f"{arguments.stage}_{arguments.dataset}.csv"
     done = _finished(table)
