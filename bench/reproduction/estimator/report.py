@@ -65,6 +65,17 @@ class Setting:
     step_size: float | None
 
 
+# Of the runs at full size: what they are called, and their colours.
+FULL_STYLES = {
+    "uniform": ("Uniform", "#7F7F7F"),
+    "relative, 3": ('"recommended": relative, step size 3', "#0072B2"),
+    "raw, 3": ("not relative, 3", "#009E73"),
+    "raw, 10": ("not relative, 10", "#56B4E9"),
+    "excessmtl-official": ('"official"', "#D55E00"),
+    "paper": ('"paper"', "#E69F00"),
+}
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -89,15 +100,23 @@ def main() -> None:
                     {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in verdict.items()}
                 )
     for dataset in sorted({row["dataset"] for row in rows}):
-        draw_screen(
-            [row for row in rows if row["dataset"] == dataset and row["stage"] == "screen"],
-            dataset,
-            results / f"screen_{dataset}.png",
-        )
+        own = [row for row in rows if row["dataset"] == dataset and row["stage"] == "screen"]
+        for batch_size in sorted({int(row["batch_size"]) for row in own}):
+            draw_screen(
+                [row for row in own if int(row["batch_size"]) == batch_size],
+                dataset,
+                results / f"screen_{dataset}_batch{batch_size}.png",
+            )
         draw_tradeoff(
             [v for v in screened if v["dataset"] == dataset],
             dataset,
             results / f"tradeoff_{dataset}.png",
+        )
+    for dataset in sorted({row["dataset"] for row in full}):
+        draw_full(
+            [row for row in full if row["dataset"] == dataset],
+            dataset,
+            results / f"full_{dataset}.png",
         )
     tables = sorted(results.glob("bias_*.csv"))
     if tables:
@@ -115,9 +134,8 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for row in rows:
-        step = None if row["step_size"] == "" else float(row["step_size"])
-        setting = Setting(row["method"], row["options"], int(row["warmup_epochs"]), step)
-        groups[row["dataset"], int(row["batch_size"])][setting][float(row["noise"])].append(row)
+        batch = row["dataset"], int(row["batch_size"])
+        groups[batch][_setting(row)][float(row["noise"])].append(row)
     verdicts = []
     for (dataset, batch_size), settings in groups.items():
         uniform = next((by for s, by in settings.items() if s.method == "uniform"), {})
@@ -141,6 +159,11 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(
         verdicts, key=lambda v: (v["dataset"], v["batch_size"], -v["num_met"], -v["gain"])
     )
+
+
+def _setting(row: dict[str, Any]) -> Setting:
+    step = None if row["step_size"] == "" else float(row["step_size"])
+    return Setting(row["method"], row["options"], int(row["warmup_epochs"]), step)
 
 
 def _verdict(
@@ -193,11 +216,11 @@ def _verdict(
     }
 
 
-def draw_screen(
-    rows: list[dict[str, Any]], dataset: str, path: Path, batch_size: int = 256
-) -> None:
-    """Draws the clean tasks' result over the step size for every named choice, one line per momentum."""
-    rows = [row for row in rows if int(row["batch_size"]) == batch_size]
+def draw_screen(rows: list[dict[str, Any]], dataset: str, path: Path) -> None:
+    """Draws the clean tasks' result over the step size for every named choice, one line per momentum.
+
+    The rows are those of one data set and one batch size.
+    """
     families = [(f, b) for f in ("linear", "sqrt") for b in ("first", "warmup", "raw")]
     names = {
         "first": "first step's baseline",
@@ -247,9 +270,63 @@ def draw_screen(
             row_axes[0].set_ylim(min(uniform) - 0.06, max(uniform) + 0.02)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    batch_size = rows[0]["batch_size"]
     figure.suptitle(f"{TITLES[dataset]}, batch {batch_size}, one seed per point")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_full(rows: list[dict[str, Any]], dataset: str, path: Path) -> None:
+    """Draws each setting's clean and noisy result and last clean weight over the noise: mean, least and most seed."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    metric = "normalised MSE" if IS_ERROR[dataset] else "accuracy"
+    columns = {
+        "clean": f"clean tasks' test {metric}",
+        "noisy": f"noisy tasks' test {metric}",
+        "last_clean_weight": "weight of the clean tasks, last epoch",
+    }
+    groups: dict[Setting, dict[float, list[dict[str, Any]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for row in rows:
+        groups[_setting(row)][float(row["noise"])].append(row)
+    for setting, by_noise in groups.items():
+        label, colour = FULL_STYLES[_short_name(setting)]
+        noises = sorted(by_noise)
+        for axis, (column, _) in zip(axes, columns.items(), strict=True):
+            values = [[float(row[column]) for row in by_noise[noise]] for noise in noises]
+            means = [float(np.mean(of)) for of in values]
+            axis.fill_between(
+                noises,
+                [min(of) for of in values],
+                [max(of) for of in values],
+                color=colour,
+                alpha=0.12,
+            )
+            axis.plot(noises, means, "o-", color=colour, ms=4, label=label)
+    for axis, label in zip(axes, columns.values(), strict=True):
+        axis.set_xlabel("share of corrupted labels")
+        axis.set_ylabel(label)
+    if IS_ERROR[dataset]:
+        axes[0].set_yscale("log")
+        axes[1].set_yscale("log")
+    axes[2].axhline(UNIFORM_SHARE[dataset], color="#7F7F7F", lw=0.8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(f"{TITLES[dataset]} at full size, three seeds (bands: least and most)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _short_name(setting: Setting) -> str:
+    """The key of FULL_STYLES."""
+    if setting.method != "excessmtl":
+        return setting.method
+    if setting.warmup_epochs:
+        return "paper"
+    return (
+        f"{'relative' if json.loads(setting.options)['relative'] else 'raw'}, {setting.step_size:g}"
+    )
 
 
 def draw_tradeoff(
