@@ -1,14 +1,19 @@
-"""reference.py against fractions worked out by hand, and the official code's loop against the official preset."""
+"""reference.py against fractions worked out by hand and as a fallback; the official preset against its loop."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from _asserts import assert_states_close
+from _inputs import make_task_grads
 from torch import Tensor
 
-from excessmtl_ext import ExcessMTL, reference
+from excessmtl_ext import ExcessMTL, _extension, reference
+from excessmtl_ext import functional as F
 from excessmtl_ext.functional import ParamLayout, StepOptions, init_state
 
 
@@ -127,3 +132,90 @@ def test_official_preset_follows_the_published_loop(scale):
         weights = balancer.update_weights(grads)
         torch.testing.assert_close(weights.float(), expected, rtol=1e-5, atol=1e-7)
     assert (balancer.task_weights - 1).abs().max() > 0.01  # they did move
+
+
+# ---- where it takes the place of the compiled ops
+
+needs_ops = pytest.mark.skipif(
+    not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"
+)
+NUMELS = [40, 9]
+LAYOUT = ParamLayout(NUMELS)
+OPTIONS = StepOptions(gradient_momentum=0.9, robust_step_size=0.3)
+
+
+def call_step(ops: Any, grads: list[Tensor], state: Any, scale: Tensor | None = None) -> None:
+    plan = (LAYOUT.param_numels, LAYOUT.chunk_map(torch.device("cpu")), scale)
+    is_sqrt = OPTIONS.fisher == "sqrt"
+    ops.fused_step_(grads, *plan, *state, sqrt_fisher=is_sqrt, **F._step_keywords(OPTIONS))
+
+
+def expectation_of(error: Exception) -> str:
+    """What an error expected; what it got instead, C++ and Python print in their own way."""
+    return str(error).partition("Expected")[2].partition(", but got")[0]
+
+
+@needs_ops
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda grads: grads[:-1],
+        lambda grads: [*grads[:-1], grads[-1][:-1]],
+        lambda grads: [grads[0].int(), *grads[1:]],
+        lambda grads: [grads[0].double(), *grads[1:]],
+    ],
+    ids=["one is missing", "one is too short", "integers", "wider than the state"],
+)
+def test_gradients_are_refused_in_the_words_of_the_ops(
+    damage: Callable[[list[Tensor]], list[Tensor]],
+) -> None:
+    messages = []
+    for ops in (torch.ops.excessmtl_ext, reference):
+        state = init_state(2, LAYOUT, has_momentum=True)
+        with pytest.raises(RuntimeError) as caught:
+            call_step(ops, damage(make_task_grads(2, NUMELS)), state)
+        messages.append(expectation_of(caught.value))
+        assert int(state.num_steps) == 0
+    assert messages[0] == messages[1] != ""
+
+
+@needs_ops
+def test_rows_of_bfloat16_state_without_their_step_are_refused_in_the_words_of_the_ops() -> None:
+    messages = []
+    for ops in (torch.ops.excessmtl_ext, reference):
+        state = init_state(2, LAYOUT, dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError) as caught:
+            ops.accumulate_excess_risk_(
+                make_task_grads(2, NUMELS), LAYOUT.param_numels, LAYOUT.chunk_map(torch.device("cpu")), None,
+                state.sq_grad_sum, state.grad_mean, state.excess_risk, state.ticket,
+                sqrt_fisher=True, eps=1e-7, gradient_momentum=0.0,
+            )  # fmt: skip
+        messages.append(expectation_of(caught.value))
+    assert messages[0] == messages[1] != ""
+
+
+@needs_ops
+def test_a_skipped_step_under_a_scaler_is_repaired_as_by_the_op() -> None:
+    states = [init_state(2, LAYOUT, has_momentum=True) for _ in range(2)]
+    scale = torch.tensor([1024.0])
+    for number in range(3):
+        torch.manual_seed(number)
+        grads = [grad * scale for grad in make_task_grads(2, NUMELS)]
+        if number == 1:
+            grads[2][5] = float("inf")
+        outputs = []
+        for ops, state in zip((torch.ops.excessmtl_ext, reference), states, strict=True):
+            before = state.sq_grad_sum.clone()
+            call_step(ops, grads, state, scale)
+            outputs.append([torch.zeros(numel) for numel in NUMELS])
+            ops.combine_(
+                grads, outputs[-1], LAYOUT.param_numels, LAYOUT.chunk_map(torch.device("cpu")), scale,
+                state.task_weights, state.found_nonfinite, state.sq_grad_sum, state.grad_mean,
+                gradient_momentum=OPTIONS.gradient_momentum, accumulate=False,
+            )  # fmt: skip
+            if number == 1:
+                assert all(bool(output.isnan().all()) for output in outputs[-1])
+                torch.testing.assert_close(state.sq_grad_sum, before)
+        torch.testing.assert_close(outputs[0], outputs[1], equal_nan=True)
+        assert_states_close(*states, rtol=1e-5, atol=1e-6)
+    assert int(states[1].num_skipped_steps) == 1

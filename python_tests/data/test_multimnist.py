@@ -171,6 +171,18 @@ def test_a_file_that_is_not_mnist_is_an_error(data_root: Path) -> None:
         load_multimnist(data_root)
 
 
+def test_images_of_another_size_are_an_error_that_names_the_file(data_root: Path) -> None:
+    path = data_root / "mnist/MNIST/raw/train-images-idx3-ubyte"
+    write_idx(path, torch.zeros(NUM_TRAIN_DIGITS, 32, 32, dtype=torch.int64))
+    with pytest.raises(ValueError, match=rf"28 x 28 pixels in {path}, but got \[32, 32\]"):
+        load_multimnist(data_root)
+
+
+def test_an_empty_folder_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is: an empty folder\..*download=True"):
+        load_multimnist(tmp_path)
+
+
 def test_labels_that_do_not_belong_to_the_images_are_an_error(data_root: Path) -> None:
     path = data_root / "mnist/MNIST/raw/train-labels-idx1-ubyte"
     write_idx(path, torch.zeros(7, dtype=torch.int64))

@@ -274,6 +274,24 @@ def test_a_missing_kind_is_an_error_that_names_it(own_root: Path) -> None:
         load_nyuv2(own_root)
 
 
+def test_one_training_frame_cannot_be_split(tmp_path: Path) -> None:
+    write_nyuv2(tmp_path, num_train=1, num_test=1, height=HEIGHT, width=WIDTH)
+    with pytest.raises(
+        ValueError, match=r"at least 2 frames in .*, to train and to validate on, but got 1"
+    ):
+        load_nyuv2(tmp_path)
+
+
+def test_a_frame_that_goes_missing_during_training_is_an_error_that_names_it(
+    own_root: Path,
+) -> None:
+    data = load_nyuv2(own_root)
+    path = own_root / "nyuv2/val/depth/1.npy"
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"Expected {path}, but it is missing"):
+        everything(data.test)
+
+
 def test_a_strange_name_is_an_error(own_root: Path) -> None:
     np.save(own_root / "nyuv2/train/label/average.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"files named by number.*but got average.npy"):

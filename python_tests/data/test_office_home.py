@@ -221,8 +221,11 @@ def write_lists(folder: Path) -> None:
             (folder / f"{domain.replace(' ', '_')}_{part}.txt").write_text("".join(content))
 
 
-def test_split_lists_are_followed(images_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["", "\n  \n"], ids=["as written", "with empty lines"])
+def test_split_lists_are_followed(images_root: Path, tmp_path: Path, end: str) -> None:
     write_lists(tmp_path / "lists")
+    with (tmp_path / "lists" / "Art_test.txt").open("a") as file:
+        file.write(end)
     data = load(images_root, split_lists=tmp_path / "lists")
     for position, count in enumerate(NUM_IMAGES.values()):
         for part, numbers in (("test", {0}), ("validation", {1}), ("train", set(range(2, count)))):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from excessmtl_ext.training import cli, loop
 from excessmtl_ext.training.run_record import read_table
@@ -133,6 +134,28 @@ def test_demo_ends_in_a_table_and_a_figure(tmp_path: Path) -> None:
     resumed = excessmtl("demo", "--output", tmp_path, "--seeds", "2", "--epochs", "1", "--resume")
     assert resumed.exit_code == 0
     assert result.output.splitlines()[-3:] == resumed.output.splitlines()[-3:]
+
+
+def test_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(KeyboardInterrupt), cli._stop_on_signal(Console()) as should_stop:
+        assert not should_stop()
+        signal.raise_signal(signal.SIGINT)
+        assert should_stop()
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on after the second")
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_processes_of_torchrun_get_each_signal_twice_and_finish_their_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    with cli._stop_on_signal(Console()) as should_stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert should_stop()
 
 
 def test_without_click_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from excessmtl_ext.training import TrainConfig
     [
         ({"epochs": 0}, "Expected `epochs` of at least 1, but got 0"),
         ({"batch_size": -1}, "Expected `batch_size` of at least 1, but got -1"),
+        ({"num_workers": -1}, "Expected `num_workers` of at least 0, but got -1"),
         ({"lr": 0.0}, "Expected `lr` > 0, but got 0.0"),
         ({"lr": float("nan")}, "Expected `lr` > 0, but got nan"),
         ({"weight_decay": -0.1}, "Expected `weight_decay` >= 0, but got -0.1"),

@@ -75,6 +75,12 @@ def test_a_task_that_nothing_uses_is_an_error() -> None:
         make_balancer("uniform", parameters(), num_tasks=2, task="a", task_names=("a", "b"))
 
 
+@pytest.mark.parametrize("task", [None, "d"])
+def test_one_task_alone_has_to_be_one_of_the_tasks(task: str | None) -> None:
+    with pytest.raises(ValueError, match=rf"`task` to be one of a, b, c .*but got {task!r}"):
+        make_balancer("single-task", parameters(), num_tasks=3, task=task, task_names=TASKS)
+
+
 def test_an_unknown_method_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Expected `method` to be one of excessmtl, .*'adam'"):
         make_balancer("adam", parameters(), num_tasks=2)

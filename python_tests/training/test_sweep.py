@@ -256,6 +256,52 @@ def test_a_killed_worker_and_a_killed_sweep_lose_no_number(tmp_path: Path) -> No
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
+def test_a_method_that_diverges_with_every_step_size_is_given_up(
+    tmp_path: Path,
+) -> None:
+    config = sweep_config(methods=("groupdro",), lr=1e30, epochs=2, tune=(0.1,), tune_noise=(0.8,))
+    said: list[str] = []
+    outcome = run_sweep(config, tmp_path, announce=said.append)
+    assert outcome.num_finished == 0
+    assert outcome.step_sizes == {}
+    (lost,) = outcome.failed
+    assert lost.reason == "not started: it diverged with every step size"
+    assert lost.log is None
+    assert said[0].endswith(": diverged")
+    (row,) = read_csv(tmp_path / "step_sizes.csv")
+    assert (row["validation/mean_score"], row["is_chosen"]) == ("", "0")
+
+
+def test_a_method_whose_tuning_fails_is_given_up_and_says_why(tmp_path: Path) -> None:
+    config = sweep_config(methods=("groupdro",), tune=(0.1,), tune_noise=(0.8,))
+    folder = tmp_path / "tuning/groupdro_step0.1_noise0.8_seed100"
+    tuned = dataclasses.replace(train_config("groupdro", epochs=1), seed=100, robust_step_size=0.1)
+    train(tuned, folder)
+    (folder / "metrics.json").unlink()
+    (folder / "checkpoint.pt").write_bytes(b"damaged")
+    damaged, lost = run_sweep(config, tmp_path).failed
+    assert "ValueError: Expected" in damaged.reason
+    assert lost.reason == "not started: a run of its tuning failed"
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"lr": 0.5}, r"Expected the values of the sweep in .*`lr`: 0.5 there, 0.001 here"),
+        ({"epochs": 3}, r"Expected `epochs` of at least 3, as the sweep in .*, but got 1"),
+    ],
+)
+def test_another_sweep_in_a_folder_is_refused_before_anything_runs(
+    tmp_path: Path, saved: dict[str, Any], message: str
+) -> None:
+    settings = {"epochs": 1, "methods": ["uniform"], "noise": [0.8], "num_seeds": 1, **saved}
+    (tmp_path / "sweep.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message):
+        run_sweep(sweep_config(), tmp_path)
+    assert not (tmp_path / "runs").exists()
+    assert json.loads((tmp_path / "sweep.json").read_text()) == settings
+
+
 def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path) -> None:
     code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); f.write(sys.argv[2]); f.flush();"
     code += "fcntl.flock(f, fcntl.LOCK_EX); print('locked', flush=True); sys.stdin.read()"
