@@ -463,6 +463,7 @@ def test_wrong_task_grads_raise_and_change_nothing():
         ([[torch.ones(6)], [torch.ones(5)]], "task 1, parameter 0 to have 6 elements, but got 5"),
         (torch.ones(2, 6, dtype=torch.float64), "`sq_grad_sum` of float64 for float64 gradients"),
         (torch.ones(2, 6, dtype=torch.int32), "float64, float32, bfloat16 or float16"),
+        (torch.ones(2, 6, device="meta"), r"gradients on cpu, where .* state is, but got meta"),
     ]  # fmt: skip
     for grads, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -470,6 +471,16 @@ def test_wrong_task_grads_raise_and_change_nothing():
         assert_equal_bits(list(balancer.buffers()), before)
     balancer.update_weights([[torch.ones(6)], []])  # an absent task
     assert balancer.num_task_steps.tolist() == [2, 1]
+
+
+def test_a_matrix_of_another_width_than_the_parameters_raises_and_changes_nothing():
+    shared = [torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    balancer = ExcessMTL(shared, num_tasks=2)
+    balancer.update_weights(torch.ones(2, 5))
+    before = [tensor.clone() for tensor in balancer.buffers()]
+    with pytest.raises(ValueError, match=r"has 6 columns, but this balancer has accumulated 5"):
+        balancer.update_weights(torch.ones(2, 6))
+    assert_equal_bits(list(balancer.buffers()), before)
 
 
 def test_wrong_streaming_raises():

@@ -571,21 +571,28 @@ def test_averaged_risks_overestimate_where_batches_differ() -> None:
 # ---- gradients of one's own
 
 
-def update(rank: int, num_ranks: int) -> Tensor:
+def update(rank: int, num_ranks: int, reduce: str = "grads") -> Tensor:
+    """The weights after five steps; task 1 is absent in the third, all are in the fourth."""
     generator = torch.Generator().manual_seed(0)
     shared = [torch.zeros(7, 3, requires_grad=True), torch.zeros(5, requires_grad=True)]
     ranks: dict[str, Any] = {"process_group": dist.group.WORLD} if num_ranks > 1 else {}
-    balancer = ExcessMTL(shared, num_tasks=2, robust_step_size=0.5, **ranks)
-    for _ in range(5):
+    balancer = ExcessMTL(shared, num_tasks=2, robust_step_size=0.5, reduce=reduce, **ranks)
+    for number in range(5):
         grads = torch.randn(4, 2, 26, generator=generator)
         own = grads[rank * (4 // num_ranks) : (rank + 1) * (4 // num_ranks)].mean(0)
-        balancer.update_weights([[row[:21].view(7, 3), row[21:]] for row in own])
+        if reduce == "risks":  # which is exact where all ranks see the same
+            own = grads.mean(0)
+        rows: list[list[Tensor]] = [[row[:21].view(7, 3), row[21:]] for row in own]
+        if number == 2:
+            rows[1] = []
+        balancer.update_weights([[None, None]] * 2 if number == 3 else rows)
+    assert balancer.num_task_steps.tolist() == [4, 3]
     return balancer.task_weights
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_update_weights_averages_the_gradients_it_is_given(num_ranks: int) -> None:
-    results = run_ranks(num_ranks, update)
+@pytest.mark.parametrize(("num_ranks", "reduce"), [(2, "grads"), (4, "grads"), (2, "risks")])
+def test_update_weights_averages_what_it_is_given(num_ranks: int, reduce: str) -> None:
+    results = run_ranks(num_ranks, update, reduce)
     torch.testing.assert_close(results[0], update(0, 1), **TOLERANCE)
     assert all(torch.equal(results[0], other) for other in results[1:])
 

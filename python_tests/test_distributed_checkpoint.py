@@ -15,7 +15,7 @@ from test_distributed import NUM_TASKS, TOLERANCE, Net, losses_of, own_rows
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from excessmtl_ext import ExcessMTL
 from excessmtl_ext.distributed import full_state_dict
@@ -223,6 +223,33 @@ def resume_equally(rank: int, num_ranks: int, kind: str, folder: str) -> bool:
 @pytest.mark.parametrize("kind", ["replicated", "fsdp"])
 def test_a_checkpoint_on_as_many_ranks_goes_on_to_the_bit(kind: str, tmp_path: Path) -> None:
     assert run_ranks(2, resume_equally, kind, str(tmp_path)) == [True, True]
+
+
+def update_from_parts(rank: int, num_ranks: int) -> tuple[Tensor, Tensor]:
+    """Weights from gradients of one's own: cut as fully_shard cuts them, and whole in one process."""
+    run, plain = Run(rank, num_ranks, "fsdp"), Run(0, 1, "plain")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        grads = [
+            [torch.randn(p.shape, generator=generator) for p in plain.net.encoder.parameters()]
+            for _ in range(NUM_TASKS)
+        ]
+        plain.balancer.update_weights(grads)
+        cut = [
+            [
+                distribute_tensor(grad, parameter.device_mesh, parameter.placements)
+                for grad, parameter in zip(row, run.net.encoder.parameters(), strict=True)
+            ]
+            for row in grads
+        ]
+        run.balancer.update_weights(cut)
+    return run.balancer.task_weights, plain.balancer.task_weights
+
+
+def test_update_weights_takes_gradients_that_are_cut_as_the_parameters() -> None:
+    for ours, expected in run_ranks(2, update_from_parts):
+        torch.testing.assert_close(ours, expected, **TOLERANCE)
+        assert ours.std() > 1e-3  # they did move
 
 
 def refuse(rank: int, num_ranks: int) -> list[str]:
