@@ -116,6 +116,8 @@ def _end_workers() -> None:
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    # torch 2.10's own distributed checkpoint.
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
     while True:
         call = pipe.recv()
         _run_call(call)

@@ -218,6 +218,7 @@ def test_a_spent_budget_ends_the_rounds_but_not_before_the_fewest():
 
 
 @needs_ops
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.10
 def test_the_peak_shows_state_and_gradients():
     template = contestants.Template(contestants.param_sweep([10**8], quick=True)[0], CPU)
     peaks = {

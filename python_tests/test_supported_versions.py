@@ -1,0 +1,58 @@
+"""What .ci/versions installs is what pyproject.toml allows, and a warning fails a test as docs/trust.md says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+VERSIONS = ROOT / ".ci" / "versions"
+PYPROJECT = ROOT / "pyproject.toml"
+
+pytestmark = pytest.mark.skipif(
+    not VERSIONS.is_file(), reason="the tests run outside a checkout, without .ci"
+)
+
+
+def only_match(pattern: str) -> str:
+    """The one number that pyproject.toml gives; Python 3.10 has no parser for the file."""
+    (found,) = re.findall(pattern, PYPROJECT.read_text(encoding="utf-8"), re.MULTILINE)
+    return found
+
+
+def test_the_oldest_environment_is_made_of_the_lower_bounds() -> None:
+    python = only_match(r'^requires-python = ">=([\d.]+)"$')
+    torch = only_match(r'^    "torch>=([\d.]+)",')
+    torchvision = only_match(r'^    "torchvision>=([\d.]+)",')
+    said = subprocess.run([VERSIONS, "plan"], capture_output=True, text=True, check=True).stdout
+    oldest, newest = said.splitlines()
+    assert oldest == f"oldest: Python {python}, torch=={torch}.* torchvision=={torchvision}.*"
+    version = re.fullmatch(r"newest: Python (\d+)\.(\d+)\.\S+, torch torchvision", newest)
+    assert version is not None, newest
+    assert (int(version[1]), int(version[2])) >= tuple(map(int, python.split(".")))
+
+
+@pytest.mark.parametrize("category", ["UserWarning", "DeprecationWarning", "FutureWarning"])
+def test_a_warning_fails_a_test(tmp_path: Path, category: str) -> None:
+    test = tmp_path / "test_that_warns.py"
+    test.write_text(f"import warnings\ndef test(): warnings.warn('old', {category})\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        str(PYPROJECT),
+        "--rootdir",
+        str(tmp_path),
+    ]
+    result = subprocess.run(
+        [*command, "-p", "no:cacheprovider", str(test)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout + result.stderr
+    assert f"{category}: old" in result.stdout
