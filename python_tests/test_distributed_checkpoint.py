@@ -30,7 +30,7 @@ def whole(tensor: Tensor) -> Tensor:
 class Run:
     """A small training of one kind: ``plain`` on one process, ``ddp``-like or ``fsdp`` on several."""
 
-    def __init__(self, rank: int, num_ranks: int, kind: str) -> None:
+    def __init__(self, rank: int, num_ranks: int, kind: str, **options: Any) -> None:
         self.problem = make_problem(NUM_TASKS)
         self.net = Net(self.problem)
         self.rows = own_rows(rank, [20 // num_ranks] * num_ranks)
@@ -44,7 +44,7 @@ class Run:
             fully_shard(self.net.encoder if kind == "fsdp_encoder" else self.net, mesh=mesh)
             ranks = {"model": self.net}
         self.balancer = ExcessMTL(
-            self.net.encoder.parameters(), num_tasks=NUM_TASKS, **OPTIONS, **ranks
+            self.net.encoder.parameters(), num_tasks=NUM_TASKS, **OPTIONS, **options, **ranks
         )
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05)
 
@@ -65,8 +65,10 @@ class Run:
         }
 
 
-def run_steps(rank: int, num_ranks: int, kind: str) -> tuple[list[dict[str, Tensor]], list[int]]:
-    run = Run(rank, num_ranks, kind)
+def run_steps(
+    rank: int, num_ranks: int, kind: str, update_every: int = 1
+) -> tuple[list[dict[str, Tensor]], list[int]]:
+    run = Run(rank, num_ranks, kind, update_every=update_every)
     states = []
     for _ in range(5):
         run.step()
@@ -74,13 +76,21 @@ def run_steps(rank: int, num_ranks: int, kind: str) -> tuple[list[dict[str, Tens
     return states, list(run.balancer.sq_grad_sum.shape)
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "fsdp_encoder"])
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("num_ranks", "kind", "update_every"),
+    [
+        (2, "fsdp", 1),
+        (4, "fsdp", 1),
+        (2, "fsdp_encoder", 1),
+        (4, "fsdp_encoder", 1),
+        (2, "fsdp", 2),
+    ],
+)
 def test_fully_sharded_ranks_equal_one_process_on_the_joined_batch(
-    num_ranks: int, kind: str
+    num_ranks: int, kind: str, update_every: int
 ) -> None:
-    expected, [_, columns] = run_steps(0, 1, "plain")
-    for states, [_, own_columns] in run_ranks(num_ranks, run_steps, kind):
+    expected, [_, columns] = run_steps(0, 1, "plain", update_every)
+    for states, [_, own_columns] in run_ranks(num_ranks, run_steps, kind, update_every):
         assert own_columns <= columns / num_ranks + 4 * 32  # four parameters, each padded to 32
         for state, one in zip(states, expected, strict=True):
             for name, value in state.items():
@@ -258,8 +268,14 @@ def refuse(rank: int, num_ranks: int) -> list[str]:
     losses: list[Any] = losses_of(run.net(run.problem.inputs[run.rows]), problem.targets[run.rows])
     if rank == 0:
         losses[0] = None
+    own_heads = Run(rank, num_ranks, "fsdp", head_weighting="task_weights")
+    plain = torch.zeros(3, requires_grad=True)
     return [
         raised_by(lambda: run.balancer.backward(losses))[1],
+        raised_by(own_heads.step)[1],
+        raised_by(lambda: ExcessMTL([*run.net.encoder.parameters(), plain], num_tasks=NUM_TASKS))[
+            1
+        ],
         raised_by(
             lambda: ExcessMTL(run.net.encoder.parameters(), num_tasks=NUM_TASKS, reduce="risks")
         )[1],
@@ -267,6 +283,8 @@ def refuse(rank: int, num_ranks: int) -> list[str]:
 
 
 def test_what_fully_sharded_parameters_cannot_do_is_an_error_on_every_rank() -> None:
-    for absent, risks in run_ranks(2, refuse):
+    for absent, heads, plain, risks in run_ranks(2, refuse):
         assert "task 0 has no loss on rank 0" in absent
+        assert "head_weighting='task_weights' does not work with fully_shard" in heads
+        assert "Expected `shared_parameters` on one device mesh" in plain
         assert "reduce='grads' with fully_shard" in risks

@@ -35,9 +35,7 @@ def exported(parallel: Partition, name: str, tensor: Tensor) -> dict[str, Tensor
         for index, (parameter, piece) in enumerate(zip(parallel.shared, pieces, strict=True)):
             local = piece.reshape(parallel.num_tasks, *local_part(parameter).shape)
             key = f"{name}.{index}"
-            if not isinstance(parameter, DTensor):
-                entries[key] = local
-                continue
+            assert isinstance(parameter, DTensor)  # common_mesh has seen to it
             placements = [
                 Shard(placement.dim + 1) if isinstance(placement, Shard) else Replicate()
                 for placement in parameter.placements
@@ -110,9 +108,7 @@ def _own_pieces(parallel: Partition, whole: Tensor) -> list[Tensor]:
         return [torch.cat(split, dim=1)[:, start : start + parallel.shard_numel]]
     pieces = []
     for parameter, piece in zip(parallel.shared, split, strict=True):
-        if not isinstance(parameter, DTensor):
-            pieces.append(piece)
-            continue
+        assert isinstance(parameter, DTensor)  # common_mesh has seen to it
         rows = [
             local_part(
                 distribute_tensor(

@@ -20,8 +20,7 @@ def like_dtensor(local: Tensor, like: Tensor) -> Tensor:
     """A part of a gradient, as the DTensor of which it is a part."""
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(like, DTensor):
-        return local
+    assert isinstance(like, DTensor)  # a gradient of a parameter that is one
     return DTensor.from_local(
         local,
         like.device_mesh,
