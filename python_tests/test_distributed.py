@@ -343,6 +343,27 @@ def step_with_a_branch(rank: int, num_ranks: int) -> list[bool]:
     return [parameter.grad is not None for parameter in parameters]
 
 
+def rest(rank: int, num_ranks: int) -> list[bool]:
+    problem = make_problem(NUM_TASKS)
+    balancer = ExcessMTL(
+        problem.encoder.parameters(),
+        num_tasks=NUM_TASKS,
+        process_group=dist.group.WORLD,
+        model=nn.ModuleList([problem.encoder, problem.heads]),
+    )
+    balancer.backward(problem.losses())
+    problem.zero_grad()
+    before = {name: tensor.clone() for name, tensor in balancer.named_buffers()}
+    balancer.backward([None] * NUM_TASKS)
+    assert all(parameter.grad is None for parameter in problem.parameters())
+    return [torch.equal(tensor, before[name]) for name, tensor in balancer.named_buffers()]
+
+
+def test_a_batch_without_any_task_on_all_ranks_is_no_step() -> None:
+    for unchanged in run_ranks(2, rest):
+        assert all(unchanged)
+
+
 def test_a_parameter_without_gradient_keeps_none_unless_some_rank_reached_it() -> None:
     assert run_ranks(2, step_with_a_branch) == [[True, True, False]] * 2
 
