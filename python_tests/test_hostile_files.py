@@ -152,6 +152,7 @@ def test_mnist_labels_out_of_range_are_an_error(tmp_path: Path) -> None:
         read_mnist(tmp_path, "t10k")
 
 
+@pytest.mark.filterwarnings("ignore:The default value for .spmatrix. is changing")  # of SciPy 1.18
 def test_a_sparse_matrix_in_a_mat_file_is_an_error(tmp_path: Path) -> None:
     write_sarcos_part(tmp_path)
     savemat(tmp_path / "sarcos_inv.mat", {"sarcos_inv": eye_array(28, format="csc")})
