@@ -7,7 +7,7 @@ default) by the package's own EXCESSMTL_JIT=1, with the sanitizers added by a ``
 and libubsan; about five minutes on two cores for everything.
 
 --kernels: the CUDA sources instead, compiled for the host over simt/simt.h, and every check of simt/check_ops.py; about
-two minutes on one core.
+three minutes on one core.
 """
 
 from __future__ import annotations
