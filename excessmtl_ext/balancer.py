@@ -522,9 +522,8 @@ class Balancer(nn.Module, ABC):
         flat = None
         if task_grads is not None and "task_grads" in self.requires:
             flat, tasks = self._flat_task_grads(task_grads)
-        values = (
-            None if given is None else given.to(self.task_weights)
-        )  # which follow the gradients
+        # Last, since the state follows the gradients.
+        values = None if given is None else given.to(self.task_weights)
         if self._data_parallel is not None and flat is not None:
             tasks = self._data_parallel.update(self, flat, scale)  # type: ignore[arg-type]
         elif tasks and self._moves_weights():
@@ -778,6 +777,8 @@ class Balancer(nn.Module, ABC):
     def _flat_task_grads(self, task_grads: GivenGrads) -> tuple[list[Tensor], list[int]]:
         """Given gradients as the flat list the ops take, and the tasks that are present; state is ready for them."""
         rows, self._layout = given_gradients.checked_rows(task_grads, self.num_tasks, self._layout)
+        if self._layout is None:
+            return [], []
         flat = gradients.flat_rows(rows)
         self._prepare(flat)
         return flat, [

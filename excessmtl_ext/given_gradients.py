@@ -18,8 +18,8 @@ Row: TypeAlias = list[Tensor | None]
 
 def checked_rows(
     task_grads: GivenGrads, num_tasks: int, layout: ParamLayout | None
-) -> tuple[list[Row], ParamLayout]:
-    """T rows of L detached gradients, and the sizes of the L parameters.
+) -> tuple[list[Row], ParamLayout | None]:
+    """T rows of L detached gradients, and the sizes of the L parameters; as they were where no task has a gradient.
 
     Args:
         task_grads: What the caller has.
@@ -30,6 +30,8 @@ def checked_rows(
         ValueError: the number of tasks, of gradients, or a size is not as expected.
     """
     rows = _rows(task_grads, num_tasks)
+    if not rows[0]:  # all tasks are absent, and nothing is learned of the parameters
+        return [[None] * (0 if layout is None else len(layout.numels)) for _ in rows], layout
     if isinstance(task_grads, Tensor) and layout is not None and len(layout.numels) != 1:
         rows = [_split(row[0], layout) for row in rows if row[0] is not None]
     numels = [

@@ -209,6 +209,15 @@ def test_a_batch_without_any_task_is_no_step():
     assert int(balancer.num_steps) == 1
 
 
+def test_given_gradients_without_any_task_are_no_step_and_tell_nothing_of_the_parameters():
+    balancer = ExcessMTL(num_tasks=2)
+    for num_steps in (0, 1):
+        balancer.update_weights([[], []])
+        assert int(balancer.num_steps) == num_steps
+        balancer.update_weights([[torch.ones(2), torch.ones(3)], [torch.ones(2), None]])
+    assert int(balancer.num_steps) == 2
+
+
 @every_method
 @pytest.mark.parametrize("how", ["backward", "forward", "streaming"])
 def test_nonfinite_step_is_skipped_and_later_steps_go_on(make, how):
