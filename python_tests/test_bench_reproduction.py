@@ -97,6 +97,19 @@ def test_claims_point_to_what_is_committed() -> None:
     assert {folder.name for folder in SWEEPS} <= named
 
 
+def test_the_estimator_studys_readme_quotes_its_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder,) = RESULTS.glob("estimator_*")
+    run_script("estimator.report", monkeypatch, folder, "--table")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert (
+        sum("Uniform" in line for line in lines) == 4
+    )  # results and weights, of two data sets at full size
+    text = (folder / "README.md").read_text()
+    assert [line for line in lines if line not in text] == []
+
+
 def test_draws_an_office_home_that_the_loader_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,9 @@
 """Judges the study's settings by the goal for the recommended preset, and draws its pictures.
 
     python bench/reproduction/estimator/report.py RESULTS
+    python bench/reproduction/estimator/report.py RESULTS --table    # the tables of RESULTS/README.md
 
-Reads what screen.py and bias.py left in RESULTS; writes ranking.csv and the pictures beside it.
+Reads what screen.py and bias.py left in RESULTS; writes ranking.csv, ranking_full.csv and the pictures beside it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ FULL_STYLES = {
     "uniform": ("Uniform", "#7F7F7F"),
     "relative, 3": ('"recommended": relative, step size 3', "#0072B2"),
     "raw, 3": ("not relative, 3", "#009E73"),
-    "raw, 10": ("not relative, 10", "#56B4E9"),
+    "raw, 10": ("not relative, 10", "#CC79A7"),
     "excessmtl-official": ('"official"', "#D55E00"),
     "paper": ('"paper"', "#E69F00"),
 }
@@ -80,7 +81,9 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
-    results: Path = parser.parse_args().results
+    parser.add_argument("--table", action="store_true", help="print the tables, write nothing")
+    arguments = parser.parse_args()
+    results: Path = arguments.results
     rows = [
         row
         for stage in ("screen", "candidates")
@@ -89,7 +92,10 @@ def main() -> None:
     ]
     full = [row for table in sorted(results.glob("full_*.csv")) for row in _read(table)]
     screened = judge(rows)
-    for name, verdicts in (("ranking.csv", screened), ("full_ranking.csv", judge(full))):
+    if arguments.table:
+        print("\n\n".join([screen_table(screened), *full_tables(full)]))
+        return
+    for name, verdicts in (("ranking.csv", screened), ("ranking_full.csv", judge(full))):
         if not verdicts:
             continue
         with (results / name).open("w", newline="") as file:
@@ -216,6 +222,99 @@ def _verdict(
     }
 
 
+def screen_table(verdicts: list[dict[str, Any]]) -> str:
+    """How many settings of the wide screen meet the whole goal, by data set, batch size and kind of estimate."""
+    kinds = {
+        "momentum 0": lambda options: options["gradient_momentum"] == 0,
+        "momentum, root": lambda options: (
+            options["gradient_momentum"] > 0 and options["fisher"] == "sqrt"
+        ),
+        "momentum, linear": lambda options: (
+            options["gradient_momentum"] > 0 and options["fisher"] == "linear"
+        ),
+    }
+    lines = [
+        f"| data set | batch | {' | '.join(kinds)} | recommended | its missed parts |",
+        "|---" * (len(kinds) + 4) + "|",
+    ]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for verdict in verdicts:
+        if verdict["method"] == "excessmtl":
+            groups[verdict["dataset"], verdict["batch_size"]].append(verdict)
+    for (dataset, batch_size), group in sorted(groups.items()):
+        cells = []
+        for belongs in kinds.values():
+            of_kind = [v for v in group if belongs(json.loads(v["options"]))]
+            met = sum(v["num_met"] == len(GOALS) for v in of_kind)
+            cells.append(f"{met} of {len(of_kind)}")
+        ours = next((v for v in group if _is_recommended(v)), None)
+        found = (
+            ("-", "-") if ours is None else (f"{ours['num_met']} of 5", ours["missed"] or "none")
+        )
+        lines.append(f"| {TITLES[dataset]} | {batch_size} | {' | '.join([*cells, *found])} |")
+    return "\n".join(lines)
+
+
+def _is_recommended(verdict: dict[str, Any]) -> bool:
+    options = json.loads(verdict["options"])
+    wanted = {"fisher": "linear", "gradient_momentum": 0.98, "relative": True}
+    return options == wanted and verdict["step_size"] == 3.0 and not verdict["warmup_epochs"]
+
+
+def full_tables(rows: list[dict[str, Any]]) -> list[str]:
+    """Per data set: clean and noisy result at every noise level, and what the weights did; means over seeds."""
+    tables = []
+    for dataset in sorted({row["dataset"] for row in rows}):
+        groups: dict[Setting, dict[float, list[dict[str, Any]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for row in rows:
+            if row["dataset"] == dataset:
+                groups[_setting(row)][float(row["noise"])].append(row)
+        noises = sorted({noise for by_noise in groups.values() for noise in by_noise})
+        digits = 4 if IS_ERROR[dataset] else 3
+        results = [
+            f"| {TITLES[dataset]} | {' | '.join(f'{noise:.0%}' for noise in noises)} |",
+            "|---" * (len(noises) + 1) + "|",
+        ]
+        weights = [
+            f"| {TITLES[dataset]} | clean weight after epoch 1, at its least, at the end (80 %) | effective tasks "
+            "at the end (0 %, 80 %) | least a_i T (0 %) |",
+            "|---|---|---|---|",
+        ]
+
+        def mean(group: list[dict[str, Any]], column: str) -> float:
+            return float(np.mean([float(row[column]) for row in group]))
+
+        for setting, by_noise in groups.items():
+            name = FULL_STYLES[_short_name(setting)][0]
+            cells = []
+            for noise in noises:
+                clean = [float(row["clean"]) for row in by_noise[noise]]
+                noisy = mean(by_noise[noise], "noisy")
+                spread = float(np.std(clean, ddof=1))
+                cells.append(
+                    f"{np.mean(clean):.{digits}f} ± {spread:.{digits}f}; {noisy:.{digits}f}"
+                )
+            results.append(f"| {name} | {' | '.join(cells)} |")
+            at_80, at_0 = by_noise[0.8], by_noise[0.0]
+            course = ", ".join(
+                f"{mean(at_80, column):.2f}"
+                for column in (
+                    "clean_weight_first_epoch",
+                    "least_clean_weight",
+                    "last_clean_weight",
+                )
+            )
+            tasks = ", ".join(
+                f"{mean(group, 'last_effective_num_tasks'):.2f}" for group in (at_0, at_80)
+            )
+            least = mean(at_0, "least_relative_weight")
+            weights.append(f"| {name} | {course} | {tasks} | {least:.2g} |")
+        tables += ["\n".join(results), "\n".join(weights)]
+    return tables
+
+
 def draw_screen(rows: list[dict[str, Any]], dataset: str, path: Path) -> None:
     """Draws the clean tasks' result over the step size for every named choice, one line per momentum.
 
@@ -307,9 +406,6 @@ def draw_full(rows: list[dict[str, Any]], dataset: str, path: Path) -> None:
     for axis, label in zip(axes, columns.values(), strict=True):
         axis.set_xlabel("share of corrupted labels")
         axis.set_ylabel(label)
-    if IS_ERROR[dataset]:
-        axes[0].set_yscale("log")
-        axes[1].set_yscale("log")
     axes[2].axhline(UNIFORM_SHARE[dataset], color="#7F7F7F", lw=0.8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
