@@ -161,11 +161,13 @@ CONFIG = TrainConfig(
 RESULTS = ("metrics.csv", "task_weights.csv", "metrics.json", "config.json")
 
 
-def train_until_interrupted(folder: str, pipe: Any) -> None:
+def train_until_interrupted(folder: str, pipe: Any, waits: bool) -> None:
     torch.set_num_threads(1)
 
     def report(progress: Any) -> None:
         pipe.send(progress.step)
+        if waits:
+            pipe.recv()  # nothing is sent: the interrupt ends it
 
     try:
         train(CONFIG, folder, resume=True, report=report)
@@ -173,10 +175,15 @@ def train_until_interrupted(folder: str, pipe: Any) -> None:
         os._exit(130)
 
 
-def run_for(folder: Path, seconds: float | None) -> tuple[int | None, float]:
-    """Trains in a process of its own and sends SIGINT so long after the first step; exit status, and duration."""
-    ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=train_until_interrupted, args=(str(folder), theirs))
+def run_for(
+    folder: Path, seconds: float | None, *, waits: bool = False
+) -> tuple[int | None, float]:
+    """Trains in a process of its own and sends SIGINT so long after the first step; exit status, and duration.
+
+    ``waits``: the run does not go on after its first step, however busy the machine.
+    """
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=train_until_interrupted, args=(str(folder), theirs, waits))
     process.start()
     theirs.close()
     ours.recv()
@@ -197,7 +204,7 @@ def test_ctrl_c_at_random_times_leaves_a_run_that_ends_with_the_same_bytes(tmp_p
     status, duration = run_for(undisturbed, None)
     assert status == 0
     draw = random.Random(0)
-    statuses = [run_for(interrupted, 0.0)[0]]
+    statuses = [run_for(interrupted, 0.0, waits=True)[0]]
     assert statuses == [130]
     while statuses[-1] == 130 and len(statuses) < 4:
         statuses.append(run_for(interrupted, draw.uniform(0, duration / 4))[0])
