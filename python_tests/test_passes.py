@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
@@ -214,12 +215,15 @@ def bytecodes_of_a_step(num_tasks: int, num_layers: int, how: str) -> int:
         features = encoder(inputs)
         losses = [head(features).square().mean() for head in heads]
         before = sys.gettrace()
+        gc.collect()
+        gc.disable()  # or the finalisers of what other tests left would count
         if step == 2:  # the first ones size state and try the vectorised pass
             sys.settrace(trace)
         try:
             balancer.backward(losses, features=None if how == "plain" else features)
         finally:
             sys.settrace(before)
+            gc.enable()
     return count
 
 
