@@ -44,6 +44,8 @@ def load(rows: Tensor) -> None:
 batches = torch.randperm(len(x)).split(64)
 warm_up, rest = batches[:3], batches[3:]
 side = torch.cuda.Stream() if device == "cuda" else None
+if side is not None:
+    side.wait_stream(torch.cuda.current_stream())  # the network has to be there
 with torch.cuda.stream(side):
     for rows in warm_up:
         load(rows)
