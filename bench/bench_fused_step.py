@@ -689,11 +689,11 @@ def draw(results: Sequence[Measurement], path: Path, title: str) -> None:
 def verdicts(results: Sequence[Measurement], device_type: str) -> list[str]:
     """Each goal with what was measured; undecided where medians and fastest samples disagree.
 
-    For the other contestants there is a goal on the CPU only. A GPU runs the eager loop near its memory's speed too, so
-    the ratio is that of the bytes: about 72 per element against 12.
-
     They do on a busy machine: two threads that wait for one another then lose a time slice, the fused step and the
     floor alike, and the ratio of two such samples is 1 whatever was measured.
+
+    For the other contestants there is a goal on the CPU only. A GPU runs the eager loop near its memory's speed too, so
+    the ratio is that of the bytes: about 72 per element against 12.
     """
     lines = []
     for m in results:

@@ -841,6 +841,8 @@ def check_same_start(row: Row, problem: Problem, template: Template) -> None:
         )
 
 
+# A convolution whose factors are rounded to TF32, torch's default on a GPU, is no basis for a comparison.
+@torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 def difference(row: Row, other: Row, template: Template) -> float:
     """Largest relative difference (norm over norm, shared and heads apart) of two rows' gradients in a few steps.
 
@@ -848,18 +850,16 @@ def difference(row: Row, other: Row, template: Template) -> float:
         RuntimeError: it is above the tolerance.
     """
     worst = 0.0
-    # A convolution whose factors are rounded to TF32, torch's default on a GPU, is no basis for a comparison.
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        pairs = zip(filled_grads(row, template), filled_grads(other, template), strict=True)
-        for mine, theirs in pairs:
-            for part, expected in zip(mine, theirs, strict=True):
-                errors = torch.stack([(a - b).norm() for a, b in zip(part, expected, strict=True)])
-                sizes = torch.stack([b.norm() for b in expected])
-                relative = float(errors.norm() / sizes.norm())
-                worst = relative if math.isnan(relative) else max(worst, relative)
-                if not worst <= TOLERANCE:
-                    raise RuntimeError(
-                        f"Expected row `{row.key}` to leave the gradients of row `{other.key}`, but they differ by "
-                        f"{worst:.2g}, more than {TOLERANCE:g}. One of them computes something else."
-                    )
+    pairs = zip(filled_grads(row, template), filled_grads(other, template), strict=True)
+    for mine, theirs in pairs:
+        for part, expected in zip(mine, theirs, strict=True):
+            errors = torch.stack([(a - b).norm() for a, b in zip(part, expected, strict=True)])
+            sizes = torch.stack([b.norm() for b in expected])
+            relative = float(errors.norm() / sizes.norm())
+            worst = relative if math.isnan(relative) else max(worst, relative)
+            if not worst <= TOLERANCE:
+                raise RuntimeError(
+                    f"Expected row `{row.key}` to leave the gradients of row `{other.key}`, but they differ by "
+                    f"{worst:.2g}, more than {TOLERANCE:g}. One of them computes something else."
+                )
     return worst

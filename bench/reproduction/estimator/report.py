@@ -136,14 +136,12 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Means over seeds. Uniform's of the same data set and batch size is what a setting is measured against.
     """
-    groups: dict[tuple[str, int], dict[Setting, dict[float, list[dict[str, Any]]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+    batches: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        batch = row["dataset"], int(row["batch_size"])
-        groups[batch][_setting(row)][float(row["noise"])].append(row)
+        batches[row["dataset"], int(row["batch_size"])].append(row)
     verdicts = []
-    for (dataset, batch_size), settings in groups.items():
+    for (dataset, batch_size), of_batch in batches.items():
+        settings = _by_setting(of_batch)
         uniform = next((by for s, by in settings.items() if s.method == "uniform"), {})
         for setting, by_noise in settings.items():
             if not all(by_noise.get(noise) and uniform.get(noise) for noise in (0.0, 0.8)):
@@ -170,6 +168,18 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _setting(row: dict[str, Any]) -> Setting:
     step = None if row["step_size"] == "" else float(row["step_size"])
     return Setting(row["method"], row["options"], int(row["warmup_epochs"]), step)
+
+
+def _by_setting(
+    rows: list[dict[str, Any]],
+) -> dict[Setting, dict[float, list[dict[str, Any]]]]:
+    """The rows of each setting by noise."""
+    groups: dict[Setting, dict[float, list[dict[str, Any]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for row in rows:
+        groups[_setting(row)][float(row["noise"])].append(row)
+    return groups
 
 
 def _verdict(
@@ -265,12 +275,7 @@ def full_tables(rows: list[dict[str, Any]]) -> list[str]:
     """Per data set: clean and noisy result at every noise level, and what the weights did; means over seeds."""
     tables = []
     for dataset in sorted({row["dataset"] for row in rows}):
-        groups: dict[Setting, dict[float, list[dict[str, Any]]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
-        for row in rows:
-            if row["dataset"] == dataset:
-                groups[_setting(row)][float(row["noise"])].append(row)
+        groups = _by_setting([row for row in rows if row["dataset"] == dataset])
         noises = sorted({noise for by_noise in groups.values() for noise in by_noise})
         digits = 4 if IS_ERROR[dataset] else 3
         results = [
@@ -384,12 +389,7 @@ def draw_full(rows: list[dict[str, Any]], dataset: str, path: Path) -> None:
         "noisy": f"noisy tasks' test {metric}",
         "last_clean_weight": "weight of the clean tasks, last epoch",
     }
-    groups: dict[Setting, dict[float, list[dict[str, Any]]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for row in rows:
-        groups[_setting(row)][float(row["noise"])].append(row)
-    for setting, by_noise in groups.items():
+    for setting, by_noise in _by_setting(rows).items():
         label, colour = FULL_STYLES[_short_name(setting)]
         noises = sorted(by_noise)
         for axis, (column, _) in zip(axes, columns.items(), strict=True):
