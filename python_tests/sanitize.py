@@ -27,10 +27,10 @@ from simt import check_ops
 
 TESTS = Path(__file__).resolve().parent
 OP_TESTS = [
-    "test_fused_step.py",
-    "test_op_boundary.py",
-    "test_state_dtype.py",
-    "test_mixed_precision.py",
+    "contract/test_fused_step.py",
+    "contract/test_op_boundary.py",
+    "contract/test_state_dtype.py",
+    "contract/test_mixed_precision.py",
 ]
 
 FLAGS = [

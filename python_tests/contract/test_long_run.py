@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from _paths import ROOT
 
 from excessmtl_ext import functional as F
 from excessmtl_ext.functional import ParamLayout, StepOptions, init_state
 
-ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
 RESULTS = sorted((BENCH / "results").glob("long_run_*/measurements.json"))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _paths import ROOT
 
 from excessmtl_ext import _extension
 
@@ -200,7 +201,7 @@ def test_toolkit_is_found_behind_a_script(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def toolchain():
-    path = Path(__file__).parents[1] / "_build_backend" / "toolchain.py"
+    path = ROOT / "_build_backend" / "toolchain.py"
     if not path.is_file():
         pytest.skip("the tests run outside a checkout")
     spec = importlib.util.spec_from_file_location("toolchain", path)
@@ -247,7 +248,7 @@ def test_backend_accepts_a_working_compiler(toolchain, monkeypatch):
 
 
 def test_jit_and_cmake_use_the_same_flags_and_target():
-    path = Path(__file__).parents[1] / "CMakeLists.txt"
+    path = ROOT / "CMakeLists.txt"
     if not path.is_file():
         pytest.skip("the tests run outside a checkout")
     text = path.read_text()

@@ -8,13 +8,12 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _paths import ROOT, TESTS
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -97,5 +96,5 @@ def test_several_processes_end_with_the_same_weights_however_they_share_the_mode
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_is_run_by_a_test(path):
-    tests = [*Path(__file__).parent.rglob("test_*.py")]
+    tests = [*TESTS.rglob("test_*.py")]
     assert any(f'"{path.name}"' in test.read_text(encoding="utf-8") for test in tests)

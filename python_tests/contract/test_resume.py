@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from _inputs import make_problem
+from _rank_model import NUM_TASKS, Net, losses_of, own_rows
 from _ranks import CONTEXT, run_ranks
-from test_distributed import NUM_TASKS, Net, losses_of, own_rows
 from torch.nn.parallel import DistributedDataParallel
 
 from excessmtl_ext import ExcessMTL

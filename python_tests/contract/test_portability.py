@@ -10,10 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from _paths import ROOT
 
 from excessmtl_ext import _extension
 
-ROOT = Path(__file__).parents[1]
 DRIVER = Path(__file__).with_name("element_loops_driver.cpp")
 CSRC = ROOT / "csrc"
 LOOPS = sorted((CSRC / "cpu").glob("element_loops_*.cpp"))

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from _paths import ROOT
 
 from excessmtl_ext import baselines
 
-ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 OTHER_PYTHONS = [p for p in os.environ.get("EXCESSMTL_OTHER_PYTHONS", "").split(os.pathsep) if p]
 BUILD_PACKAGES = ("scikit_build_core", "pybind11", "setuptools_scm")

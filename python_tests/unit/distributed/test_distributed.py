@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from _inputs import Problem, make_problem
+from _inputs import make_problem
+from _rank_model import NUM_TASKS, TOLERANCE, Net, losses_of, own_rows
 from _ranks import raised_by, run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -18,13 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from excessmtl_ext import ExcessMTL, _extension
 from excessmtl_ext.distributed import Ranks, full_state_dict
 
-NUM_TASKS = 3
 NUM_STEPS = 6
-# The tolerance of the contract; atol for elements that cancel.
-TOLERANCE: dict[str, Any] = {
-    "rtol": 1e-5,
-    "atol": 1e-7,
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "official": {"robust_step_size": 0.1},
     "paper": {"robust_step_size": 0.1, "fisher": "linear", "num_warmup_steps": 2},
@@ -39,27 +34,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 # Rank 0 of four has 2 of 20 samples, the last one 8.
 UNEVEN = {1: [20], 2: [4, 16], 4: [2, 4, 6, 8]}
-
-
-class Net(nn.Module):
-    """Encoder and heads in one module, as DistributedDataParallel takes it."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__()
-        self.encoder, self.heads = problem.encoder, problem.heads
-
-    def forward(self, inputs: Tensor) -> list[Tensor]:
-        features = self.encoder(inputs)
-        return [head(features).sum(1) for head in self.heads]  # one column, and no view
-
-
-def losses_of(outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
-    return [((out - targets[:, task]) ** 2).mean() for task, out in enumerate(outputs)]
-
-
-def own_rows(rank: int, sizes: list[int]) -> slice:
-    start = sum(sizes[:rank])
-    return slice(start, start + sizes[rank])
 
 
 def snapshot(balancer: ExcessMTL, model: nn.Module) -> dict[str, Tensor]:

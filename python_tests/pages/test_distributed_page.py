@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 import pytest
-from test_trust_page import ROOT, TESTS, names_in
+from _paths import ROOT, find_test_file
+from test_trust_page import names_in
 
 PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 PROMISES = [
@@ -22,9 +23,9 @@ PROMISES = [
 @pytest.mark.parametrize("row", PROMISES, ids=lambda row: row.split("|")[1].strip()[:60])
 def test_every_promise_names_tests_that_exist(row: str) -> None:
     for name in re.findall(r"`(\S+)::", row):
-        assert (TESTS / name).is_file()
+        find_test_file(name)
     for file, test in re.findall(r"`(\S+)::(\w+)`", row):
-        assert test in names_in(TESTS / file), f"{file} has no {test}"
+        assert test in names_in(find_test_file(file)), f"{file} has no {test}"
 
 
 def test_there_are_promises() -> None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from _datasets import write_nyuv2, write_office_home
 from _inputs import make_problem
+from _paths import ROOT
 from _ranks import CONTEXT
 from PIL import Image
 from scipy.io import savemat
@@ -516,7 +517,6 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
 # ---- the sources
 
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
     path
     for folder in ("excessmtl_ext", "bench", "examples")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _paths import ROOT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from excessmtl_ext import Balancer, ExcessMTL
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "migration.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 
 
 def sections() -> dict[str, list[str]]:

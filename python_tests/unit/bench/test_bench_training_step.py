@@ -5,17 +5,17 @@ import importlib
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from _paths import ROOT
 
 from excessmtl_ext import ExcessMTL, _extension
 
 for package in ("matplotlib", "rich", "torchvision"):
     pytest.importorskip(package, reason=f"the benchmarks need {package}")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(ROOT / "bench"))
 try:
     bench = importlib.import_module("bench_training_step")
     contestants = importlib.import_module("training_step_rows")

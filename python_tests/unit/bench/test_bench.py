@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from _paths import ROOT
 
 from excessmtl_ext import _extension
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = ROOT / "bench"
 
 
 def run_bench(*arguments):

@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from _paths import ROOT
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = ROOT / "bench"
 
 
 @pytest.mark.slow

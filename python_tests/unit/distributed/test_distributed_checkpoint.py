@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from _inputs import make_problem
+from _rank_model import NUM_TASKS, TOLERANCE, Net, losses_of, own_rows
 from _ranks import raised_by, run_ranks
-from test_distributed import NUM_TASKS, TOLERANCE, Net, losses_of, own_rows
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

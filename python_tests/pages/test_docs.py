@@ -13,10 +13,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from _paths import ROOT, find_test_file
 
 import excessmtl_ext
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 SPHINX_PACKAGES = ("sphinx", "furo", "myst_parser", "latex2mathml")
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
@@ -101,7 +101,7 @@ NOT_RUN = {"docs/distributed.md"}
 
 
 def test_no_python_block_of_a_page_is_left_without_a_test():
-    tests = {name: (Path(__file__).parent / name).read_text("utf-8") for name in RUN_BY.values()}
+    tests = {name: find_test_file(name).read_text("utf-8") for name in RUN_BY.values()}
     for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
         if blocks(page, "python") and page not in TUTORIALS:
             name = page.relative_to(ROOT).as_posix()

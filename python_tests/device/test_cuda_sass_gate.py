@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from _paths import ROOT
 
-GATE = Path(__file__).resolve().parents[1] / "bench" / "sass_gate.py"
+GATE = ROOT / "bench" / "sass_gate.py"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _paths import ROOT
 from _sweeps import write_sweep
 
 from excessmtl_ext.training.methods import METHODS, make_balancer
@@ -19,7 +20,7 @@ from excessmtl_ext.training.paper_figures import draw_paper_figures
 from excessmtl_ext.training.sweep_results import read_results
 from excessmtl_ext.training.workloads import WORKLOADS
 
-REPRODUCTION = Path(__file__).parents[1] / "bench" / "reproduction"
+REPRODUCTION = ROOT / "bench" / "reproduction"
 RESULTS = REPRODUCTION / "results"
 SWEEPS = sorted(path.parent for path in RESULTS.glob("*/sweep.json"))
 SOME_METHODS = ["excessmtl-official", "excessmtl-recommended", "uniform", "moml", "single-task"]

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from _paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ROOT / ".ci" / "versions"
 PYPROJECT = ROOT / "pyproject.toml"
 
