@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from excessmtl_ext.training.sweep_results import FinishedRun, write_results
+from excessmtl_ext.training.sweep.results import FinishedRun, write_results
 
 KINDS = {
     "multimnist": ["classification"] * 2,

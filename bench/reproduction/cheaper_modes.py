@@ -27,11 +27,12 @@ from rich.progress import Progress
 from torch import Tensor
 
 from excessmtl_ext import ExcessMTL
-from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.loop import train
-from excessmtl_ext.training.methods import METHODS, Method
-from excessmtl_ext.training.run_record import CONFIG, describe_environment, write_json
-from excessmtl_ext.training.sweep_results import (
+from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.loop import train
+from excessmtl_ext.training.run.methods import METHODS, Method
+from excessmtl_ext.training.run.record import CONFIG, describe_environment, write_json
+from excessmtl_ext.training.run.workloads import WORKLOADS
+from excessmtl_ext.training.sweep.results import (
     RESULTS,
     Row,
     is_finished,
@@ -39,7 +40,6 @@ from excessmtl_ext.training.sweep_results import (
     read_rows,
     write_table,
 )
-from excessmtl_ext.training.workloads import WORKLOADS
 
 NOISE = 0.8
 SEEDS = 3

@@ -12,8 +12,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from excessmtl_ext.training.paper_figures import SHOWN_NOISE
-from excessmtl_ext.training.sweep_results import EPOCHS, RESULTS, SWEEP, read_results, write_table
+from excessmtl_ext.training.pictures.sweep_view import SHOWN_NOISE
+from excessmtl_ext.training.sweep.results import EPOCHS, RESULTS, SWEEP, read_results, write_table
 
 
 def main() -> None:

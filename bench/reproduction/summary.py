@@ -13,9 +13,9 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from excessmtl_ext.training.methods import METHODS
-from excessmtl_ext.training.metrics import PRIMARY_METRIC
-from excessmtl_ext.training.sweep_results import Row, SweepResults, read_results
+from excessmtl_ext.training.run.methods import METHODS
+from excessmtl_ext.training.run.metrics import PRIMARY_METRIC
+from excessmtl_ext.training.sweep.results import Row, SweepResults, read_results
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Training runs in which only the balancer varies, and what they leave on disk. Needs the extra ``[train]``."""
 
-from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.loop import Progress, TrainingInterrupted, train
-from excessmtl_ext.training.methods import METHODS, Method, make_balancer
-from excessmtl_ext.training.ranks import OtherRankFailed
-from excessmtl_ext.training.run_record import RunRecord
+from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.loop import Progress, TrainingInterrupted, train
+from excessmtl_ext.training.run.methods import METHODS, Method, make_balancer
+from excessmtl_ext.training.run.ranks import OtherRankFailed
+from excessmtl_ext.training.run.record import RunRecord
 
 __all__ = [
     "METHODS",

@@ -12,7 +12,7 @@ from _inputs import Problem, make_problem
 
 from excessmtl_ext import ExcessMTL
 from excessmtl_ext.balancer import STATE_VERSION
-from excessmtl_ext.training.run_record import write_atomically
+from excessmtl_ext.training.run.record import write_atomically
 
 OPTIONS: dict[str, Any] = {"robust_step_size": 0.3, "gradient_momentum": 0.9}
 

@@ -32,11 +32,12 @@ from excessmtl_ext.data.multimnist import read_mnist
 from excessmtl_ext.data.nyuv2 import read_frame
 from excessmtl_ext.data.office_home import load_office_home, read_image
 from excessmtl_ext.data.sarcos import load_sarcos
-from excessmtl_ext.training import METHODS, TrainConfig, TrainingInterrupted, loop, train
-from excessmtl_ext.training.figures import read_run
-from excessmtl_ext.training.run_files import read_table
-from excessmtl_ext.training.run_report import read_content
-from excessmtl_ext.training.sweep_results import read_results
+from excessmtl_ext.training import METHODS, TrainConfig, TrainingInterrupted, train
+from excessmtl_ext.training.pictures.report import read_content
+from excessmtl_ext.training.pictures.runs import read_run
+from excessmtl_ext.training.run import loop
+from excessmtl_ext.training.run.files import read_table
+from excessmtl_ext.training.sweep.results import read_results
 
 NUM_MUTATIONS = 60
 
@@ -420,7 +421,7 @@ def test_the_room_that_is_asked_for_is_what_a_run_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     asked: list[list[int]] = []
-    monkeypatch.setattr(loop, "check_room", lambda folder, sizes: asked.append(sizes))
+    monkeypatch.setattr(loop, "check_disk_space", lambda folder, sizes: asked.append(sizes))
     task = "top_left" if METHODS[method].requires_task else None
     train(dataclasses.replace(CONFIG, method=method, task=task, epochs=1), tmp_path)
     ((checkpoint, model, *_, tables),) = asked
@@ -451,7 +452,7 @@ def test_a_folder_without_room_is_an_error_before_the_first_step(tmp_path: Path)
         message = Path(f"{folder}.log").read_text()
         if num_bytes == 100_000:
             assert process.exitcode == 1
-            assert message.startswith("Expected room for")
+            assert message.startswith("Expected space for")
             assert f"in {folder}, which this run will write, but got: File too large" in message
             assert sizes_of(folder).keys() == {
                 "run.lock"

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from excessmtl_ext import ExcessMTL
 from excessmtl_ext.distributed import full_state_dict
 from excessmtl_ext.training import TrainConfig, train
-from excessmtl_ext.training.run_record import write_atomically
+from excessmtl_ext.training.run.record import write_atomically
 
 # 300 samples in batches of 50: 6 steps an epoch.
 CONFIG = TrainConfig(

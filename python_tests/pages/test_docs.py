@@ -122,7 +122,8 @@ def shell_words(page: Path) -> list[list[str]]:
     "page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda p: p.stem
 )
 def test_commands_of_a_page_name_files_modules_and_subcommands_that_exist(page):
-    cli = (ROOT / "excessmtl_ext" / "training" / "cli.py").read_text(encoding="utf-8")
+    files = (ROOT / "excessmtl_ext" / "training" / "cli").glob("*.py")
+    cli = "\n".join(file.read_text(encoding="utf-8") for file in files)
     for words in shell_words(page):
         for word in words:
             if re.fullmatch(r"(bench|docs|examples|python_tests|csrc)/[\w./]+", word):

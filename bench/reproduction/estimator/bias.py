@@ -31,9 +31,9 @@ from torch import Tensor
 from excessmtl_ext.data import MultiTaskData, Split, Task
 from excessmtl_ext.data.seeding import seeded_generator
 from excessmtl_ext.models import EncoderHeads
-from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.metrics import task_losses
-from excessmtl_ext.training.workloads import WORKLOADS
+from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.metrics import task_losses
+from excessmtl_ext.training.run.workloads import WORKLOADS
 
 MOMENTUM = 0.98
 EPS = 1e-7

@@ -11,8 +11,8 @@ from typing import Any
 from excessmtl_ext.data import MultiTaskData, load_multimnist
 from excessmtl_ext.data.multitask_data import TensorSplit
 from excessmtl_ext.models import mlp
-from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.workloads import WORKLOADS, Workload
+from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.workloads import WORKLOADS, Workload
 
 NOISES = (0.0, 0.8)
 ALL_NOISES = (0.8, 0.0, 0.4, 0.2, 0.6, 1.0)  # in the order of their interest

@@ -31,11 +31,11 @@ from grid import Cell, candidate_cells, full_cells, screen_cells
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from excessmtl_ext.data import MultiTaskData
-from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.loop import train
-from excessmtl_ext.training.methods import METHODS, Method, make_balancer
-from excessmtl_ext.training.metrics import PRIMARY_METRIC
-from excessmtl_ext.training.run_record import (
+from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.loop import train
+from excessmtl_ext.training.run.methods import METHODS, Method, make_balancer
+from excessmtl_ext.training.run.metrics import PRIMARY_METRIC
+from excessmtl_ext.training.run.record import (
     CONFIG,
     FINAL_METRICS,
     METRICS,
@@ -43,7 +43,7 @@ from excessmtl_ext.training.run_record import (
     describe_environment,
     read_table,
 )
-from excessmtl_ext.training.workloads import WORKLOADS
+from excessmtl_ext.training.run.workloads import WORKLOADS
 
 METHODS["candidate"] = Method("Candidate", "#000000", CandidateExcessMTL)
 

@@ -15,10 +15,10 @@ import torch
 from _paths import ROOT
 from _sweeps import write_sweep
 
-from excessmtl_ext.training.methods import METHODS, make_balancer
-from excessmtl_ext.training.paper_figures import draw_paper_figures
-from excessmtl_ext.training.sweep_results import read_results
-from excessmtl_ext.training.workloads import WORKLOADS
+from excessmtl_ext.training.pictures.paper import draw_paper_figures
+from excessmtl_ext.training.run.methods import METHODS, make_balancer
+from excessmtl_ext.training.run.workloads import WORKLOADS
+from excessmtl_ext.training.sweep.results import read_results
 
 REPRODUCTION = ROOT / "bench" / "reproduction"
 RESULTS = REPRODUCTION / "results"

@@ -14,8 +14,10 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from excessmtl_ext.training import cli, loop
-from excessmtl_ext.training.run_record import read_table
+from excessmtl_ext.training import cli
+from excessmtl_ext.training.cli import console
+from excessmtl_ext.training.run import loop
+from excessmtl_ext.training.run.record import read_table
 
 SMALL = ["--epochs", "2", "--batch-size", "64", "--num-train", "300", "--noise", "0.8"]
 
@@ -70,7 +72,7 @@ def test_a_signal_saves_a_checkpoint_and_resume_goes_on(
 
     def step_with_signal(self: Any, indices: Any) -> None:
         ordinary_step(self, indices)
-        if self.step == 7:
+        if self.state.step == 7:
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
@@ -139,7 +141,7 @@ def test_demo_ends_in_a_table_and_a_figure(tmp_path: Path) -> None:
 def test_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with pytest.raises(KeyboardInterrupt), cli._stop_on_signal(Console()) as should_stop:
+    with pytest.raises(KeyboardInterrupt), console.stop_on_signal(Console()) as should_stop:
         assert not should_stop()
         signal.raise_signal(signal.SIGINT)
         assert should_stop()
@@ -152,7 +154,7 @@ def test_processes_of_torchrun_get_each_signal_twice_and_finish_their_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    with cli._stop_on_signal(Console()) as should_stop:
+    with console.stop_on_signal(Console()) as should_stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert should_stop()
@@ -187,7 +189,7 @@ def test_real_multimnist_learns_and_resumes_to_the_same_bytes(
 
     def step_with_ctrl_c(self: Any, indices: Any) -> None:
         ordinary_step(self, indices)
-        if self.step == 40:
+        if self.state.step == 40:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:

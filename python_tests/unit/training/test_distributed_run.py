@@ -15,11 +15,13 @@ from _ranks import raised_by, run_ranks
 from torch import Tensor, nn
 
 from excessmtl_ext.data import Task, TensorSplit
-from excessmtl_ext.training import Progress, TrainConfig, TrainingInterrupted, loop, train
-from excessmtl_ext.training.metrics import evaluate
-from excessmtl_ext.training.ranks import RunRanks, local_device
-from excessmtl_ext.training.run_record import read_table
-from excessmtl_ext.training.workloads import find_workload
+from excessmtl_ext.training import Progress, TrainConfig, TrainingInterrupted, train
+from excessmtl_ext.training.run import loop
+from excessmtl_ext.training.run.device import local_device
+from excessmtl_ext.training.run.metrics import evaluate
+from excessmtl_ext.training.run.ranks import RunRanks
+from excessmtl_ext.training.run.record import read_table
+from excessmtl_ext.training.run.workloads import find_workload
 
 # 385 samples in batches of 64: 7 steps an epoch, and the last batch is one sample, which rank 0 has.
 CONFIG = TrainConfig(

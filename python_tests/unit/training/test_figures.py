@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from excessmtl_ext.training.figures import draw_training, read_run
+from excessmtl_ext.training.pictures.runs import draw_training, read_run
 
 
 def write_run(folder: Path, method: str, score: float, task: str | None = None) -> Path:

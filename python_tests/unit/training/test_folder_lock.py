@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from excessmtl_ext.training import folder_lock
-from excessmtl_ext.training.folder_lock import hold_folder
+from excessmtl_ext.training.run import lock
+from excessmtl_ext.training.run.lock import hold_folder
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def test_a_process_of_another_user_counts_as_living(
 def test_the_workers_of_a_killed_process_are_waited_for_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: str
 ) -> None:
-    monkeypatch.setattr(folder_lock, "SECONDS_TO_WAIT_FOR_LOST_CHILDREN", 0.5)
+    monkeypatch.setattr(lock, "SECONDS_TO_WAIT_FOR_LOST_CHILDREN", 0.5)
     lines: list[str] = []
     recorded = number_of_a_process_that_has_ended() if holder == "ended" else holder
     message = "workers of one that was killed still run"

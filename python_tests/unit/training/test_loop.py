@@ -13,15 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from excessmtl_ext.training import (
-    METHODS,
-    Progress,
-    TrainConfig,
-    TrainingInterrupted,
-    loop,
-    train,
-)
-from excessmtl_ext.training.run_record import read_table
+from excessmtl_ext.training import METHODS, Progress, TrainConfig, TrainingInterrupted, train
+from excessmtl_ext.training.run import loop
+from excessmtl_ext.training.run.record import read_table
 
 # 500 samples in batches of 64: 8 steps an epoch, the last one smaller. Interval 3 does not divide 8.
 CONFIG = TrainConfig(

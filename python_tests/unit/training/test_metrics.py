@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from excessmtl_ext.data import Batch, Task, TaskKind, TensorSplit
 from excessmtl_ext.models import EncoderHeads
-from excessmtl_ext.training import metrics
+from excessmtl_ext.training.run import metrics
 
 TASKS = (Task("first", 2), Task("second", 2))
 SEGMENTATION = Task("segmentation", 3, "segmentation")

@@ -9,8 +9,9 @@ from _sweeps import KINDS, write_sweep
 from click.testing import CliRunner
 
 from excessmtl_ext.training.cli import main
-from excessmtl_ext.training.paper_figures import SweepView, _converged_loss, draw_paper_figures
-from excessmtl_ext.training.sweep_results import read_results
+from excessmtl_ext.training.pictures.paper import _converged_loss, draw_paper_figures
+from excessmtl_ext.training.pictures.sweep_view import SweepView
+from excessmtl_ext.training.sweep.results import read_results
 
 ALL = ["excessmtl-official", "excessmtl-recommended", "uniform", "groupdro", "moml", "single-task"]
 

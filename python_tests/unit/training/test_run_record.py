@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from excessmtl_ext.training import RunRecord
-from excessmtl_ext.training.run_record import describe_environment
+from excessmtl_ext.training.run.record import describe_environment
 
 CONFIG = {"method": "uniform", "epochs": 3, "data_root": None, "lr": 0.1}
 

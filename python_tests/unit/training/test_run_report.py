@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from excessmtl_ext.training import cli
-from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.loop import train
-from excessmtl_ext.training.run_record import read_table
-from excessmtl_ext.training.run_report import COLOURS, read_content, write_report
+from excessmtl_ext.training.pictures.report import COLOURS, read_content, write_report
+from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.loop import train
+from excessmtl_ext.training.run.record import read_table
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 

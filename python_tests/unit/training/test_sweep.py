@@ -20,15 +20,9 @@ from click.testing import CliRunner
 from excessmtl_ext.data import Task
 from excessmtl_ext.training import TrainConfig, TrainingInterrupted, train
 from excessmtl_ext.training.cli import main
-from excessmtl_ext.training.sweep import (
-    Cell,
-    SweepConfig,
-    SweepOutcome,
-    SweepStatus,
-    best_step_size,
-    grid_cells,
-    run_sweep,
-)
+from excessmtl_ext.training.sweep.cells import Cell, SweepConfig, grid_cells
+from excessmtl_ext.training.sweep.jobs import SweepStatus
+from excessmtl_ext.training.sweep.scheduler import SweepOutcome, best_step_size, run_sweep
 
 TASKS = (Task("a", 10), Task("b", 10, is_noisy=True))
 OPTIONS = ["--batch-size", "64", "--num-train", "300"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from excessmtl_ext.training.toy import TOY_METHODS, ToyProblem, draw_toy, run_toy
+from excessmtl_ext.training.pictures.toy import TOY_METHODS, ToyProblem, draw_toy, run_toy
 
 PROBLEMS = [
     ToyProblem(),

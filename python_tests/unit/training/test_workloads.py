@@ -11,8 +11,8 @@ import pytest
 from _datasets import make_sarcos_rows, write_nyuv2, write_office_home, write_sarcos
 
 from excessmtl_ext.training import TrainConfig, train
-from excessmtl_ext.training.metrics import HIGHER_IS_BETTER
-from excessmtl_ext.training.workloads import WORKLOADS, find_workload
+from excessmtl_ext.training.run.metrics import HIGHER_IS_BETTER
+from excessmtl_ext.training.run.workloads import WORKLOADS, find_workload
 
 
 def _sarcos(root: Path) -> Path:

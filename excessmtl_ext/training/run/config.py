@@ -14,8 +14,8 @@ class TrainConfig:
     """The values of one run, written to config.json in full.
 
     Attributes:
-        dataset: A key of `excessmtl_ext.training.workloads.WORKLOADS`.
-        method: A key of `excessmtl_ext.training.methods.METHODS`.
+        dataset: A key of `excessmtl_ext.training.run.workloads.WORKLOADS`.
+        method: A key of `excessmtl_ext.training.run.methods.METHODS`.
         epochs: Passes over the training data.
         batch_size: Samples per step, of all processes together; the last batch of an epoch may be smaller.
         lr: Learning rate of Adam, constant.

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from excessmtl_ext.training.figures import GRID_COLOUR, TEXT_COLOUR, new_figure, style_axes
-from excessmtl_ext.training.loop import SELECTION_METRIC
-from excessmtl_ext.training.methods import METHODS
-from excessmtl_ext.training.metrics import PRIMARY_METRIC
-from excessmtl_ext.training.run_files import read_json, read_table
-from excessmtl_ext.training.run_record import (
+from excessmtl_ext.training.pictures.style import GRID_COLOUR, TEXT_COLOUR, new_figure, style_axes
+from excessmtl_ext.training.run.files import read_json, read_table
+from excessmtl_ext.training.run.loop import SELECTION_METRIC
+from excessmtl_ext.training.run.methods import METHODS
+from excessmtl_ext.training.run.metrics import PRIMARY_METRIC
+from excessmtl_ext.training.run.record import (
     CONFIG,
     ENVIRONMENT,
     FINAL_METRICS,
     METRICS,
     TASK_WEIGHTS,
 )
-from excessmtl_ext.training.workloads import WORKLOADS
+from excessmtl_ext.training.run.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

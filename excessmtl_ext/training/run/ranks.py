@@ -143,18 +143,6 @@ class RunRanks:
         return [bool(each) for each in self._ranks.all_gather(own).tolist()]
 
 
-def local_device(device: torch.device) -> torch.device:
-    """The device of this process where ``device`` names only a kind: one GPU for each process of a machine."""
-    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
-        return device
-    if device.index is not None:
-        raise ValueError(
-            f"Expected `device` without a number in a distributed run, but got {device}: each process takes the GPU "
-            "of its own LOCAL_RANK. Pass --device cuda."
-        )
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-
-
 def is_main_process() -> bool:
     """Whether this process is alone or the first of those that torchrun has started."""
     return os.environ.get("RANK", "0") == "0"

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from excessmtl_ext import Balancer, ExcessMTL
-from excessmtl_ext.data import Batch, MultiTaskData, Split, Task
+from excessmtl_ext import Balancer
+from excessmtl_ext.data import MultiTaskData, Task
 from excessmtl_ext.data.seeding import seeded_generator
-from excessmtl_ext.distributed import full_state_dict
 from excessmtl_ext.distributed.dtensors import local_part
-from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.models import EncoderHeads
-from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.folder_lock import hold_folder
-from excessmtl_ext.training.methods import METHODS, check_spans_ranks, make_balancer
-from excessmtl_ext.training.metrics import evaluate, label_counts, task_losses
-from excessmtl_ext.training.parallel_model import ParallelModel
-from excessmtl_ext.training.ranks import RunRanks, joined_ranks, local_device
-from excessmtl_ext.training.run_files import check_room
-from excessmtl_ext.training.run_record import CHECKPOINT, METRICS, TASK_WEIGHTS, TIMES, RunRecord
-from excessmtl_ext.training.workloads import find_workload
+from excessmtl_ext.training.run.batches import BatchesOfSplit, HeldOutBatches, Part
+from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.device import find_device, local_device
+from excessmtl_ext.training.run.files import check_disk_space
+from excessmtl_ext.training.run.lock import hold_folder
+from excessmtl_ext.training.run.methods import METHODS, check_spans_ranks, make_balancer
+from excessmtl_ext.training.run.metrics import evaluate, label_counts, task_losses
+from excessmtl_ext.training.run.parallel_model import ParallelModel
+from excessmtl_ext.training.run.ranks import RunRanks, joined_ranks
+from excessmtl_ext.training.run.record import CHECKPOINT, METRICS, TASK_WEIGHTS, TIMES, RunRecord
+from excessmtl_ext.training.run.run_state import RunState
+from excessmtl_ext.training.run.workloads import find_workload
 
 SELECTION_METRIC = "validation/mean_score"
-
-# Names, headers and padding of the saved tensors, and the tables and JSON files of a long run.
-ROOM_FOR_TABLES = 1 << 20
 
 # Share of the training data that a method with validation losses (MOML) takes out of the training, with clean labels:
 # He et al. 2024, Fig. 5.
@@ -99,7 +96,7 @@ def train(
         FileNotFoundError: the data are missing.
         OtherRankFailed: another process of the run has failed.
     """
-    device = _find_device(config.device)
+    device = find_device(config.device)
     if config.distributed is not None:
         check_spans_ranks(config.method)
         device = local_device(device)
@@ -172,26 +169,27 @@ class _Run:
             else SELECTION_METRIC
         )
         self.train_indices = torch.arange(len(self.train_split))
-        self.held_out: _HeldOut | None = None
+        self.held_out: HeldOutBatches | None = None
         if "validation_losses" in self.balancer.requires:
             order = torch.randperm(
                 len(self.train_split), generator=seeded_generator(config.seed, "held_out")
             )
             num_held_out = max(1, int(HELD_OUT_SHARE * len(order)))
             self.train_indices = order[num_held_out:].sort().values
-            self.held_out = _HeldOut(data.clean_train.to(device), order[:num_held_out], config)
+            self.held_out = HeldOutBatches(
+                data.clean_train.to(device), order[:num_held_out], config
+            )
         self.steps_per_epoch = -(-len(self.train_indices) // config.batch_size)
         self.num_steps = config.epochs * self.steps_per_epoch
 
-        self.step = 0
-        self.best_score = -float("inf")
-        # Sums over the epoch, one row each: losses times labels, labels (both of this process), weights, risks,
-        # relative risks.
-        self.epoch_sums = torch.zeros(5, len(self.tasks), dtype=torch.float64, device=device)
-        self.num_finite_steps = 0
-        self.num_skipped_steps = 0
-        self.weight_rows: list[tuple[int, Tensor]] = []
-        self.seconds = 0.0
+        self.state = RunState(
+            self.parallel,
+            self.optimizer,
+            self.balancer,
+            ranks,
+            num_tasks=len(self.tasks),
+            device=device,
+        )
         self.latest: dict[str, float] = {}
 
         if ranks.rank > 0:  # one process' stream of random numbers is rank 0's
@@ -203,12 +201,14 @@ class _Run:
         checkpoint = self.ranks.first(lambda: self._open_record(resume=resume))
         if checkpoint is not None:
             self._restore(checkpoint)
-        if self.step >= self.steps_per_epoch:
+        if self.state.step >= self.steps_per_epoch:
             self.latest = self.ranks.first(self._read_latest)
 
     def _open_record(self, *, resume: bool) -> dict[str, Any] | None:
         """Rank 0 only, as everything else that touches ``self.record``; returns the checkpoint to go on from."""
-        check_room(self.folder, self._file_sizes(is_new=not (self.folder / CHECKPOINT).is_file()))
+        check_disk_space(
+            self.folder, self.state.file_sizes(is_new=not (self.folder / CHECKPOINT).is_file())
+        )
         config = {**dataclasses.asdict(self.config), "balancer": repr(self.balancer)}
         self.record = RunRecord(self.folder, config, resume=resume)
         return self.record.checkpoint
@@ -227,25 +227,25 @@ class _Run:
     ) -> dict[str, Any]:
         """Runs from the present step to the last, and writes what is to be reported."""
         report(self._progress())
-        while self.step < self.num_steps:
-            epoch, first_step = divmod(self.step, self.steps_per_epoch)
+        while self.state.step < self.num_steps:
+            epoch, first_step = divmod(self.state.step, self.steps_per_epoch)
             batches = self._batches(epoch, first_step)
             started = time.perf_counter()
             for batch in self.ranks.in_step(batches):
                 if self.ranks.any(should_stop()):
-                    self.seconds += time.perf_counter() - started
+                    self.state.seconds += time.perf_counter() - started
                     self._save()
                     raise TrainingInterrupted(
-                        f"Stopped after step {self.step} of {self.num_steps}."
+                        f"Stopped after step {self.state.step} of {self.num_steps}."
                     )
                 self._train_step(batch)
                 report(self._progress())
-            self.seconds += time.perf_counter() - started
+            self.state.seconds += time.perf_counter() - started
             self._end_epoch(epoch + 1)
             report(self._progress())
         return self.ranks.first(self._finish)
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[_Part]:
+    def _batches(self, epoch: int, first_step: int) -> Iterator[Part]:
         """Yields this process's parts of an epoch's batches from ``first_step`` on; workers change nothing."""
         order = torch.randperm(
             len(self.train_indices),
@@ -260,16 +260,16 @@ class _Run:
         ]
         if not self.config.num_workers:
             batches = (self.train_split.batch(batch, epoch=epoch) for batch in indices)
-            yield from map(_Part, batches, are_own)
+            yield from map(Part, batches, are_own)
             return
         loader = DataLoader(
-            _BatchesOfSplit(self.train_split, indices, epoch),
+            BatchesOfSplit(self.train_split, indices, epoch),
             batch_size=None,
             num_workers=self.config.num_workers,
         )
-        yield from map(_Part, (batch.to(self.device) for batch in loader), are_own)
+        yield from map(Part, (batch.to(self.device) for batch in loader), are_own)
 
-    def _train_step(self, part: _Part) -> None:
+    def _train_step(self, part: Part) -> None:
         batch = part.batch
         features = None
         if self.balancer.needs_features:
@@ -280,7 +280,7 @@ class _Run:
         losses = task_losses(outputs, batch.targets, self.tasks)
         counts = label_counts(batch.targets, self.tasks) if part.is_own else [0] * len(losses)
         if self.held_out is not None:
-            clean = self.held_out.batch(self.step)
+            clean = self.held_out.batch(self.state.step)
             clean_losses = task_losses(self.model(clean.inputs), clean.targets, self.tasks)
             self.balancer.observe_validation(clean_losses)  # type: ignore[operator]
         self.optimizer.zero_grad()
@@ -289,7 +289,7 @@ class _Run:
             features=features,
             num_samples=counts if self.ranks.size > 1 else None,
         )
-        self.step += 1
+        self.state.step += 1
         # Adam would carry a NaN in its running means for ever. No method looks at the gradients of the heads, and
         # some look at no gradient: the largest element tells, which no sum of squares can overflow.
         zero = torch.zeros((), device=self.device)
@@ -299,43 +299,25 @@ class _Run:
         largest = torch.nn.utils.get_total_norm(grads, norm_type=float("inf"))
         is_finite = values.isfinite().all() & largest.isfinite()
         if self.ranks.any(bool(self.balancer.found_nonfinite.any() | ~is_finite)):
-            self.num_skipped_steps += 1
+            self.state.num_skipped_steps += 1
         else:
             self.optimizer.step()
-            self._add_to_epoch(values, counts)
-        if self.step % self.config.task_weight_interval == 0:
-            self.weight_rows.append((self.step, self.balancer.task_weights.clone()))
-
-    def _add_to_epoch(self, values: Tensor, counts: Sequence[int]) -> None:
-        num_labels = torch.tensor(counts, dtype=torch.float64, device=self.device)
-        rows = [values * num_labels, num_labels, self.balancer.task_weights]
-        rows += [getattr(self.balancer, name) for name in self._risk_names()]
-        for total, row in zip(self.epoch_sums, rows, strict=False):
-            total += row
-        self.num_finite_steps += 1
-
-    def _risk_names(self) -> list[str]:
-        """The risks that the balancer estimates, none for most methods."""
-        names = ("excess_risk", "relative_excess_risk")
-        return [name for name in names if hasattr(self.balancer, name)]
-
-    def _joined_epoch_sums(self) -> list[list[float]]:
-        """``epoch_sums`` of the run: the losses of all processes; weights and risks are the same on each."""
-        losses = self.ranks.gather(self.epoch_sums[:2].cpu())
-        return [*torch.stack(losses).sum(0).tolist(), *self.epoch_sums[2:].tolist()]
+            self.state.add(values, counts)
+        if self.state.step % self.config.task_weight_interval == 0:
+            self.state.weight_rows.append((self.state.step, self.balancer.task_weights.clone()))
 
     def _end_epoch(self, epoch: int) -> None:
         """Evaluates, writes the epoch's rows, keeps the model if it is the best, and saves a checkpoint."""
-        if self.num_finite_steps == 0:
+        if self.state.num_finite_steps == 0:
             raise FloatingPointError(
                 f"Expected finite gradients, but no step of epoch {epoch} had any: the run has diverged. "
                 "Start it again with a smaller --lr."
             )
-        loss_sums, num_samples, weight_sums, *risk_sums = self._joined_epoch_sums()
-        row: dict[str, float] = {"epoch": epoch, "step": self.step}
+        loss_sums, num_samples, weight_sums, *risk_sums = self.state.joined_epoch_sums()
+        row: dict[str, float] = {"epoch": epoch, "step": self.state.step}
         for task, total, number in zip(self.tasks, loss_sums, num_samples, strict=True):
             row[f"train/{task.name}_loss"] = total / number if number else float("nan")
-        row["train/skipped_steps"] = self.num_skipped_steps
+        row["train/skipped_steps"] = self.state.num_skipped_steps
         self.ranks.copy_buffers(self.model)
         for name, split in (("validation", self.validation_split), ("test", self.test_split)):
             for metric, value in evaluate(self.model, split, self.tasks, ranks=self.ranks).items():
@@ -343,27 +325,26 @@ class _Run:
         weights = self.balancer.task_weights.tolist()
         for index, task in enumerate(self.tasks):
             row[f"balancer/{task.name}_weight"] = weights[index]
-            row[f"balancer/{task.name}_mean_weight"] = weight_sums[index] / self.num_finite_steps
-            for risk, sums in zip(self._risk_names(), risk_sums, strict=False):
-                row[f"balancer/{task.name}_{risk}"] = sums[index] / self.num_finite_steps
+            row[f"balancer/{task.name}_mean_weight"] = (
+                weight_sums[index] / self.state.num_finite_steps
+            )
+            for risk, sums in zip(self.state.risk_names(), risk_sums, strict=False):
+                row[f"balancer/{task.name}_{risk}"] = sums[index] / self.state.num_finite_steps
         self.ranks.first(lambda: self._append_rows(row))
-        self.weight_rows.clear()
-        self.epoch_sums.zero_()
-        self.num_finite_steps = self.num_skipped_steps = 0
-        self.seconds = 0.0
+        self.state.begin_epoch()
         self.latest = row
-        if row[self.selection_metric] > self.best_score:
-            self.best_score = row[self.selection_metric]
+        if row[self.selection_metric] > self.state.best_score:
+            self.state.best_score = row[self.selection_metric]
             best = {"epoch": epoch, "model": self.parallel.state()}
             self.ranks.first(lambda: self.record.save_best_model(best))
         self._save()
 
     def _append_rows(self, row: dict[str, float]) -> None:
         self.record.append(METRICS, list(row), [list(row.values())])
-        times = [row["epoch"], self.seconds]
+        times = [row["epoch"], self.state.seconds]
         self.record.append(TIMES, ["epoch", "train_seconds"], [times])
         columns = ["step", *(task.name for task in self.tasks)]
-        weights = [[step, *weights.tolist()] for step, weights in self.weight_rows]
+        weights = [[step, *weights.tolist()] for step, weights in self.state.weight_rows]
         self.record.append(TASK_WEIGHTS, columns, weights)
 
     def _finish(self) -> dict[str, Any]:
@@ -388,56 +369,20 @@ class _Run:
         self.record.write_final_metrics(metrics)
         return metrics
 
-    def _file_sizes(self, *, is_new: bool) -> list[int]:
-        """Bytes of the files that the run will write.
-
-        A checkpoint and the best model, and each once more while it is being replaced.
-        """
-        parameters = [parameter.numel() for parameter in self.model.parameters()]
-        model = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        checkpoint = model + 2 * 4 * sum(parameters)  # Adam's two means
-        if isinstance(self.balancer, ExcessMTL):
-            layout = ParamLayout([p.numel() for p in self.model.encoder.parameters()])
-            num_states = 1 + (self.balancer.gradient_momentum > 0)
-            checkpoint += num_states * len(self.tasks) * 4 * layout.padded_numel
-        return [*[checkpoint, model] * (1 + is_new), ROOM_FOR_TABLES]
-
     def _progress(self) -> Progress:
-        epoch = self.step // self.steps_per_epoch
-        return Progress(self.step, self.num_steps, epoch, self.latest)
+        epoch = self.state.step // self.steps_per_epoch
+        return Progress(self.state.step, self.num_steps, epoch, self.latest)
 
     def _save(self) -> None:
-        own, *others = self.ranks.gather(self._own_state())
-        state = {
-            "step": self.step,
-            "best_score": self.best_score,
-            "num_finite_steps": self.num_finite_steps,
-            "num_skipped_steps": self.num_skipped_steps,
-            "weight_rows": [list(row) for row in self.weight_rows],
-            "seconds": self.seconds,
-            "model": self.parallel.state(),
-            "optimizer": self.parallel.optimizer_state(self.optimizer),
-            "balancer": _whole_state(self.balancer),
-            **own,
-            "other_ranks": others,
-        }
+        state = self.state.checkpoint()
         self.ranks.first(lambda: self.record.save_checkpoint(state))
-
-    def _own_state(self) -> dict[str, Any]:
-        """What differs between the processes of a run."""
-        has_cuda = self.device.type == "cuda"
-        return {
-            "epoch_sums": self.epoch_sums.cpu(),
-            "cpu_generator": torch.get_rng_state(),
-            "cuda_generator": torch.cuda.get_rng_state(self.device) if has_cuda else None,
-        }
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         """Takes the state of an interrupted run; raises ValueError where the checkpoint does not hold it."""
         try:
             step = int(checkpoint["step"])
             if step <= self.num_steps:
-                self._take(checkpoint)
+                self.state.restore(checkpoint)
         except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
             what = " ".join(str(error).split())
             raise ValueError(
@@ -450,84 +395,3 @@ class _Run:
                 f"Expected `epochs` of at least {done}, which the run in {self.folder} has begun, "
                 f"but got {self.config.epochs}."
             )
-
-    def _take(self, checkpoint: dict[str, Any]) -> None:
-        own = checkpoint
-        if self.ranks.rank > 0:
-            own = checkpoint["other_ranks"][self.ranks.rank - 1]
-        self.step = checkpoint["step"]
-        self.best_score = checkpoint["best_score"]
-        self.epoch_sums.copy_(own["epoch_sums"])
-        self.num_finite_steps = checkpoint["num_finite_steps"]
-        self.num_skipped_steps = checkpoint["num_skipped_steps"]
-        self.weight_rows = [(step, weights) for step, weights in checkpoint["weight_rows"]]
-        self.seconds = checkpoint["seconds"]
-        self.parallel.load_state(checkpoint["model"])
-        self.parallel.load_optimizer_state(self.optimizer, checkpoint["optimizer"])
-        self.balancer.load_state_dict(checkpoint["balancer"])
-        torch.set_rng_state(own["cpu_generator"])
-        if own["cuda_generator"] is not None:
-            torch.cuda.set_rng_state(own["cuda_generator"], self.device)
-
-
-def _whole_state(balancer: Balancer) -> dict[str, Any]:
-    """The state as one process would save it; every process of a run calls this."""
-    return full_state_dict(balancer) if isinstance(balancer, ExcessMTL) else balancer.state_dict()
-
-
-class _Part(NamedTuple):
-    """What one process has of a batch.
-
-    Attributes:
-        batch: Its samples.
-        is_own: False where the batch has fewer samples than there are processes, and this one's stands in for none.
-    """
-
-    batch: Batch
-    is_own: bool
-
-
-class _BatchesOfSplit(Dataset[Batch]):
-    """The batches of one epoch as worker processes read them."""
-
-    def __init__(self, split: Split, indices: Sequence[Tensor], epoch: int) -> None:
-        self.split, self.indices, self.epoch = split, indices, epoch
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.split.batch(self.indices[index], epoch=self.epoch)
-
-
-class _HeldOut:
-    """Clean batches that a method sees and the optimizer does not, one per step, in a seeded order per pass."""
-
-    def __init__(self, clean_train: Split, indices: Tensor, config: TrainConfig) -> None:
-        self.clean_train, self.indices, self.seed = clean_train, indices, config.seed
-        self.batch_size = min(config.batch_size, len(indices))
-
-    def batch(self, step: int) -> Batch:
-        """Returns the batch of a step, so that a resumed run sees the same."""
-        steps_per_pass = len(self.indices) // self.batch_size
-        number, position = divmod(step, steps_per_pass)
-        order = torch.randperm(
-            len(self.indices), generator=seeded_generator(self.seed, "held_out_order", number)
-        )
-        start = position * self.batch_size
-        return self.clean_train.batch(self.indices[order[start : start + self.batch_size]])
-
-
-def _find_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(
-            f"Expected `device` such as cpu, cuda or cuda:1, but got {name!r}."
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"Expected `device` to be one of this machine, but got {name!r} and torch {torch.__version__} "
-            "finds no CUDA device. Pass --device cpu."
-        )
-    return device

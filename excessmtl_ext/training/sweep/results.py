@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from excessmtl_ext.training.run_files import read_json, read_table, write_atomically
-from excessmtl_ext.training.run_record import (
+from excessmtl_ext.training.run.files import read_json, read_table, write_atomically
+from excessmtl_ext.training.run.record import (
     CONFIG,
     FINAL_METRICS,
     METRICS,

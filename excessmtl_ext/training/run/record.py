@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from excessmtl_ext._extension import build_info, unavailable_reason
-from excessmtl_ext.training.config import FREE_ON_RESUME
-from excessmtl_ext.training.run_files import read_json, read_table, write_atomically, write_json
+from excessmtl_ext.training.run.config import FREE_ON_RESUME
+from excessmtl_ext.training.run.files import read_json, read_table, write_atomically, write_json
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from excessmtl_ext import Balancer, ExcessMTL, GroupDRO, Uniform, functional
 from excessmtl_ext.functional import ParamLayout, StepOptions
-from excessmtl_ext.training.figures import DOTS_PER_INCH, GRID_COLOUR, TEXT_COLOUR
-from excessmtl_ext.training.methods import METHODS
+from excessmtl_ext.training.pictures.style import DOTS_PER_INCH, GRID_COLOUR, TEXT_COLOUR
+from excessmtl_ext.training.run.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from excessmtl_ext.models import EncoderHeads
-from excessmtl_ext.training.ranks import RunRanks
+from excessmtl_ext.training.run.ranks import RunRanks
 
 Distributed = Literal["ddp", "fsdp"]
 

@@ -98,24 +98,24 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        temporary.unlink(missing_ok=True)  # on a full disk, half a file takes the room of others
+        temporary.unlink(missing_ok=True)  # on a full disk, half a file takes the space of others
         raise
     os.replace(temporary, path)
 
 
-def check_room(folder: Path, file_sizes: Sequence[int]) -> None:
+def check_disk_space(folder: Path, file_sizes: Sequence[int]) -> None:
     """Raises OSError unless files of these sizes, in bytes, can be written to ``folder`` together.
 
     They are allocated and removed: so a quota or a limit on the size of files counts as a full disk does.
     """
-    paths = [folder / f"room_{number}.tmp" for number in range(len(file_sizes))]
+    paths = [folder / f"space_{number}.tmp" for number in range(len(file_sizes))]
     try:
         for path, size in zip(paths, file_sizes, strict=True):
             with path.open("wb") as file:
                 _allocate(file, size)
     except OSError as error:
         raise OSError(
-            f"Expected room for {sum(file_sizes) / 2**20:,.1f} MiB in {folder}, which this run will write, but got: "
+            f"Expected space for {sum(file_sizes) / 2**20:,.1f} MiB in {folder}, which this run will write, but got: "
             f"{error.strerror}. Free some space, or name another folder."
         ) from error
     finally:

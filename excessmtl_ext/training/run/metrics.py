@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from excessmtl_ext.data import IGNORED_CLASS, Split, Task, TaskKind
 from excessmtl_ext.models import EncoderHeads
-from excessmtl_ext.training.ranks import RunRanks
+from excessmtl_ext.training.run.ranks import RunRanks
 
 # Evaluation keeps no graph; larger batches than this gain nothing on two cores.
 EVALUATION_BATCH_SIZE = 2_000

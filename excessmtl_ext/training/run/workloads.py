@@ -16,7 +16,7 @@ from excessmtl_ext.data import (
 from excessmtl_ext.data.office_home import DEFAULT_IMAGE_SIZE as OFFICE_HOME_SIZE
 from excessmtl_ext.data.sarcos import NUM_INPUTS as SARCOS_INPUTS
 from excessmtl_ext.models import EncoderHeads, lenet, mlp, resnet18_heads, segnet
-from excessmtl_ext.training.config import TrainConfig
+from excessmtl_ext.training.run.config import TrainConfig
 
 # Two layers of 32 reach 0.95 on both tasks without noise and train in two seconds.
 DIGITS_HIDDEN = (32, 32)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from excessmtl_ext.training.config import TrainConfig
-from excessmtl_ext.training.loop import Progress, train
-from excessmtl_ext.training.run_files import read_json
-from excessmtl_ext.training.run_record import FINAL_METRICS
-from excessmtl_ext.training.workloads import find_workload
+from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.files import read_json
+from excessmtl_ext.training.run.loop import Progress, train
+from excessmtl_ext.training.run.record import FINAL_METRICS
+from excessmtl_ext.training.run.workloads import find_workload
 
 DATASET = "digits"
 NOISE = 0.8

@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from excessmtl_ext.training.figures import (
-    DOTS_PER_INCH,
-    TEXT_COLOUR,
-    new_figure,
-    style_axes,
+from excessmtl_ext.training.pictures.paper_panels import (
+    ESTIMATING,
+    count_epochs,
+    draw_band,
+    draw_single_task,
+    draw_spread,
+    finish_figure,
+    label_weight,
+    metric_label,
+    spread_note,
+    zoom,
 )
-from excessmtl_ext.training.methods import METHODS
-from excessmtl_ext.training.metrics import HIGHER_IS_BETTER, PRIMARY_METRIC
-from excessmtl_ext.training.sweep_results import Row, SweepResults
-from excessmtl_ext.training.workloads import WORKLOADS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# The noise level of the figures that show one: the paper's Figs. 2, 3 and 4.
-SHOWN_NOISE = 0.8
+from excessmtl_ext.training.pictures.style import DOTS_PER_INCH, TEXT_COLOUR, new_figure, style_axes
+from excessmtl_ext.training.pictures.sweep_view import SINGLE_TASK, SweepView
+from excessmtl_ext.training.run.methods import METHODS
+from excessmtl_ext.training.run.workloads import WORKLOADS
+from excessmtl_ext.training.sweep.results import Row, SweepResults
 
 # Which figure of the paper shows a data set over the noise levels.
 NOISE_FIGURES = {"multimnist": 6, "office-home": 7, "nyuv2": 8, "sarcos": 9}
 
-# Methods that estimate excess risks; their lines are wide.
-ESTIMATING = tuple(name for name in METHODS if name.startswith("excessmtl"))
-SINGLE_TASK = "single-task"
 MOML = "moml"
 
 CLEAN_COLOUR, NOISY_COLOUR = "#0072B2", "#D55E00"
 
 # Between two powers of ten a logarithmic axis has no labelled ticks.
 LOG_SCALE_FROM = 30
-
-METRIC_LABELS = {
-    "score": "score (1 is perfect)",
-    "accuracy": "accuracy",
-    "nmse": "normalised squared error",
-    "miou": "mean intersection over union",
-    "relative_error": "relative error",
-    "mean_angle": "mean angle in degrees",
-}
 
 
 @dataclass(frozen=True)
@@ -64,65 +52,6 @@ class FigureReport:
     name: str
     path: Path | None = None
     missing: str = ""
-
-
-class SweepView:
-    """The runs of one sweep as figures ask for them."""
-
-    def __init__(self, results: SweepResults) -> None:
-        self.results = results
-        settings = results.settings
-        self.dataset: str = settings["dataset"]
-        self.title = WORKLOADS[self.dataset].title
-        self.tasks: list[str] = [task["name"] for task in settings["tasks"]]
-        self.noisy = [task["name"] for task in settings["tasks"] if task["is_noisy"]]
-        self.clean = [task for task in self.tasks if task not in self.noisy]
-        kinds = {task["kind"] for task in settings["tasks"]}
-        # Tasks of different kinds have only the score in common.
-        self.metric = PRIMARY_METRIC[kinds.pop()] if len(kinds) == 1 else "score"
-        present = {row["method"] for row in results.runs}
-        self.methods = [name for name in METHODS if name in present]
-        self.noise = sorted({row["noise"] for row in results.runs if not row["task"]})
-        self._epochs: dict[tuple[Any, ...], list[Row]] = {}
-        for row in results.epochs:
-            key = (row["method"], row["task"], row["noise"], row["seed"])
-            self._epochs.setdefault(key, []).append(row)
-
-    @property
-    def shown_noise(self) -> float:
-        """The level nearest to 80 %."""
-        return min(self.noise, key=lambda noise: abs(noise - SHOWN_NOISE))
-
-    def runs(self, method: str, noise: float, task: str = "") -> list[Row]:
-        """Returns one row of results.csv per seed."""
-        if task in self.clean:
-            noise = 0.0  # that of the run which serves all levels
-        return [
-            row
-            for row in self.results.runs
-            if (row["method"], row["task"], row["noise"]) == (method, task, noise)
-        ]
-
-    def epochs(self, run: Row) -> list[Row]:
-        """Returns the rows of epochs.csv of a run."""
-        return self._epochs.get((run["method"], run["task"], run["noise"], run["seed"]), [])
-
-    def alone(self, task: str, noise: float, column: str) -> list[float]:
-        """Returns a column of the runs that train a task alone, one value per seed."""
-        return [row[column] for row in self.runs(SINGLE_TASK, noise, task)]
-
-    def describe(self, methods: Iterable[str]) -> str:
-        """Says on what the numbers stand: images, epochs, seeds."""
-        chosen = set(methods)
-        rows = [row for row in self.results.runs if row["method"] in chosen]
-        counts = _spanned(row["num_train"] for row in rows)
-        epochs = _spanned(row["epochs"] for row in rows)
-        cells: dict[tuple[Any, ...], int] = {}
-        for row in rows:
-            key = (row["method"], row["task"], row["noise"])
-            cells[key] = cells.get(key, 0) + 1
-        seeds = _spanned(cells.values())
-        return f"{counts} training samples, {epochs} epochs, {seeds} seed{'s' * (seeds != '1')}"
 
 
 def draw_paper_figures(
@@ -207,23 +136,23 @@ def draw_curves_over_epochs(view: SweepView, path: Path) -> str:
             length = min((len(curve) for curve in curves), default=0)
             if length:
                 values = np.array([curve[:length] for curve in curves])
-                _draw_band(ax, np.arange(1, length + 1), values, name)
-    _label_weight(axes[0], view, "epoch")
+                draw_band(ax, np.arange(1, length + 1), values, name)
+    label_weight(axes[0], view, "epoch")
     axes[1].set_title("Clean tasks")
     axes[2].set_title("Noisy tasks, on clean test labels")
     for ax, names in ((axes[1], view.clean), (axes[2], view.noisy)):
         ax.set_xlabel("epoch")
-        ax.set_ylabel(_metric_label(view.metric))
-        _draw_single_task(ax, view, names, [noise])
-        _zoom(ax, view.metric)
+        ax.set_ylabel(metric_label(view.metric))
+        draw_single_task(ax, view, names, [noise])
+        zoom(ax, view.metric)
     for ax in axes:
         style_axes(ax)
-        _count_epochs(ax)
-    _finish(
+        count_epochs(ax)
+    finish_figure(
         figure,
         axes[1],
         path,
-        f"{view.title} during training, {noise:.0%} label noise: {view.describe(methods)}{_spread_note(view)}",
+        f"{view.title} during training, {noise:.0%} label noise: {view.describe(methods)}{spread_note(view)}",
     )
     return ""
 
@@ -275,7 +204,7 @@ def draw_excess_risk(view: SweepView, path: Path) -> str:
         estimate_axes.set_xlabel("epoch")
         for ax in (true_axes, estimate_axes):
             style_axes(ax)
-            _count_epochs(ax)
+            count_epochs(ax)
         true_axes.set_ylim(bottom=0)
     grid[0][0].set_ylabel("true excess risk\n(training loss − converged loss)")
     grid[1][0].set_ylabel("estimated excess risk\n(each method's own unit)")
@@ -283,7 +212,7 @@ def draw_excess_risk(view: SweepView, path: Path) -> str:
         basis = "converged: lowest training loss of the task alone"
     else:
         basis = "converged: lowest training loss of the run itself"
-    _finish(
+    finish_figure(
         figure,
         grid[0][0],
         path,
@@ -376,151 +305,24 @@ def _draw_over_noise(view: SweepView, methods: Sequence[str], path: Path) -> str
             else:
                 mean = _mean_of(names)
                 values = [[mean(run) for run in view.runs(name, noise)] for noise in levels]
-            _draw_spread(ax, [100 * noise for noise in levels], values, name)
+            draw_spread(ax, [100 * noise for noise in levels], values, name)
     axes[0].set_title("All tasks")
     axes[1].set_title("Clean tasks")
     for ax, names in ((axes[0], view.tasks), (axes[1], view.clean)):
         ax.set_xlabel("label noise of the noisy tasks in %")
-        ax.set_ylabel(_metric_label(view.metric))
-        _draw_single_task(ax, view, names, view.noise, is_over_noise=True)
-    _label_weight(axes[2], view, "label noise of the noisy tasks in %")
+        ax.set_ylabel(metric_label(view.metric))
+        draw_single_task(ax, view, names, view.noise, is_over_noise=True)
+    label_weight(axes[2], view, "label noise of the noisy tasks in %")
     for ax in axes:
         style_axes(ax)
         ax.set_xticks([100 * noise for noise in view.noise])
-    _finish(
+    finish_figure(
         figure,
         axes[0],
         path,
-        f"{view.title}, on clean test labels: {view.describe(methods)}{_spread_note(view)}",
+        f"{view.title}, on clean test labels: {view.describe(methods)}{spread_note(view)}",
     )
     return ""
-
-
-def _label_weight(ax: Axes, view: SweepView, x_label: str) -> None:
-    share = len(view.clean) / len(view.tasks)
-    ax.axhline(share, color=METHODS["uniform"].colour, linewidth=1, linestyle=":")
-    ax.annotate(
-        f"{share:.3g}",
-        (1.01, share),
-        xycoords=("axes fraction", "data"),
-        va="center",
-        fontsize=8.5,
-        color=TEXT_COLOUR,
-    )
-    ax.set_title("Weight of the clean tasks" + (", last epoch" if x_label != "epoch" else ""))
-    ax.set_ylabel("share of all weights")
-    ax.set_xlabel(x_label)
-    ax.set_ylim(-0.03, 1.03)
-
-
-def _draw_single_task(
-    ax: Axes,
-    view: SweepView,
-    tasks: Sequence[str],
-    levels: Sequence[float],
-    *,
-    is_over_noise: bool = False,
-) -> None:
-    """Draws what the tasks reach alone, dashed, where all of them have such runs."""
-    means = []
-    for noise in levels:
-        values = [view.alone(task, noise, f"test/{task}_{view.metric}") for task in tasks]
-        if not values or not all(values):
-            return
-        means.append(statistics.fmean(statistics.fmean(each) for each in values))
-    method = METHODS[SINGLE_TASK]
-    style: dict[str, Any] = {
-        "color": method.colour,
-        "linestyle": "--",
-        "linewidth": 1.2,
-        "label": method.label,
-    }
-    if is_over_noise:
-        ax.plot([100 * noise for noise in levels], means, **style)
-    else:
-        ax.axhline(means[0], **style)
-
-
-def _draw_band(ax: Axes, x: np.ndarray, values: np.ndarray, method: str) -> None:
-    """Draws the mean over seeds, the first axis of ``values``, and a band of one standard deviation."""
-    mean = values.mean(axis=0)
-    ax.plot(x, mean, **_line_style(method))
-    if len(values) > 1:
-        spread = values.std(axis=0, ddof=1)
-        colour = METHODS[method].colour
-        ax.fill_between(x, mean - spread, mean + spread, alpha=0.13, linewidth=0, color=colour)
-
-
-def _draw_spread(
-    ax: Axes, x: Sequence[float], values: Sequence[Sequence[float]], method: str
-) -> None:
-    """Draws means over seeds, whose number may differ from point to point, and a band of one standard deviation."""
-    mean = np.array([statistics.fmean(each) for each in values])
-    spread = np.array([statistics.stdev(each) if len(each) > 1 else 0.0 for each in values])
-    ax.plot(x, mean, marker="o", markersize=3.5, **_line_style(method))
-    colour = METHODS[method].colour
-    ax.fill_between(x, mean - spread, mean + spread, alpha=0.13, linewidth=0, color=colour)
-
-
-def _line_style(method: str) -> dict[str, Any]:
-    is_ours = method in ESTIMATING
-    return {
-        "color": METHODS[method].colour,
-        "label": METHODS[method].label,
-        "linewidth": 2.2 if is_ours else 1.3,
-        "zorder": 3 if is_ours else 2.5,
-        "solid_capstyle": "round",
-    }
-
-
-def _zoom(ax: Axes, metric: str) -> None:
-    """Cuts off where all methods are about to improve: the first epochs of the worst would set the scale."""
-    lines = [np.asarray(line.get_ydata(), dtype=float) for line in ax.get_lines()]
-    tails = [line[len(line) // 5 :] for line in lines if len(line)]
-    if not tails:
-        return
-    low, high = min(t.min() for t in tails), max(t.max() for t in tails)
-    if HIGHER_IS_BETTER[metric]:
-        high = max(high, *(line.max() for line in lines))
-    else:
-        low = min(low, *(line.min() for line in lines))
-    margin = 0.05 * max(high - low, 1e-3)
-    ax.set_ylim(low - margin, high + margin)
-
-
-def _finish(figure: Figure, labelled: Axes, path: Path, title: str) -> None:
-    """Adds the title, and the legend under the panels, and writes the file."""
-    handles, labels = labelled.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.suptitle(title, fontsize=11, color=TEXT_COLOUR, x=0.01, ha="left")
-    columns = min(len(unique), 5 if figure.get_figwidth() > 9 else 3)
-    figure.legend(
-        unique.values(),
-        unique.keys(),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=9.5,
-    )
-    figure.savefig(path, dpi=DOTS_PER_INCH)
-
-
-def _spread_note(view: SweepView) -> str:
-    has_seeds = any(row["seed"] != view.results.runs[0]["seed"] for row in view.results.runs)
-    return " (mean ± standard deviation)" if has_seeds else ""
-
-
-def _count_epochs(ax: Axes) -> None:
-    """Starts at the first epoch; there is nothing between two."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.set_xlim(left=1)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _metric_label(metric: str) -> str:
-    arrow = "higher is better" if HIGHER_IS_BETTER[metric] else "lower is better"
-    return f"test {METRIC_LABELS[metric]} ({arrow})"
 
 
 def _converged_loss(view: SweepView, task: str, noise: float) -> float | None:
@@ -555,15 +357,6 @@ def _estimating(view: SweepView) -> list[str]:
 
 def _present(view: SweepView, *names: str) -> list[str]:
     return [name for name in names if name in view.methods]
-
-
-def _spanned(values: Iterable[float]) -> str:
-    """Returns the number that all have in common, or the range."""
-    present = sorted({int(value) for value in values})
-    if not present:
-        return "0"
-    low, high = present[0], present[-1]
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _file_names(views: Sequence[SweepView]) -> list[str]:

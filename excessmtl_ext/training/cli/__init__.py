@@ -1,0 +1,30 @@
+"""The command ``excessmtl``: trains, compares, and says what went wrong in one line."""
+
+from __future__ import annotations
+
+try:
+    import click
+
+    from excessmtl_ext.training.cli.demo import demo
+    from excessmtl_ext.training.cli.pictures import figures, report
+    from excessmtl_ext.training.cli.sweep import sweep
+    from excessmtl_ext.training.cli.train import train
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] not in ("click", "rich"):
+        raise
+    raise ModuleNotFoundError(
+        f'The command needs {error.name}, which is not installed: pip install "excessmtl_ext[train]".',
+        name=error.name,
+    ) from error
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="excessmtl-ext")
+def main() -> None:
+    """Train one network on several tasks whose labels cannot all be trusted."""
+
+
+for _command in (train, sweep, demo, figures, report):
+    main.add_command(_command)

@@ -1,0 +1,45 @@
+"""The look that all figures share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DOTS_PER_INCH = 160
+GRID_COLOUR = "#DDDDDD"
+TEXT_COLOUR = "#333333"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Makes a figure of that many inches, which needs no display.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'Figures need matplotlib, which is not installed: pip install "excessmtl_ext[train]".',
+            name=error.name,
+        ) from error
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display, whatever backend the user has chosen
+    return figure
+
+
+def style_axes(axes: Axes) -> None:
+    """Gives a panel the look that all figures share: light grid, no box."""
+    axes.title.set(fontsize=10, color=TEXT_COLOUR)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(fontsize=9.5, color=TEXT_COLOUR)
+    axes.grid(color=GRID_COLOUR, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=TEXT_COLOUR, labelsize=9, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID_COLOUR)
