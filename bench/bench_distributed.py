@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timing import environment
+from reporting import environment, write_folder
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -217,7 +217,6 @@ def write_report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     num_params = 2 * (args.width**2 + args.width)
     config = {"num_params": num_params, **{name: getattr(args, name) for name in SIZES}}
     content = {"environment": facts, "config": config, "rows": rows}
-    (args.output / "measurements.json").write_text(json.dumps(content, indent=1) + "\n")
     timed = (
         f"{args.rounds} rounds, load average before the end {facts['load_average'][0]:.1f}"
         if args.rounds
@@ -226,10 +225,11 @@ def write_report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     machine = f"{facts['cpu']}, {facts['cpu_count']} cores, one thread per process"
     versions = f"torch {facts['torch']}, commit {facts['commit'][:10]}, {facts['date']}"
     sizes = f"T = {args.num_tasks}, P = {num_params:,} shared parameters, batch {args.batch_size} per process"
-    (args.output / "README.md").write_text(
+    readme = (
         f"# Weak scaling\n\n{machine}, {versions}; {sizes}; {timed}. `{facts['command']}`\n\n"
         f"{scaling_table(rows)}\n"
     )
+    write_folder(args.output, readme, measurements=content)
 
 
 def main() -> None:

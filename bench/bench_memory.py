@@ -19,7 +19,6 @@ import argparse
 import ctypes
 import importlib
 import importlib.util
-import json
 import math
 import multiprocessing
 import resource
@@ -30,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment
+from reporting import environment, short_conditions, write_folder
 from torch import Tensor
 from torch.nn import functional as nnf
-from training_step_rows import ROWS, Batch, FillGrads, Problem, Template, Workload
+from training_step.rows import ROWS, FillGrads
+from training_step.workloads import Batch, Problem, Template, Workload
 
 from excessmtl_ext import ExcessMTL
 from excessmtl_ext.models import mlp
@@ -222,15 +222,11 @@ def table(peaks: list[Peak], limit_gib: float) -> str:
 
 
 def report(peaks: list[Peak], facts: dict[str, Any], limit_gib: float) -> str:
-    machine = (
-        f"{facts['cpu']}, {facts['num_threads']} thread(s), torch {facts['torch']}, Python {facts['python']}, commit "
-        f"{facts['commit'][:10]}, {facts['date']}."
-    )
     return "\n".join(
         [
             "# Peak memory of a training step",
             "",
-            machine,
+            short_conditions(facts),
             "",
             f"`{facts['command']}`. Each row in a process of its own: the high-water mark of its resident set",
             "over two steps of an MLP (batch 4, plain SGD), beyond what the process had with the network made.",
@@ -242,15 +238,13 @@ def report(peaks: list[Peak], facts: dict[str, Any], limit_gib: float) -> str:
 
 
 def write(output: Path, peaks: list[Peak], facts: dict[str, Any], config: dict[str, Any]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "config": config,
-        "environment": facts,
-        "measurements": [asdict(peak) for peak in peaks],
-    }
-    for name, content in contents.items():
-        (output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (output / "README.md").write_text(report(peaks, facts, config["limit_gib"]))
+    write_folder(
+        output,
+        report(peaks, facts, config["limit_gib"]),
+        config=config,
+        environment=facts,
+        measurements=[asdict(peak) for peak in peaks],
+    )
 
 
 def main() -> None:

@@ -24,16 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, load_average
-from training_step_rows import (
-    ROWS,
-    Problem,
-    Step,
-    Template,
-    Workload,
-    named_workloads,
-    param_sweep,
-)
+from reporting import environment, load_average, short_conditions, write_folder
+from training_step.rows import ROWS
+from training_step.steps import Step
+from training_step.workloads import Problem, Template, Workload, named_workloads, param_sweep
 
 from excessmtl_ext.heap_pin import HeapPin
 
@@ -110,8 +104,7 @@ def report(
     lines = [
         "# Page faults of a training step",
         "",
-        f"{facts['cpu']}, {facts['num_threads']} thread(s), torch {facts['torch']}, Python {facts['python']}, commit "
-        f"{facts['commit'][:10]}, {facts['date']}. Load average: before {facts['load_averages']['before']}, after "
+        f"{short_conditions(facts)} Load average: before {facts['load_averages']['before']}, after "
         f"{facts['load_averages']['after']}.",
         "",
         f"`{facts['command']}`. Each row alone in a process, per step; medians over rounds (lowest-highest). What the",
@@ -154,18 +147,11 @@ def main() -> None:
     facts["load_averages"] = {**loads, "after": load_average()}
     if arguments.output is None:
         return
-    arguments.output.mkdir(parents=True, exist_ok=True)
     config = {
         name: value for name, value in vars(arguments).items() if name not in ("output", "measure")
     }
-    for name, content in (
-        ("config", config),
-        ("environment", facts),
-        ("measurements", measured),
-    ):
-        (arguments.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     text = report(measured, facts, quick=arguments.quick)
-    (arguments.output / "README.md").write_text(text)
+    write_folder(arguments.output, text, config=config, environment=facts, measurements=measured)
 
 
 if __name__ == "__main__":

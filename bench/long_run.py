@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment
+from reporting import environment
 from torch import Tensor
 
 from excessmtl_ext import ExcessMTL

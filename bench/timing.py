@@ -1,4 +1,4 @@
-"""How every benchmark of this project takes time: interleaved samples in one process, medians, spread.
+"""Takes time for every benchmark of this project: interleaved samples in one process, medians, spread.
 
 Two calls that are compared run in turn, round after round, so that whatever else the machine does
 meets both. A ratio is the median over rounds of the ratio within a round; a quotient of two medians
@@ -14,16 +14,11 @@ Cache states:
 from __future__ import annotations
 
 import math
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -237,74 +232,3 @@ def measure_steps(
         if on_round is not None:
             on_round(round_index + 1)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
-
-
-# ---- conditions ---------------------------------------------------------------------------------
-
-
-def _output_of(*command: str) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
-
-
-def cpu_name() -> str:
-    """Model of the processor as the operating system names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def last_level_cache_bytes() -> int:
-    """Size of the largest cache of CPU 0 as Linux tells it; 32 MiB where it does not."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
-    return max(sizes) or 32 << 20
-
-
-def load_average() -> list[float]:
-    """Runnable processes over the last 1, 5 and 15 minutes, our own included; empty where unknown."""
-    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Everything a reader needs to judge a number: hardware, versions, commit, threads."""
-    from excessmtl_ext import _extension, functional
-
-    facts: dict[str, Any] = {
-        "device": str(device),
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "cpu_capability": functional.cpu_capability(),
-        "last_level_cache_mib": last_level_cache_bytes() / (1 << 20),
-        "num_threads": torch.get_num_threads(),
-        "load_average": load_average(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "ops": asdict(_extension.build_info) if _extension.build_info is not None else None,
-        "commit": _output_of("git", "rev-parse", "HEAD") or "unknown",
-        "is_dirty": bool(_output_of("git", "status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join(["python", *(Path(part).name for part in sys.argv)]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts["gpu"] = {
-            "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory_mib": properties.total_memory >> 20,
-            "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-        }
-    return facts

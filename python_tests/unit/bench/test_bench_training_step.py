@@ -17,8 +17,11 @@ for package in ("matplotlib", "rich", "torchvision"):
 
 sys.path.insert(0, str(ROOT / "bench"))
 try:
-    bench = importlib.import_module("bench_training_step")
-    contestants = importlib.import_module("training_step_rows")
+    run = importlib.import_module("training_step.run")
+    rows = importlib.import_module("training_step.rows")
+    steps = importlib.import_module("training_step.steps")
+    workloads = importlib.import_module("training_step.workloads")
+    measurement = importlib.import_module("training_step.measurement")
     timing = importlib.import_module("timing")
 finally:
     sys.path.pop(0)
@@ -26,13 +29,13 @@ finally:
 needs_ops = pytest.mark.skipif(
     not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"
 )
-ROWS = contestants.ROWS
+ROWS = rows.ROWS
 CPU = torch.device("cpu")
 RUNNABLE = [key for key, row in ROWS.items() if row.missing() is None]
 
 
 def make_template(key="mlp", device=CPU):
-    return contestants.Template(contestants.named_workloads(quick=True)[key], device)
+    return workloads.Template(workloads.named_workloads(quick=True)[key], device)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def template():
 
 
 def steps_of(template, key, num_steps=3):
-    step = contestants.Step(ROWS[key], contestants.Problem(template))
+    step = steps.Step(ROWS[key], workloads.Problem(template))
     for _ in range(num_steps):
         step()
     return step.problem
@@ -55,7 +58,7 @@ def test_every_row_trains_the_encoder_and_its_heads(template, key):
     problem = steps_of(template, key)
     trained = problem.heads if ROWS[key].trains_all_heads else problem.heads[:1]
     moved = [*problem.shared, *(parameter for head in trained for parameter in head)]
-    before = contestants.Problem(template)
+    before = workloads.Problem(template)
     initial = [*before.shared, *(parameter for head in before.heads for parameter in head)]
     for parameter, old in zip(moved, initial[: len(moved)], strict=True):
         assert parameter.isfinite().all()
@@ -65,13 +68,13 @@ def test_every_row_trains_the_encoder_and_its_heads(template, key):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("key", [key for key in ROWS if ROWS[key].is_captured])
 def test_a_replayed_step_trains_as_one_that_is_launched(key):
-    workload = contestants.named_workloads(quick=True)["mlp"]
-    template = contestants.Template(workload, torch.device("cuda"))
-    replayed = contestants.make_step(ROWS[key], contestants.Problem(template))
-    launched = contestants.Step(ROWS[key], contestants.Problem(template))
+    workload = workloads.named_workloads(quick=True)["mlp"]
+    template = workloads.Template(workload, torch.device("cuda"))
+    replayed = steps.make_step(ROWS[key], workloads.Problem(template))
+    launched = steps.Step(ROWS[key], workloads.Problem(template))
     for _ in range(5):
         replayed()
-    for _ in range(contestants.NUM_BATCHES + 5):  # before it was recorded, each batch was run once
+    for _ in range(workloads.NUM_BATCHES + 5):  # before it was recorded, each batch was run once
         launched()
     for mine, theirs in zip(
         replayed.problem.model.parameters(), launched.problem.model.parameters(), strict=True
@@ -82,7 +85,7 @@ def test_a_replayed_step_trains_as_one_that_is_launched(key):
 @pytest.mark.parametrize("key", [key for key in RUNNABLE if ROWS[key].agrees_with])
 def test_rows_that_compute_the_same_leave_the_same_gradients(template, key):
     row = ROWS[key]
-    assert contestants.difference(row, ROWS[row.agrees_with], template) < 1e-4
+    assert steps.difference(row, ROWS[row.agrees_with], template) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -91,38 +94,36 @@ def test_rows_that_compute_the_same_leave_the_same_gradients(template, key):
 )
 def test_exact_agrees_with_the_published_algorithm_on_every_network(key, device):
     template = make_template(key, device)
-    assert contestants.difference(ROWS["exact"], ROWS["eager"], template) < 1e-3
+    assert steps.difference(ROWS["exact"], ROWS["eager"], template) < 1e-3
 
 
 def test_the_check_sees_weights_and_not_only_uniform_ones(template):
     """With a check that only looked at uniform weights these two would agree."""
     with pytest.raises(RuntimeError, match=r"Expected row `exact` to leave the gradients of row"):
-        contestants.difference(
-            ROWS["exact"], dataclasses.replace(_mean_row(), key="mean"), template
-        )
+        steps.difference(ROWS["exact"], dataclasses.replace(_mean_row(), key="mean"), template)
 
 
 def _mean_row():
     def fill(problem):
         return lambda features, losses: torch.stack(losses).mean().backward()
 
-    return contestants.Row("mean", "mean", "peer", fill)
+    return rows.Row("mean", "mean", "peer", fill)
 
 
 def test_the_check_sees_heads(template):
     with pytest.raises(RuntimeError, match=r"they differ by"):
-        contestants.difference(ROWS["official"], ROWS["exact"], template)
+        steps.difference(ROWS["official"], ROWS["exact"], template)
 
 
 def test_a_row_that_leaves_a_parameter_out_is_an_error(template):
     def only_first(problem):
         return lambda features, losses: losses[0].backward()
 
-    row = contestants.Row("lazy", "lazy", "ours", only_first)
+    row = rows.Row("lazy", "lazy", "ours", only_first)
     with pytest.raises(
         RuntimeError, match=r"row `lazy` to fill `.grad` of all parameters, but 12 "
     ):
-        list(contestants.filled_grads(row, template))
+        list(steps.filled_grads(row, template))
 
 
 def test_a_row_that_changes_its_start_is_an_error(template):
@@ -131,20 +132,20 @@ def test_a_row_that_changes_its_start_is_an_error(template):
         return lambda features, losses: torch.stack(losses).sum().backward()
 
     def with_half_of_adam(problem):
-        problem.optimizer = torch.optim.Adam(problem.shared, **contestants.ADAM)
+        problem.optimizer = torch.optim.Adam(problem.shared, **workloads.ADAM)
         return lambda features, losses: torch.stack(losses).sum().backward()
 
     for make in (with_other_parameters, with_half_of_adam):
-        row = contestants.Row("cheat", "cheat", "ours", make)
+        row = rows.Row("cheat", "cheat", "ours", make)
         with pytest.raises(RuntimeError, match=r"Expected row `cheat` to start from"):
-            list(contestants.filled_grads(row, template))
+            list(steps.filled_grads(row, template))
 
 
 def test_the_lower_bound_gives_heads_their_own_gradient_and_the_encoder_the_last_tasks(template):
-    problem = contestants.Problem(template)
+    problem = workloads.Problem(template)
     fill = ROWS["lower_bound"].make(problem)
     fill(*problem.forward())
-    other = contestants.Problem(template)
+    other = workloads.Problem(template)
     _, losses = other.forward()
     for task, loss in enumerate(losses):
         expected = torch.autograd.grad(loss, [*other.shared, *other.heads[task]], retain_graph=True)
@@ -155,31 +156,31 @@ def test_the_lower_bound_gives_heads_their_own_gradient_and_the_encoder_the_last
 
 def test_a_missing_package_is_a_reason_and_not_an_error(template):
     row = dataclasses.replace(ROWS["eager"], packages=("no_such_package",))
-    assert bench._prepare(row, template).reason == "not installed: no_such_package"
+    assert run._prepare(row, template).reason == "not installed: no_such_package"
 
 
 def test_a_peer_that_fails_is_recorded_and_a_row_of_ours_that_fails_ends_the_run(template):
     def fails(problem):
         raise ValueError("cannot batch this layer\nand more")
 
-    peer = contestants.Row("broken", "broken", "peer", fails)
-    assert bench._prepare(peer, template).reason == "ValueError: cannot batch this layer"
+    peer = rows.Row("broken", "broken", "peer", fails)
+    assert run._prepare(peer, template).reason == "ValueError: cannot batch this layer"
     with pytest.raises(ValueError, match="cannot batch this layer"):
-        bench._prepare(dataclasses.replace(peer, kind="ours"), template)
+        run._prepare(dataclasses.replace(peer, kind="ours"), template)
 
 
-@pytest.mark.parametrize("count", contestants.PARAM_COUNTS)
+@pytest.mark.parametrize("count", workloads.PARAM_COUNTS)
 def test_the_sweep_has_the_parameters_it_says(count):
-    (workload,) = contestants.param_sweep([count], quick=False)
+    (workload,) = workloads.param_sweep([count], quick=False)
     with torch.device("meta"):
         encoder = workload.make_model().encoder
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(count, rel=0.03)
 
 
 def test_the_task_sweep_varies_the_tasks_alone():
-    few, many = contestants.task_sweep([2, 40], quick=True)
+    few, many = workloads.task_sweep([2, 40], quick=True)
     assert (few.num_tasks, many.num_tasks) == (2, 40)
-    sizes = [contestants.Template(workload, CPU).num_shared for workload in (few, many)]
+    sizes = [workloads.Template(workload, CPU).num_shared for workload in (few, many)]
     assert sizes[0] == sizes[1]
 
 
@@ -220,10 +221,8 @@ def test_a_spent_budget_ends_the_rounds_but_not_before_the_fewest():
 @needs_ops
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.10
 def test_the_peak_shows_state_and_gradients():
-    template = contestants.Template(contestants.param_sweep([10**8], quick=True)[0], CPU)
-    peaks = {
-        key: bench.peak_bytes(ROWS[key], template) for key in ("uniform", "exact", "streaming")
-    }
+    template = workloads.Template(workloads.param_sweep([10**8], quick=True)[0], CPU)
+    peaks = {key: run.peak_bytes(ROWS[key], template) for key in ("uniform", "exact", "streaming")}
     sizes = 4 * template.num_shared
     num_tasks = len(template.losses)
     beyond_plain = {key: (peaks[key] - peaks["uniform"]) / sizes for key in ("exact", "streaming")}
@@ -246,7 +245,7 @@ OPTIONS = [
 @needs_ops
 def test_a_run_leaves_a_complete_folder_and_goes_on_where_it_stopped(tmp_path, capsys):
     output = tmp_path / "out"
-    bench.main([*OPTIONS, "--output", str(output)])
+    run.main([*OPTIONS, "--output", str(output)])
     assert {path.name for path in output.iterdir()} == {
         *("config.json", "environment.json", "measurements.json", "README.md"),
         *("cost_against_tasks.png", "cost_against_parameters.png"),
@@ -272,12 +271,12 @@ def test_a_run_leaves_a_complete_folder_and_goes_on_where_it_stopped(tmp_path, c
 
     before = (output / "measurements.json").read_text()
     capsys.readouterr()
-    bench.main([*OPTIONS, "--output", str(output)])
+    run.main([*OPTIONS, "--output", str(output)])
     assert capsys.readouterr().out.count("measured already") == 5
     assert (output / "measurements.json").read_text() == before
 
     single = [*OPTIONS, "--workloads", "mlp", "--rounds", "3", "--output", str(output)]
-    bench.main(single)
+    run.main(single)
     assert "Starting anew: rounds changed" in capsys.readouterr().out
     found = json.loads((output / "measurements.json").read_text())["measurements"]
     assert [m["rows"]["exact"]["rounds"] for m in found] == [3]
@@ -286,12 +285,12 @@ def test_a_run_leaves_a_complete_folder_and_goes_on_where_it_stopped(tmp_path, c
 def test_a_device_that_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch sees no CUDA device"):
-        bench.main(["--device", "cuda"])
+        run.main(["--device", "cuda"])
 
 
 def test_redraw_wants_measurements(tmp_path):
     with pytest.raises(SystemExit, match=r"Expected measurements.json in `--output`"):
-        bench.main(["--redraw", "--output", str(tmp_path)])
+        run.main(["--redraw", "--output", str(tmp_path)])
 
 
 # ---- pictures
@@ -352,7 +351,7 @@ def write_made_up(folder, speeds=SPEEDS):
 
 def test_pictures_and_readme_are_drawn_from_a_file_of_measurements(tmp_path):
     write_made_up(tmp_path)
-    bench.main(["--redraw", "--output", str(tmp_path)])
+    run.main(["--redraw", "--output", str(tmp_path)])
     for name in ("cost_against_tasks.png", "cost_against_parameters.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / name).stat().st_size > 20_000
@@ -371,7 +370,7 @@ def test_pictures_and_readme_are_drawn_from_a_file_of_measurements(tmp_path):
 
 def test_a_goal_that_is_missed_is_called_missed(tmp_path):
     write_made_up(tmp_path, {**SPEEDS, "exact": 1.2})
-    bench.main(["--redraw", "--output", str(tmp_path)])
+    run.main(["--redraw", "--output", str(tmp_path)])
     readme = (tmp_path / "README.md").read_text()
     assert (
         "mlp: ExcessMTL / lower bound: 1.2 (1.2-1.2), fastest samples 1.2, goal at most 1.05: missed"
@@ -381,14 +380,14 @@ def test_a_goal_that_is_missed_is_called_missed(tmp_path):
 
 def test_rows_of_a_later_version_are_drawn_too(tmp_path):
     write_made_up(tmp_path, {**SPEEDS, "a mode to come": 0.8})
-    bench.main(["--redraw", "--output", str(tmp_path)])
+    run.main(["--redraw", "--output", str(tmp_path)])
     assert "a mode to come" in (tmp_path / "README.md").read_text()
 
 
 def test_a_measurement_survives_its_file():
     facts = made_up_measurement("tasks_5", "tasks", 5, 1000)
-    m = bench.Measurement.from_json(facts)
-    again = bench.Measurement.from_json(json.loads(json.dumps(m.to_json())))
+    m = measurement.Measurement.from_json(facts)
+    again = measurement.Measurement.from_json(json.loads(json.dumps(m.to_json())))
     assert again.labels == m.labels
     assert again.rows["torchjd_upgrad"] == m.rows["torchjd_upgrad"]
     for key in SPEEDS:
@@ -401,10 +400,10 @@ def test_a_mode_is_one_more_row(template):
         balancer = ExcessMTL(problem.shared, num_tasks=problem.num_tasks, gradient_momentum=0.5)
         return lambda features, losses: balancer.backward(losses)
 
-    row = contestants.Row("momentum", "ExcessMTL, momentum", "ours", with_momentum)
-    effort = bench.Effort(rounds=1, budget_s=0.0)
-    workload = contestants.named_workloads(quick=True)["mlp"]
-    rows = [ROWS["lower_bound"], row]
-    m = bench.run_workload(workload, rows, CPU, effort, bench.Console(quiet=True))
+    row = rows.Row("momentum", "ExcessMTL, momentum", "ours", with_momentum)
+    effort = run.Effort(rounds=1, budget_s=0.0)
+    workload = workloads.named_workloads(quick=True)["mlp"]
+    compared = [ROWS["lower_bound"], row]
+    m = run.run_workload(workload, compared, CPU, effort, run.Console(quiet=True))
     assert m.ratio("momentum", "lower_bound") is not None
     assert m.rows["momentum"].peak_bytes is not None

@@ -1,0 +1,1 @@
+"""The fused step's benchmark, see bench_fused_step.py."""

@@ -1,0 +1,1 @@
+"""The training step's benchmark, see bench_training_step.py."""
