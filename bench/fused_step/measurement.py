@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from reporting import last_level_cache_bytes
 from timing import Ratio, Timing, ratio
 
 from fused_step.contestants import Workload
@@ -100,13 +99,17 @@ def fit_line(numels: Sequence[int], seconds: Sequence[float]) -> LineFit:
     return LineFit(overhead, slope, worst)
 
 
-def linear_fits(results: Sequence[Measurement]) -> dict[str, LineFit]:
-    """One line where a call's data stays in the caches, one where it cannot: memory is slower."""
+def linear_fits(results: Sequence[Measurement], cache_bytes: float) -> dict[str, LineFit]:
+    """Fits one line where a call's data stays in the caches, one where it cannot: memory is slower.
+
+    Args:
+        results: Of one device.
+        cache_bytes: That device's last-level cache.
+    """
     linear = [m for m in results if m.section == "linear"]
     fits = {}
-    in_cache_bytes = last_level_cache_bytes() / 2
     regimes = {
-        "in cache": [m for m in linear if 8 * m.workload.numel <= in_cache_bytes],
+        "in cache": [m for m in linear if 8 * m.workload.numel <= cache_bytes / 2],
         "in memory": [m for m in linear if m.workload.cache == "streaming"],
     }
     for name, part in regimes.items():

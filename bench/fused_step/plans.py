@@ -15,6 +15,8 @@ from fused_step.contestants import Workload
 SECTIONS = ("headline", "in_cache", "linear", "dtypes", "shapes", "overhead", "capabilities")
 HEADLINE_NUMEL = 44_000_000
 """T * P of the comparison: two ResNet-50-sized tasks, far larger than any cache."""
+GPU_CACHE_BYTES = 50 << 20
+"""L2 of an H100."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def split_evenly(numel: int, num_tensors: int) -> tuple[int, ...]:
 
 def cache_state(numel: int, device: torch.device) -> CacheState:
     """Streaming where the data of one call is four times the last-level cache."""
-    cache_bytes = (50 << 20) if device.type == "cuda" else last_level_cache_bytes()
+    cache_bytes = GPU_CACHE_BYTES if device.type == "cuda" else last_level_cache_bytes()
     return "streaming" if 8 * numel >= 4 * cache_bytes else "warm"
 
 

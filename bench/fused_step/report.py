@@ -13,6 +13,7 @@ from reporting import TableText, conditions, format_ratio, format_time, verdict,
 from timing import best_ratio
 
 from fused_step.measurement import Measurement, linear_fits
+from fused_step.plans import GPU_CACHE_BYTES
 
 TARGETS = {"floor": 1.12, "floor_in_cache": 1.3, "eager": 20.0, "compiled": 6.0}
 """At most that many times the floor; at least that many times faster than the others, on a CPU."""
@@ -65,8 +66,13 @@ def _overhead(results: Sequence[Measurement]) -> TableText | None:
     return TableText("Small steps: what a call costs", ("workload", *names), rows)
 
 
-def make_tables(results: Sequence[Measurement]) -> list[TableText]:
-    """Makes all tables of a run."""
+def cache_bytes(facts: dict[str, Any]) -> float:
+    """Returns the last-level cache of the device that was measured."""
+    return GPU_CACHE_BYTES if "gpu" in facts else facts["last_level_cache_mib"] * (1 << 20)
+
+
+def make_tables(results: Sequence[Measurement], facts: dict[str, Any]) -> list[TableText]:
+    """Makes all tables of a run, given its environment."""
     titles = {
         "headline": "Far beyond the caches",
         "in_cache": "In cache, and flushed before each call",
@@ -77,7 +83,7 @@ def make_tables(results: Sequence[Measurement]) -> list[TableText]:
     }
     tables = [_compared(section, title, results) for section, title in titles.items()]
     tables.append(_overhead(results))
-    fits = linear_fits(results)
+    fits = linear_fits(results, cache_bytes(facts))
     if fits:
         rows = [
             (
@@ -199,12 +205,19 @@ def write_results(
     """Writes picture, README and the three JSON files of a results folder."""
     output.mkdir(parents=True, exist_ok=True)
     draw(results, output / "fused_step.png", conditions(facts))
-    fits = {name: dataclasses.asdict(fit) for name, fit in linear_fits(results).items()}
+    lines = linear_fits(results, cache_bytes(facts))
+    fits = {name: dataclasses.asdict(fit) for name, fit in lines.items()}
     measurements = {"measurements": [m.to_json() for m in results], "linear_fits": fits}
+    readme = make_readme(facts, results)
+    write_folder(output, readme, config=config, environment=facts, measurements=measurements)
+
+
+def make_readme(facts: dict[str, Any], results: Sequence[Measurement]) -> list[str]:
+    """Makes the lines of a results folder's README."""
     missing_gpu = (
         "" if "gpu" in facts else "No CUDA numbers: this machine has no GPU that torch can use.\n"
     )
-    readme = [
+    return [
         "# One fused step",
         "",
         f"{conditions(facts)}",
@@ -217,6 +230,5 @@ def write_results(
         "",
         *(f"- {line}" for line in verdicts(results, torch.device(facts["device"]).type)),
         "",
-        *(table.to_markdown() for table in make_tables(results)),
+        *(table.to_markdown() for table in make_tables(results, facts)),
     ]
-    write_folder(output, readme, config=config, environment=facts, measurements=measurements)

@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config |= {"eps": EPS, "robust_step_size": ROBUST_STEP_SIZE, "targets": TARGETS}
     write_results(output, config, facts, results)
 
-    for table in make_tables(results):
+    for table in make_tables(results, facts):
         console.print(table.to_rich())
     console.print(conditions(facts))
     for line in verdicts(results, device.type):

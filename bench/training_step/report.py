@@ -124,12 +124,8 @@ def _against_peers(m: Measurement) -> list[str]:
     return lines
 
 
-def draw(results: Sequence[Measurement], section: Section, path: Path, title: str) -> bool:
-    """Writes the picture of a sweep: time, distance from the lower bound, and peak memory over T or over P.
-
-    Returns:
-        Whether there was something to draw.
-    """
+def draw(results: Sequence[Measurement], section: Section, path: Path, title: str) -> None:
+    """Writes the picture of a sweep, if it was measured: time, distance from the bound, peak memory over T or P."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -139,7 +135,7 @@ def draw(results: Sequence[Measurement], section: Section, path: Path, title: st
         (m for m in results if m.section == section), key=lambda m: (m.num_tasks, m.num_shared)
     )
     if not points:
-        return False
+        return
     labels = {key: label for m in points for key, label in m.labels.items()}
     known = [key for key in ROWS if key in labels]
     order = [*known, *(key for key in labels if key not in ROWS)]
@@ -206,7 +202,6 @@ def draw(results: Sequence[Measurement], section: Section, path: Path, title: st
     figure.legend(loc="outside lower center", ncols=min(5, len(order)), fontsize=9, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    return True
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -234,10 +229,19 @@ def _line_style(key: str, index: int) -> dict[str, Any]:
 
 def write_report(output: Path, facts: dict[str, Any], results: Sequence[Measurement]) -> None:
     """Writes pictures and README from the measurements."""
-    pictures = []
-    for section, (name, what) in PICTURES.items():
-        if draw(results, section, output / name, conditions(facts)):  # type: ignore[arg-type]
-            pictures.append(f"![cost against {what}]({name})")
+    for section, (name, _) in PICTURES.items():
+        draw(results, section, output / name, conditions(facts))  # type: ignore[arg-type]
+    write_folder(output, make_readme(facts, results))
+
+
+def make_readme(facts: dict[str, Any], results: Sequence[Measurement]) -> list[str]:
+    """Makes the lines of a results folder's README."""
+    sections = {m.section for m in results}
+    pictures = [
+        f"![cost against {what}]({name})"
+        for section, (name, what) in PICTURES.items()
+        if section in sections
+    ]
     equal = largest_difference(results)
     compared = (
         []
@@ -248,7 +252,7 @@ def write_report(output: Path, facts: dict[str, Any], results: Sequence[Measurem
         ]
     )
     missing = missing_rows(results)
-    readme = [
+    return [
         "# One training step",
         "",
         conditions(facts),
@@ -265,4 +269,3 @@ def write_report(output: Path, facts: dict[str, Any], results: Sequence[Measurem
         "",
         *(make_table(m).to_markdown() for m in results),
     ]
-    write_folder(output, readme)
