@@ -14,6 +14,12 @@ from _paths import ROOT
 
 from excessmtl_ext import _extension
 
+# An editable install finds its package before any folder on sys.path does: its finder goes.
+FROM_FOLDER = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
+"""
+
 REPORT = """
 import json, sys, torch, warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -43,7 +49,7 @@ def import_report(folder, **environment):
     variables = {k: v for k, v in os.environ.items() if not k.startswith("EXCESSMTL_")}
     variables |= {"PYTHONPATH": str(folder)} if folder else {}
     run = subprocess.run(
-        [sys.executable, "-c", REPORT],
+        [sys.executable, "-c", FROM_FOLDER + REPORT if folder else REPORT],
         cwd=sys.prefix,  # not the checkout: `python -c` would import its source folder
         env=variables | environment,
         capture_output=True,
