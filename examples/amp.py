@@ -36,10 +36,11 @@ for _ in range(20):
     with torch.autocast(device, dtype=torch.bfloat16):
         losses = task_losses(encoder, heads)
     balancer.backward(losses)  # outside autocast, as every backward pass
-    optimizer.step()
+    if not balancer.found_nonfinite.any():
+        optimizer.step()
 print("bfloat16:", balancer.task_weights.tolist())
 
-# float16 has not: gradients are scaled up, and a step that overflows is skipped.
+# float16 does not: gradients are scaled up, and a step that overflows is skipped.
 encoder, heads, optimizer, balancer = make_model()
 scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=5)
 for step in range(20):

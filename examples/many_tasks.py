@@ -14,7 +14,7 @@ torch.manual_seed(0)
 NUM_TASKS = 40
 encoder = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
 heads = nn.ModuleList([nn.Linear(64, 1) for _ in range(NUM_TASKS)])
-targets = torch.randn(NUM_TASKS, 16)  # what each task is to learn
+targets = torch.randn(NUM_TASKS, 16)  # a linear map per task
 
 
 def task_loss(task: int) -> Tensor:
@@ -29,9 +29,10 @@ balancer = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS, robust_step_size
 for _ in range(10):
     optimizer.zero_grad()
     for task in range(NUM_TASKS):
-        balancer.accumulate(task, task_loss(task))  # and its graph and gradient are gone
+        balancer.accumulate(task, task_loss(task))  # frees the task's graph and gradient
     balancer.finish()  # new weights, and the weighted sum in .grad
-    optimizer.step()
+    if not balancer.found_nonfinite.any():
+        optimizer.step()
 print(f"heaviest task: {balancer.task_weights.argmax()}")
 print(f"effective tasks: {balancer.effective_num_tasks:.1f} of {NUM_TASKS}")
 

@@ -1,4 +1,4 @@
-"""Labels that are not always there: tasks without labels in a batch, and single examples without.
+"""Missing labels: tasks without labels in a batch, and single examples without a label.
 
 docs/tutorials/missing_labels.md walks through it.
 """
@@ -27,7 +27,7 @@ def masked_loss(prediction: Tensor, target: Tensor) -> Tensor | None:
     """The mean over the labelled examples; None where there is none."""
     is_labelled = target.isfinite()
     if not is_labelled.any():
-        return None  # not 0.0: a loss of zero would say that the task is solved
+        return None  # not 0.0: a loss of zero means that the task is solved
     return (prediction[is_labelled] - target[is_labelled]).square().mean()
 
 
@@ -37,8 +37,9 @@ for _ in range(3):
         z = encoder(x[rows])
         losses = [masked_loss(head(z)[:, 0], y[rows, task]) for task, head in enumerate(heads)]
         optimizer.zero_grad()
-        balancer.backward(losses)  # a task that is None keeps its weight, its risk and its history
-        optimizer.step()
+        balancer.backward(losses)  # a task that is None keeps its weight, its risk and its baseline
+        if not balancer.found_nonfinite.any():
+            optimizer.step()
         weights.append(balancer.task_weights.clone())
 
 for task in range(NUM_TASKS):

@@ -3,8 +3,7 @@
 torchrun --nproc-per-node 2 examples/several_processes.py ddp
 torchrun --nproc-per-node 2 examples/several_processes.py fsdp
 
-Each process takes a GPU if there are enough, else all compute on the CPU. docs/tutorials/several_processes.md walks
-through it.
+Each process takes a GPU if there are enough, otherwise all compute on the CPU. docs/distributed.md explains the steps.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from excessmtl_ext import ExcessMTL
 KIND = sys.argv[1] if len(sys.argv) > 1 else "ddp"
 has_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpus else torch.device("cpu")
-# gloo beside NCCL: what the balancer exchanges before and after the passes then keeps no GPU waiting.
+# gloo beside NCCL: the balancer's exchanges before and after the passes are on the CPU, and no GPU waits for them.
 dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
 rank, num_ranks = dist.get_rank(), dist.get_world_size()
 
@@ -46,7 +45,7 @@ class Net(nn.Module):
 
 
 def make_training() -> tuple[nn.Module, torch.optim.Optimizer, ExcessMTL]:
-    """A model over all processes, what trains it, and a balancer that knows of them."""
+    """Makes a model over all processes, its optimizer, and a balancer with their process group."""
     torch.manual_seed(0)  # the same parameters everywhere
     net = Net().to(device)
     if KIND == "fsdp":
@@ -67,7 +66,7 @@ y = x[:, :3].square() + torch.tensor([0.0, 0.0, 2.0]) * torch.randn(500, 3, gene
 
 
 def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, balancer: ExcessMTL) -> None:
-    """Every process passes over all batches and takes its part of each."""
+    """Trains one epoch on this process's part of every batch."""
     for batch in torch.arange(len(x)).split(64):
         part = batch.tensor_split(num_ranks)[rank]
         inputs, targets = x[part].to(device), y[part].to(device)
@@ -77,14 +76,15 @@ def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, balancer: Ex
         ]
         optimizer.zero_grad()
         balancer.backward(losses, num_samples=len(part))  # the last batch has parts of unequal size
-        optimizer.step()
+        if not balancer.found_nonfinite.any():  # equal on all ranks
+            optimizer.step()
 
 
 training = make_training()
 for _ in range(3):
     train_epoch(*training)
 
-# Every process writes what it holds; another number of processes may read it.
+# Every process writes its shard; any number of processes can read the checkpoint.
 model, optimizer, balancer = training
 names = [tempfile.mkdtemp()] if rank == 0 else [None]
 dist.broadcast_object_list(names)
@@ -112,8 +112,8 @@ dist.all_gather(everywhere, weights[0])
 assert all(torch.equal(weights[0], other) for other in everywhere)
 if rank == 0:
     print(f"{KIND}, {num_ranks} processes: weights {[round(w, 6) for w in weights[0].tolist()]}")
-    print("the same on all of them, and resumed bit for bit")
-# The group's threads end with the last thing that holds it, and should before Python does.
+    print("equal on all of them, and resumed bit for bit")
+# The group's threads end with the last reference to it, and have to end before Python does.
 del training, resumed, model, optimizer, balancer, each
 gc.collect()
 dist.destroy_process_group()

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from _paths import ROOT, find_test_file
+from _site import build_site
+from _snippets import blocks, run_blocks
 
 import excessmtl_ext
 
 DOCS = ROOT / "docs"
-SPHINX_PACKAGES = ("sphinx", "furo", "myst_parser", "latex2mathml")
-TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    text = page.read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+# Pages that walk through a program of examples/, which test_examples.py runs.
+PROGRAMS = {
+    **{page: f"{page.stem}.py" for page in sorted((DOCS / "tutorials").glob("*.md"))},
+    DOCS / "distributed.md": "several_processes.py",
+}
 
 
 # ---- what the pages quote
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_every_block_of_a_tutorial_stands_in_its_program(page):
-    """Up to indentation; test_examples.py runs the programs."""
-    program = (ROOT / "examples" / f"{page.stem}.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
+def test_every_block_of_a_guide_is_part_of_its_program(page):
+    """Up to indentation."""
+    assert f"examples/{PROGRAMS[page]}" in page.read_text(encoding="utf-8")
+    program = (ROOT / "examples" / PROGRAMS[page]).read_text(encoding="utf-8")
+    assert f"docs/{page.relative_to(DOCS).as_posix()}" in program
     lines = [line.strip() for line in program.splitlines() if line.strip()]
     found = blocks(page, "python")
     assert found
@@ -44,9 +43,7 @@ def test_every_block_of_a_tutorial_stands_in_its_program(page):
 
 
 def test_the_quick_start_runs_and_moves_the_weights(capsys):
-    names: dict[str, object] = {}
-    for block in blocks(DOCS / "quickstart.md", "python"):
-        exec(compile(block, "quickstart.md", "exec"), names)
+    names = run_blocks(DOCS / "quickstart.md")
     balancer = names["balancer"]
     assert isinstance(balancer, excessmtl_ext.ExcessMTL)
     assert balancer.num_steps.item() == 100
@@ -87,26 +84,21 @@ def test_every_file_that_the_kernel_and_contribution_pages_name_exists():
             assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}"
 
 
-# Which test runs or compares the Python blocks of a page. Tutorials: above.
+# Which test runs or compares the Python blocks of a page that has no program.
 RUN_BY = {
     "README.md": "test_readme.py",
+    "AGENTS.md": "test_agents_page.py",
     "docs/quickstart.md": "test_docs.py",
     "docs/migration.md": "test_migration_page.py",
     "docs/kernels.md": "test_docs.py",
 }
 
 
-# Its block needs a launcher; test_distributed.py makes the same calls on several ranks.
-NOT_RUN = {"docs/distributed.md"}
-
-
 def test_no_python_block_of_a_page_is_left_without_a_test():
     tests = {name: find_test_file(name).read_text("utf-8") for name in RUN_BY.values()}
-    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
-        if blocks(page, "python") and page not in TUTORIALS:
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
+        if blocks(page, "python") and page not in PROGRAMS:
             name = page.relative_to(ROOT).as_posix()
-            if name in NOT_RUN:
-                continue
             assert name in RUN_BY, f"no test runs the Python of {name}"
             assert page.name in tests[RUN_BY[name]]
 
@@ -119,7 +111,7 @@ def shell_words(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda p: p.stem
+    "page", [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))], ids=lambda p: p.stem
 )
 def test_commands_of_a_page_name_files_modules_and_subcommands_that_exist(page):
     files = (ROOT / "excessmtl_ext" / "training" / "cli").glob("*.py")
@@ -163,20 +155,7 @@ def test_links_of_a_page_work_in_the_repository(page):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly in a process of its own."""
-    missing = [name for name in SPHINX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed: pip install excessmtl-ext[docs]")
-    output = tmp_path_factory.mktemp("site")
-    result = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html",
-         "-d", str(output / "doctrees"), str(DOCS), str(output / "html")],
-        capture_output=True, text=True, check=False, cwd=output,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return output / "html"
+    return build_site(tmp_path_factory.mktemp("site"))
 
 
 class Page(HTMLParser):

@@ -1,28 +1,41 @@
-"""What the README shows is what works: its example runs, its commands and files exist."""
+"""The README: its length, its example, its table of results, and that its commands and files exist."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from types import ModuleType
+from urllib.parse import urlsplit
 
 import pytest
 from _paths import ROOT
+from _snippets import blocks, run_blocks
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = ROOT / "README.md"
+README = PAGE.read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def test_the_readme_fits_on_two_screens():
+    assert len(README.splitlines()) <= 90
+    assert len(README.split()) <= 700
 
 
 def test_the_example_of_an_own_loop_runs_and_moves_the_weights(capsys):
-    (example,) = blocks("python")
+    (example,) = blocks(PAGE, "python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 16
-    names: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), names)
-    weights = names["balancer"].task_weights  # type: ignore[attr-defined]
+    weights = run_blocks(PAGE)["balancer"].task_weights
     assert weights.sum().item() == pytest.approx(1.0)
     assert weights.max() - weights.min() > 1e-6
     assert "tensor" in capsys.readouterr().out
+
+
+def test_the_diff_is_the_change_that_the_example_shows():
+    (diff,) = blocks(PAGE, "diff")
+    (example,) = blocks(PAGE, "python")
+    added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
+    assert len(diff.splitlines()) == 3
+    for line in added:
+        assert line.replace("model.encoder", "encoder") in example
 
 
 def test_the_two_commands_are_the_ones_that_ci_runs():
@@ -32,26 +45,55 @@ def test_the_two_commands_are_the_ones_that_ci_runs():
     assert re.search(r"^pytest python_tests$", script, flags=re.MULTILINE)
 
 
-def test_every_file_of_the_tour_exists():
-    folder = ROOT
-    for row in re.findall(
-        r"^\| (`(?:csrc|excessmtl_ext|bench)/.*?) \|", README, flags=re.MULTILINE
-    ):
-        for name in re.findall(r"`([^`]+)`", row):
-            path = ROOT / name if "/" in name.rstrip("/") else folder / name
-            assert path.exists(), f"the tour names {name}"
-            folder = path.parent
+@pytest.fixture(scope="module")
+def headline() -> ModuleType:
+    """bench/reproduction/headline.py as a module; bench is no package."""
+    path = ROOT / "bench" / "reproduction" / "headline.py"
+    spec = importlib.util.spec_from_file_location("headline", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_tour_of_the_contribution_guide_names_every_room():
-    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    tour = guide.partition("## The tour of the house")[2].partition("\n## ")[0]
-    package = [
-        path
-        for path in (ROOT / "excessmtl_ext").iterdir()
-        if path.suffix == ".py" or (path / "__init__.py").exists()
-    ]
-    assert len(package) > 15
-    for path in package:
-        name = f"{path.name}/" if path.is_dir() else path.name
-        assert name == "__init__.py" or f"`{name}`" in tour or f"/{name}`" in tour, name
+def test_the_table_of_results_is_that_of_the_committed_runs(headline):
+    assert headline.with_table(README) == README
+    rows = [line for line in headline.table().splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(headline.METHODS)
+    for dataset in headline.SWEEPS:
+        (folder,) = headline.RESULTS.glob(f"{dataset}_*cores_*")
+        assert f"{folder.relative_to(ROOT)}/README.md" in README
+
+
+def test_the_table_shows_what_each_task_gains_or_pays(headline):
+    """Worked out from the run's own table: 0.6647 and 0.7325, 0.0739 and 0.0608."""
+    (row,) = [line for line in README.splitlines() if line.startswith("| ExcessMTL")]
+    (folder,) = headline.RESULTS.glob("sarcos_*cores_*")
+    run = (folder / "README.md").read_text(encoding="utf-8")
+    noisy = run.partition("| noisy tasks")[2]
+    ours, uniform = (
+        float(re.findall(rf"\| {name} \|.*", noisy)[0].split("|")[6].split("±")[0])
+        for name in ("ExcessMTL, recommended", "Uniform")
+    )
+    shown = row.split("|")[5].strip()
+    assert shown == f"{ours:.4f} ({ours - uniform:+.4f})".replace("-", "−")
+
+
+def test_a_readme_without_the_marks_is_refused(headline):
+    with pytest.raises(ValueError, match="two marks"):
+        headline.with_table("no marks here")
+
+
+def test_links_of_the_readme_work_in_the_repository():
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert len(targets) > 15
+    for target in targets:
+        if urlsplit(target).scheme:
+            continue
+        workflow = re.match(r"\.\./\.\./actions/workflows/([\w.]+)", target)
+        if workflow:  # what GitHub shows beside the files; an sdist has no workflows
+            folder = ROOT / ".github" / "workflows"
+            assert not folder.is_dir() or (folder / workflow[1]).is_file(), target
+            continue
+        assert (ROOT / target.partition("#")[0]).exists(), target
