@@ -25,6 +25,7 @@ try:
     release = metadata.version("excessmtl-ext")
 except metadata.PackageNotFoundError:  # a checkout that is not installed
     release = ""
+version = ".".join(release.split(".")[:3])  # without the commits since the tag
 
 extensions = [
     "myst_parser",
@@ -32,6 +33,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "mathml",
     "repository_links",
+    "narrow_tables",
 ]
 
 # ---- pages
@@ -64,7 +66,7 @@ autodoc_mock_imports = [  # optional: a page about them must not depend on what 
 # ---- the site
 
 html_theme = "furo"
-html_title = f"excessmtl_ext {release}".strip()
+html_title = f"excessmtl_ext {version}".strip()
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"

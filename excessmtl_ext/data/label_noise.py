@@ -49,7 +49,8 @@ def corrupt_classes(
         ValueError: ``fraction`` is outside [0, 1], or ``labels`` are not [N] class indices below ``num_classes``.
 
     Example:
-        >>> noisy = corrupt_classes(torch.zeros(10, dtype=torch.int64), num_classes=3, fraction=0.4, seed=0)
+        >>> labels = torch.zeros(10, dtype=torch.int64)
+        >>> noisy = corrupt_classes(labels, num_classes=3, fraction=0.4, seed=0)
         >>> len(noisy.corrupted)
         4
     """

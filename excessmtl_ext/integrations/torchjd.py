@@ -84,7 +84,8 @@ class BalancerAggregator(WeightedAggregator, Stateful):
         >>> import torch
         >>> from excessmtl_ext import ExcessMTL
         >>> aggregator = BalancerAggregator(ExcessMTL(num_tasks=2))
-        >>> aggregator(torch.tensor([[2.0, 0.0], [0.0, 4.0]])).tolist()  # the first step's weights are uniform
+        >>> # The weights of the first step are uniform.
+        >>> aggregator(torch.tensor([[2.0, 0.0], [0.0, 4.0]])).tolist()
         [1.0, 2.0]
     """
 
