@@ -14,6 +14,8 @@ PYBIND11_MODULE(_C, module) {
     facts["torch_version"] = EXCESSMTL_TORCH_VERSION;
     facts["torch_target_version"] = EXCESSMTL_TORCH_TARGET;
     facts["compiler"] = EXCESSMTL_COMPILER;
+    facts["cuda_decision"] = EXCESSMTL_CUDA_DECISION;
+    facts["source_digest"] = EXCESSMTL_SOURCE_DIGEST;
     return facts;
   });
 }

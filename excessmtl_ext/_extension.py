@@ -5,38 +5,48 @@ Read once, when the package is imported:
 - ``EXCESSMTL_DISABLE_OPS=1``: run on :mod:`excessmtl_ext.reference` and say nothing.
 - ``EXCESSMTL_JIT=1``: compile the sources in the package with ninja and the C++ compiler found,
   once per version of torch and of the sources, into ``TORCH_EXTENSIONS_DIR`` or torch's cache.
-- ``EXCESSMTL_WITH_CUDA=AUTO|ON|OFF``: CUDA kernels in that build. AUTO: where nvcc is found.
+- ``EXCESSMTL_WITH_CUDA=AUTO|ON|OFF``: CUDA kernels in that build. AUTO: where nvcc, a CUDA build of torch, and a GPU
+  or a stated architecture list (``TORCH_CUDA_ARCH_LIST``, ``CUDAARCHS``) are found.
 
-A missing or unloadable library is a warning, never an error: the reference does the same, slower.
+A package imported from a source checkout, as ``python -m`` does it there, has nothing compiled beside it: it loads the
+ops that pip installed, if they were built from the checkout's sources.
+
+A missing, unloadable or stale library is a warning, never an error: the reference does the same, slower.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import warnings
+from importlib import metadata
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from excessmtl_ext import _build_facts
+
 # As in CMakeLists.txt, where the reasons are. The newest torch whose features the ops use; flags.
 _NEWEST_TARGET = (2, 13)
 _CUDA_FLAGS = ["-prec-div=false", "-prec-sqrt=false", "-ftz=true"]
-_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 _CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildInfo:
-    """What the loaded ops were built with."""
+    """What the loaded ops were built with, and from.
+
+    ``cuda_decision`` says why the build has CUDA ops or has none, ``source_digest`` which sources it was made from.
+    """
 
     has_cuda: bool
     cuda_version: str
@@ -44,6 +54,8 @@ class BuildInfo:
     torch_version: str
     torch_target_version: str
     compiler: str
+    cuda_decision: str = ""
+    source_digest: str = ""
 
 
 class _OpsUnavailable(Exception):
@@ -55,26 +67,57 @@ def _version_pair(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def _find_compiled(name: str) -> ModuleSpec | None:
+    """A compiled file: beside the package or where an editable install put it, else installed by pip for a checkout."""
+    spec = importlib.util.find_spec(f"{__package__}.{name}")
+    if spec is None and _is_source_folder():
+        for installed in metadata.distributions(name="excessmtl-ext"):
+            folder = str(installed.locate_file(str(__package__)))
+            spec = spec or PathFinder.find_spec(f"{__package__}.{name}", [folder])
+    return spec if spec is not None and spec.origin is not None else None
+
+
+def _is_source_folder() -> bool:
+    return (Path(__file__).parents[1] / "CMakeLists.txt").is_file()
+
+
+def _build_facts_of(spec: ModuleSpec) -> dict[str, Any]:
+    """What the build says about itself, from the module ``_C`` that was compiled with it."""
+    module = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
+    return module.build_facts()
+
+
 def _load_installed() -> BuildInfo:
-    """Loads the library that lies beside the package, or where an editable install put it."""
-    spec = importlib.util.find_spec(f"{__package__}._ops")
-    if spec is None or spec.origin is None:
-        if (Path(__file__).parents[1] / "CMakeLists.txt").is_file():
+    """Loads the compiled library, unless it fits neither this torch nor the sources at hand."""
+    library, facts_module = _find_compiled("_ops"), _find_compiled("_C")
+    if library is None:
+        if _is_source_folder():
             raise _OpsUnavailable(
-                "this is the source folder, where nothing is compiled; "
-                "start Python elsewhere, or `pip install -e .`"
+                "this is the source folder, where nothing is compiled, and no excessmtl-ext with compiled ops is "
+                f"installed for {sys.executable}; run `pip install .`"
             )
         raise _OpsUnavailable(
             "it was not built; `pip install --force-reinstall --no-deps .` needs a C++20 compiler"
         )
-    facts = importlib.import_module(f"{__package__}._C").build_facts()
+    if facts_module is None:
+        raise _OpsUnavailable(f"{library.origin} lies there without its module _C: reinstall")
+    facts = _build_facts_of(facts_module)
     target = facts["torch_target_version"]
     if _version_pair(torch.__version__) < _version_pair(target):
         raise _OpsUnavailable(
             f"it was built for torch >= {target} and this is torch {torch.__version__}: "
             "reinstall with --no-build-isolation --force-reinstall --no-deps"
         )
-    torch.ops.load_library(spec.origin)
+    if _is_source_folder() and facts.get("source_digest") != _build_facts.source_digest(
+        _csrc_dir()
+    ):
+        raise _OpsUnavailable(
+            f"{library.origin} was built from other C++ sources than those in {_csrc_dir()}; "
+            "build them again: `pip install --force-reinstall --no-deps .`, with -e if it is an editable install"
+        )
+    torch.ops.load_library(str(library.origin))
     return BuildInfo(**facts)
 
 
@@ -113,14 +156,31 @@ def _toolkit_version(toolkit: Path) -> str:
     return f"{match[1]}.{int(match[2])}" if match else ""
 
 
-def _cuda_toolkit_for_jit() -> Path | None:
+def _plan_cuda_for_jit() -> tuple[Path | None, str, str]:
+    """The toolkit or None, the architectures as torch spells them, and why a build here has CUDA ops or has none."""
     choice = os.environ.get("EXCESSMTL_WITH_CUDA", "AUTO")
-    if choice == "OFF":
-        return None
-    toolkit = _toolkit_dir() if torch.version.cuda else None
-    if toolkit is None and choice == "ON":
-        raise _OpsUnavailable("EXCESSMTL_WITH_CUDA=ON, but nvcc is missing or torch is a CPU build")
-    return toolkit
+    if torch.version.cuda is None:
+        toolkit, obstacle = None, "torch is a build without CUDA"
+    else:
+        toolkit, obstacle = (None if choice == "OFF" else _toolkit_dir()), "nvcc was not found"
+    # In a process of its own, because looking for GPUs starts CUDA.
+    nvcc = str(toolkit / "bin" / "nvcc") if toolkit else ""
+    asked = subprocess.run(
+        [sys.executable, "-I", _build_facts.__file__, "cuda", choice, "", nvcc],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if asked.returncode != 0:
+        raise _OpsUnavailable(asked.stderr.strip())
+    plan = _build_facts.CudaPlan(**json.loads(asked.stdout))
+    if plan.wanted and toolkit is None:
+        if choice == "ON":
+            raise _OpsUnavailable(f"EXCESSMTL_WITH_CUDA=ON, but {obstacle}")
+        return None, "", obstacle
+    if not plan.wanted:
+        return None, "", plan.reason
+    return toolkit, _build_facts.torch_architectures(plan.architectures), plan.reason
 
 
 def _compile(toolkit: Path | None, architectures: str, **build: Any) -> None:
@@ -144,7 +204,7 @@ def _compile(toolkit: Path | None, architectures: str, **build: Any) -> None:
 def _load_compiled_here() -> BuildInfo:
     """Compiles the sources with ninja, or finds them compiled, and loads the library."""
     csrc = _csrc_dir()
-    toolkit = _cuda_toolkit_for_jit()
+    toolkit, architectures, cuda_decision = _plan_cuda_for_jit()
     names = re.findall(r"^[^#\n].*$", (csrc / "sources.txt").read_text(), re.MULTILINE)
     sources = [name for name in names if toolkit is not None or not name.endswith(".cu")]
     has_cuda = any(name.endswith(".cu") for name in sources)
@@ -152,13 +212,10 @@ def _load_compiled_here() -> BuildInfo:
     target = min(_version_pair(torch.__version__), _NEWEST_TARGET)
     define = f"-DTORCH_TARGET_VERSION={(target[0] << 56) | (target[1] << 48):#x}ULL"
     use_cuda = ["-DUSE_CUDA"] if target < (2, 13) else []  # as in CMakeLists.txt
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", _CUDA_ARCHITECTURES)
-
-    flags = (sources, _CXX_FLAGS, _CUDA_FLAGS, has_cuda and architectures)
-    digest = hashlib.sha256(repr(flags).encode())
-    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
-        digest.update(path.read_bytes())
-    name = re.sub(r"\W", "_", f"excessmtl_ext_torch{torch.__version__}_{digest.hexdigest()[:16]}")
+    source_digest = _build_facts.source_digest(csrc)
+    flags = (source_digest, sources, _CXX_FLAGS, _CUDA_FLAGS, architectures)
+    digest = hashlib.sha256(repr(flags).encode()).hexdigest()[:16]
+    name = re.sub(r"\W", "_", f"excessmtl_ext_torch{torch.__version__}_{digest}")
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
     folder = Path(root).expanduser() / name
@@ -186,6 +243,8 @@ def _load_compiled_here() -> BuildInfo:
         torch_version=str(torch.__version__),
         torch_target_version=f"{target[0]}.{target[1]}",
         compiler=os.environ.get("CXX", "c++"),
+        cuda_decision=cuda_decision,
+        source_digest=source_digest,
     )
 
 

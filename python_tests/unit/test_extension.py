@@ -12,7 +12,7 @@ import pytest
 import torch
 from _paths import ROOT
 
-from excessmtl_ext import _extension
+from excessmtl_ext import _build_facts, _extension
 
 # An editable install finds its package before any folder on sys.path does: its finder goes.
 FROM_FOLDER = """
@@ -20,17 +20,23 @@ import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
 """
 
+NOTHING_INSTALLED = """
+import importlib.metadata
+importlib.metadata.distributions = lambda **context: []
+"""
+
 REPORT = """
 import json, sys, torch, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    from excessmtl_ext import _extension
+    from excessmtl_ext import _build_facts, _extension
 print(json.dumps({
     "available": _extension.ops_available,
     "reason": _extension.unavailable_reason,
     "cpu": _extension.has_op_for("cpu"),
     "cuda": _extension.has_op_for("cuda"),
     "capability": torch.ops.excessmtl_ext.cpu_capability() if _extension.ops_available else None,
+    "libraries": [path for path in torch.ops.loaded_libraries if path.endswith("_ops.so")],
     "warnings": [[w.category.__name__, str(w.message)] for w in caught],
     "cuda_initialized": torch.cuda.is_initialized(),
 }))
@@ -44,12 +50,14 @@ def build_facts():
 """
 
 
-def import_report(folder, **environment):
-    """What importing `_extension` in a new process did, with the package taken from `folder`."""
+def import_report(*folders, prelude="", **environment):
+    """What importing `_extension` in a new process did, with the package taken from the first of `folders`."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("EXCESSMTL_")}
-    variables |= {"PYTHONPATH": str(folder)} if folder else {}
+    if folders:
+        variables["PYTHONPATH"] = os.pathsep.join(map(str, folders))
+        prelude += FROM_FOLDER
     run = subprocess.run(
-        [sys.executable, "-c", FROM_FOLDER + REPORT if folder else REPORT],
+        [sys.executable, "-c", prelude + REPORT],
         cwd=sys.prefix,  # not the checkout: `python -c` would import its source folder
         env=variables | environment,
         capture_output=True,
@@ -66,7 +74,8 @@ def package_without_ops(tmp_path):
     package = tmp_path / "site" / "excessmtl_ext"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    shutil.copy(_extension.__file__, package)
+    for module in (_extension, _build_facts):
+        shutil.copy(module.__file__, package)
     return package
 
 
@@ -90,7 +99,7 @@ needs_ops = pytest.mark.skipif(
 
 @needs_ops
 def test_installed_ops_load_without_a_warning():
-    report = import_report(None)
+    report = import_report()
     assert report["available"]
     assert report["reason"] is None
     assert report["cpu"]
@@ -99,7 +108,7 @@ def test_installed_ops_load_without_a_warning():
 
 
 def test_import_touches_no_gpu():
-    assert not import_report(None)["cuda_initialized"]
+    assert not import_report()["cuda_initialized"]
 
 
 @needs_ops
@@ -124,7 +133,59 @@ def test_missing_library_warns_once_and_names_the_reason(package_without_ops):
 
 def test_source_folder_is_named_as_the_reason(package_without_ops):
     (package_without_ops.parent / "CMakeLists.txt").touch()
-    assert_falls_back(import_report(package_without_ops.parent), "this is the source folder")
+    report = import_report(package_without_ops.parent, prelude=NOTHING_INSTALLED)
+    assert_falls_back(report, "this is the source folder")
+    assert sys.executable in report["reason"]
+
+
+@pytest.fixture
+def checkout_and_site(package_without_ops, tmp_path):
+    """A checkout of these sources, in which nothing is compiled, and a folder where pip has installed them."""
+    checkout = package_without_ops.parent
+    shutil.copytree(_extension._csrc_dir(), checkout / "csrc")
+    (checkout / "CMakeLists.txt").touch()
+    site = tmp_path / "site-packages"
+    (site / "excessmtl_ext").mkdir(parents=True)
+    for name in ("_ops", "_C"):
+        shutil.copy(_extension._find_compiled(name).origin, site / "excessmtl_ext")
+    (site / "excessmtl_ext-1.0.dist-info").mkdir()
+    metadata = site / "excessmtl_ext-1.0.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: excessmtl-ext\nVersion: 1.0\n")
+    return checkout, site
+
+
+@needs_ops
+def test_a_checkout_loads_the_installed_ops_of_its_sources(checkout_and_site):
+    report = import_report(*checkout_and_site)
+    assert report["available"], report["reason"]
+    assert report["warnings"] == []
+    assert report["libraries"] == [str(checkout_and_site[1] / "excessmtl_ext" / "_ops.so")]
+
+
+@needs_ops
+@pytest.mark.parametrize("change", ["edited", "added", "removed"])
+def test_ops_of_other_sources_are_stale_and_not_loaded(checkout_and_site, change):
+    csrc = checkout_and_site[0] / "csrc"
+    if change == "edited":
+        with (csrc / "ops.cpp").open("a") as source:
+            source.write("// another line\n")
+    elif change == "added":
+        (csrc / "new.h").touch()
+    else:
+        (csrc / "checks.h").unlink()
+    report = import_report(*checkout_and_site)
+    assert_falls_back(report, f"was built from other C++ sources than those in {csrc}")
+    assert "pip install --force-reinstall --no-deps ." in report["reason"]
+    assert report["libraries"] == []
+
+
+@needs_ops
+def test_a_build_that_names_no_sources_is_stale_in_a_checkout(checkout_and_site):
+    compiled = checkout_and_site[1] / "excessmtl_ext"
+    for path in compiled.glob("_C.*"):
+        path.unlink()
+    (compiled / "_C.py").write_text(FACTS.format(target="2.10"))
+    assert_falls_back(import_report(*checkout_and_site), "was built from other C++ sources")
 
 
 def test_damaged_library_warns_once_and_names_the_reason(package_without_ops):
