@@ -224,11 +224,11 @@ def extras() -> dict[str, set[str]]:
     """The distributions that each extra names, and the project's own dependencies under ""."""
     text = re.sub(r"#.*", "", PYPROJECT)
     table = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    lists = dict(re.findall(r"^(\w+) = (\[.*?^\])", table, flags=re.MULTILINE | re.DOTALL))
+    lists = dict(re.findall(r"^([\w-]+) = (\[.*?^\])", table, flags=re.MULTILINE | re.DOTALL))
     lists[""] = re.search(r"^dependencies = (\[.*?^\])", text, re.MULTILINE | re.DOTALL)[1]
     return {
         extra: {
-            re.match(r"[\w.-]+(\[[\w,]+\])?", item)[0].lower() for item in ast.literal_eval(items)
+            re.match(r"[\w.-]+(\[[\w,-]+\])?", item)[0].lower() for item in ast.literal_eval(items)
         }
         for extra, items in lists.items()
     }

@@ -36,6 +36,21 @@ def test_the_oldest_environment_is_made_of_the_lower_bounds() -> None:
     assert (int(version[1]), int(version[2])) >= tuple(map(int, python.split(".")))
 
 
+def test_the_workflow_tests_both_ends_on_every_push() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    assert "\n  push:\n" in workflow
+    pythons = re.findall(r'^ +python: "([\d.]+)"$', workflow, re.MULTILINE)
+    torches = re.findall(r'^ +torch: "(.*)"$', workflow, re.MULTILINE)
+    oldest, newest = only_match(r'^requires-python = ">=([\d.]+)"$'), only_match(r"cp3(\d+)-\*\"$")
+    assert pythons == [oldest, f"3.{newest}"]
+    bounds = [only_match(rf'^    "{name}>=([\d.]+)",') for name in ("torch", "torchvision")]
+    assert torches == ["torch=={}.* torchvision=={}.*".format(*bounds), "torch torchvision"]
+    commands = re.findall(r"^ +- run: (.*)$", workflow, re.MULTILINE)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {'pip install ".[test]"', "pytest python_tests"} <= set(commands)
+    assert 'pip install ".[test]" && pytest python_tests' in readme
+
+
 @pytest.mark.parametrize("category", ["UserWarning", "DeprecationWarning", "FutureWarning"])
 def test_a_warning_fails_a_test(tmp_path: Path, category: str) -> None:
     test = tmp_path / "test_that_warns.py"
