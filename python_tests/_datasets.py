@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -64,4 +66,48 @@ def write_office_home(root: Path) -> Path:
             for number in range(count):
                 colour = office_home_colour(domain, class_name, number)
                 Image.new("RGB", (12, 9), colour).save(folder / f"{number:05}.jpg", quality=95)
+    return root
+
+
+# Texts per domain; the stems of the public archive.
+HUMAN_RATINGS_TEXTS = {
+    "tweets": 40,
+    "movieReviewSnippets": 60,
+    "amazonReviewSnippets": 30,
+    "nytEditorialSnippets": 50,
+}
+HUMAN_RATINGS_RATERS = 6
+
+
+def human_ratings_files(seed: int = 0) -> dict[str, str]:
+    """File name -> content; a text's words decide the mean that its raters scatter about."""
+    generator = np.random.default_rng(seed)
+    words = {"awful": -3, "poor": -1, "table": 0, "fine": 1, "great": 3}
+    files: dict[str, str] = {}
+    for stem, count in HUMAN_RATINGS_TEXTS.items():
+        texts, ratings = [], []
+        for number in range(count):
+            word, value = list(words.items())[number % len(words)]
+            scores = np.clip(
+                np.rint(value + generator.normal(size=HUMAN_RATINGS_RATERS + number % 3)), -4, 4
+            ).astype(int)
+            # Some tweets of the public file state another mean there.
+            stated = scores.mean() - (stem == "tweets" and number % 7 == 0)
+            texts.append(f"{number}_1\t{stated:.6f}\tA {word} thing, number {number}.")
+            deviation = scores.std()
+            ratings.append(f"{number}_1\t{scores.mean():.6f}\t{deviation:.5f}\t{scores.tolist()}")
+        files[f"{stem}_GroundTruth.txt"] = "\r\n".join(texts) + "\r\n"
+        files[f"{stem}_anonDataRatings.txt"] = "\ufeff" + "\r\n".join(ratings[::-1]) + "\r\n"
+    return files
+
+
+def write_human_ratings(root: Path, files: dict[str, str] | None = None) -> Path:
+    """Writes the archive inside the package's source distribution."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(root / "hutto_ICWSM_2014.tar.gz", "w:gz") as archive:
+        for name, text in (human_ratings_files() if files is None else files).items():
+            content = text.encode()
+            entry = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
     return root

@@ -1,6 +1,7 @@
 """Data sets of several tasks, with fixed and seeded corruption of the training labels of chosen tasks."""
 
 from excessmtl_ext.data.digits import load_digit_pairs
+from excessmtl_ext.data.human_ratings import load_human_ratings
 from excessmtl_ext.data.label_noise import (
     CorruptedLabels,
     choose_corrupted,
@@ -20,6 +21,7 @@ from excessmtl_ext.data.multitask_data import (
 )
 from excessmtl_ext.data.nyuv2 import load_nyuv2
 from excessmtl_ext.data.office_home import load_office_home
+from excessmtl_ext.data.own_inputs import OwnInputsSplit
 from excessmtl_ext.data.sarcos import load_sarcos
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Batch",
     "CorruptedLabels",
     "MultiTaskData",
+    "OwnInputsSplit",
     "Split",
     "Task",
     "TaskKind",
@@ -36,6 +39,7 @@ __all__ = [
     "corrupt_pixels",
     "corrupt_values",
     "load_digit_pairs",
+    "load_human_ratings",
     "load_multimnist",
     "load_nyuv2",
     "load_office_home",

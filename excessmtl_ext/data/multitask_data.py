@@ -156,6 +156,10 @@ class MultiTaskData:
         test: Clean, and the same samples for every seed.
         clean_train: The samples of ``train`` in the same order with their clean labels. Shares the inputs.
         corrupted: Task name -> indices of its corrupted training samples, of its own where a task has its own inputs.
+        observed_validation: The samples of ``validation`` in the same order with labels as good as the training
+            labels: what a user without clean labels could select by. None where the data set does not offer it.
+        noise_shares: Task name -> share of its training labels' variance that is label noise, where it is known from
+            repeated measurements; in [0, 1].
     """
 
     tasks: tuple[Task, ...]
@@ -164,3 +168,5 @@ class MultiTaskData:
     test: Split
     clean_train: Split
     corrupted: dict[str, Tensor] = field(default_factory=dict)
+    observed_validation: Split | None = None
+    noise_shares: dict[str, float] = field(default_factory=dict)

