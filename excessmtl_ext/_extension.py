@@ -41,6 +41,18 @@ _CUDA_FLAGS = ["-prec-div=false", "-prec-sqrt=false", "-ftz=true"]
 _CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
 
 
+OP_NAMES = (
+    "fused_step_",
+    "fused_step_combine_",
+    "accumulate_excess_risk_",
+    "update_task_risks_",
+    "update_task_weights_",
+    "combine_",
+    "fold_",
+)
+"""The ops that change what they are given."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BuildInfo:
     """What the loaded ops were built with, and from.
@@ -118,6 +130,12 @@ def _load_installed() -> BuildInfo:
             "build them again: `pip install --force-reinstall --no-deps .`, with -e if it is an editable install"
         )
     torch.ops.load_library(str(library.origin))
+    missing = [name for name in OP_NAMES if not hasattr(torch.ops.excessmtl_ext, name)]
+    if missing:
+        raise _OpsUnavailable(
+            f"it lacks {', '.join(missing)}, so it is of another version than the Python files; "
+            "`pip install --force-reinstall --no-deps .` builds it anew"
+        )
     return BuildInfo(**facts)
 
 

@@ -22,21 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from excessmtl_ext import _extension, functional, reference
+from excessmtl_ext import _extension, functional, reference, self_test
 from excessmtl_ext._extension import BuildInfo
 from excessmtl_ext.excess_mtl import ExcessMTL
-from excessmtl_ext.functional import ParamLayout, StepOptions, StepState
-
-NUM_TASKS = 3
-NUMELS = (5, 64, 1_000)
-"""A parameter shorter than a vector register, one of whole registers, one with a rest."""
-
-OPTIONS = StepOptions(gradient_momentum=0.5, robust_step_size=0.1, min_weight=0.01)
-
-# Looks for wrong answers, not for last digits: the kernels divide and take roots in float32 with an error of 2 units.
-RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-4, 1e-6
+from excessmtl_ext.self_test import ABSOLUTE_TOLERANCE, NUM_TASKS, OPTIONS
+from excessmtl_ext.state import ParamLayout
 
 BENCHMARK_NUMEL = 2**20
 BENCHMARK_SECONDS = 1.0
@@ -221,22 +212,20 @@ def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
 # ---- every op against the reference
 
 
-def examine_ops(device: torch.device, ops: Any = None) -> Iterator[Finding]:
-    """Which backend each op uses on a device, and whether it agrees with the reference on a small case.
+def examine_ops(device: torch.device, compiled: Any = functional) -> Iterator[Finding]:
+    """Which backend each function uses on a device, and whether it agrees with the reference on a small case.
 
     Args:
         device: Where to run.
-        ops: The compiled ops; None for those that are loaded.
+        compiled: What is compared with :mod:`excessmtl_ext.reference`.
     """
-    if ops is None:
-        if not _extension.has_op_for(device.type):
-            why = _extension.unavailable_reason or f"the ops were built without {device.type}"
-            yield Finding("note", f"{device.type}: every op uses the reference ({why})")
-            return
-        ops = torch.ops.excessmtl_ext
+    if compiled is functional and not _extension.has_op_for(device.type):
+        why = _extension.unavailable_reason or f"the ops were built without {device.type}"
+        yield Finding("note", f"{device.type}: every op uses the reference ({why})")
+        return
     agreeing = []
-    for name, run in OPS.items():
-        problem = _problem_with(name, run, ops, device)
+    for name in self_test.CASES:
+        problem = self_test.problem_with(name, device, compiled)
         if problem is None:
             agreeing.append(name)
         else:
@@ -245,185 +234,6 @@ def examine_ops(device: torch.device, ops: Any = None) -> Iterator[Finding]:
         yield Finding(
             "ok", f"{device.type}: compiled and equal to the reference: {', '.join(agreeing)}"
         )
-
-
-def _problem_with(
-    name: str,
-    run: Callable[[Callable[..., None], torch.device], list[Tensor]],
-    ops: Any,
-    device: torch.device,
-) -> str | None:
-    try:
-        op = getattr(ops, name)
-    except AttributeError:
-        return "is missing: the library is of another version than the Python files. " + BUILD_HINT
-    try:
-        actual = run(op, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a kernel raises is the finding
-        return f"fails: {str(error).strip().splitlines()[0]}"
-    expected = run(getattr(reference, name), device)
-    for left, right in zip(actual, expected, strict=True):
-        if not torch.allclose(
-            left.double(), right.double(), RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE, equal_nan=True
-        ):
-            difference = (left.double() - right.double()).abs().max().item()
-            return f"differs from the reference by up to {difference:.2g}. Please report it."
-    return None
-
-
-def _layout() -> ParamLayout:
-    return ParamLayout(NUMELS)
-
-
-def _grads(device: torch.device, seed: int = 0) -> list[Tensor]:
-    """T * L gradients, the same on every device; the second task has none for the first parameter."""
-    generator = torch.Generator().manual_seed(seed)
-    grads = [
-        torch.randn(numel, generator=generator) * (1 + task)
-        for task in range(NUM_TASKS)
-        for numel in NUMELS
-    ]
-    grads[len(NUMELS)] = torch.empty(0)
-    return [grad.to(device) for grad in grads]
-
-
-def _state(device: torch.device) -> StepState:
-    return functional.init_state(NUM_TASKS, _layout(), device=device, has_momentum=True)
-
-
-def _outputs(device: torch.device) -> list[Tensor]:
-    return [torch.zeros(numel, device=device) for numel in NUMELS]
-
-
-_STEP_KEYWORDS = {
-    "sqrt_fisher": OPTIONS.fisher == "sqrt",
-    **{name: value for name, value in OPTIONS._asdict().items() if name != "fisher"},
-}
-
-
-def _run_fused_step(op: Callable[..., None], device: torch.device) -> list[Tensor]:
-    layout, state = _layout(), _state(device)
-    for seed in range(2):
-        plan = (layout.param_numels, layout.chunk_map(device), None)
-        op(_grads(device, seed), *plan, *state, **_STEP_KEYWORDS)
-    return list(state)
-
-
-def _run_fused_step_combine(op: Callable[..., None], device: torch.device) -> list[Tensor]:
-    layout, state, outputs = _layout(), _state(device), _outputs(device)
-    for seed in range(2):
-        plan = (layout.param_numels, layout.chunk_map(device), None)
-        op(_grads(device, seed), outputs, *plan, *state, **_STEP_KEYWORDS, accumulate=True)
-    return [*state, *outputs]
-
-
-def _run_accumulate_excess_risk(op: Callable[..., None], device: torch.device) -> list[Tensor]:
-    layout, state = _layout(), _state(device)
-    sums = torch.zeros_like(state.excess_risk)
-    op(
-        _grads(device),
-        layout.param_numels,
-        layout.chunk_map(device),
-        None,
-        state.sq_grad_sum,
-        state.grad_mean,
-        sums,
-        state.ticket,
-        sqrt_fisher=True,
-        eps=OPTIONS.eps,
-        gradient_momentum=OPTIONS.gradient_momentum,
-    )
-    return [state.sq_grad_sum, state.grad_mean, sums]
-
-
-def _run_update_task_risks(op: Callable[..., None], device: torch.device) -> list[Tensor]:
-    state = _state(device)
-    for step in range(2):
-        sums = torch.arange(1.0, NUM_TASKS + 1, dtype=torch.float64).to(device) / (step + 1)
-        op(
-            sums,
-            list(range(NUM_TASKS)),
-            state.excess_risk,
-            state.relative_excess_risk,
-            state.baseline_excess_risk,
-            state.num_steps,
-            state.num_task_steps,
-            state.found_nonfinite,
-            gradient_momentum=OPTIONS.gradient_momentum,
-            num_warmup_steps=OPTIONS.num_warmup_steps,
-            relative=OPTIONS.relative,
-            raw_risk_scale=1.0,
-        )
-        state.num_steps.add_(1)
-    return list(state)
-
-
-def _run_update_task_weights(op: Callable[..., None], device: torch.device) -> list[Tensor]:
-    state = _state(device)
-    state.num_steps.fill_(OPTIONS.num_warmup_steps)
-    op(
-        list(range(NUM_TASKS)),
-        torch.arange(1.0, NUM_TASKS + 1, dtype=torch.float64).to(device),
-        state.log_task_weights,
-        state.task_weights,
-        state.num_steps,
-        state.num_skipped_steps,
-        state.found_nonfinite,
-        robust_step_size=OPTIONS.robust_step_size,
-        num_warmup_steps=OPTIONS.num_warmup_steps,
-        min_weight=OPTIONS.min_weight,
-        weight_total=OPTIONS.weight_total,
-    )
-    return list(state)
-
-
-def _run_combine(op: Callable[..., None], device: torch.device) -> list[Tensor]:
-    layout, state, outputs = _layout(), _state(device), _outputs(device)
-    op(
-        _grads(device),
-        outputs,
-        layout.param_numels,
-        layout.chunk_map(device),
-        None,
-        state.task_weights,
-        state.found_nonfinite,
-        state.sq_grad_sum,
-        state.grad_mean,
-        gradient_momentum=OPTIONS.gradient_momentum,
-        accumulate=False,
-    )
-    return outputs
-
-
-def _run_fold(op: Callable[..., None], device: torch.device) -> list[Tensor]:
-    layout = _layout()
-    running_sum = torch.zeros(layout.padded_numel, device=device)
-    running_log_max = torch.full((), -math.inf, dtype=torch.float64, device=device)
-    grads = _grads(device)
-    for task in range(NUM_TASKS):
-        op(
-            grads[task * len(NUMELS) : (task + 1) * len(NUMELS)],
-            layout.param_numels,
-            layout.chunk_map(device),
-            torch.full((), 0.5 * task, dtype=torch.float64, device=device),
-            running_sum,
-            running_log_max,
-        )
-    return [running_sum, running_log_max]
-
-
-OPS: dict[str, Callable[[Callable[..., None], torch.device], list[Tensor]]] = {
-    "fused_step_": _run_fused_step,
-    "fused_step_combine_": _run_fused_step_combine,
-    "accumulate_excess_risk_": _run_accumulate_excess_risk,
-    "update_task_risks_": _run_update_task_risks,
-    "update_task_weights_": _run_update_task_weights,
-    "combine_": _run_combine,
-    "fold_": _run_fold,
-}
-"""Every op with a small case: runs what it is given, compiled or reference, and returns what that wrote."""
 
 
 def examine_balancer() -> Finding:
@@ -451,19 +261,17 @@ def benchmark(device: torch.device, seconds: float) -> Finding:
         device: Where to run.
         seconds: For both together.
     """
-    layout = ParamLayout([BENCHMARK_NUMEL])
+    layout, options = ParamLayout([BENCHMARK_NUMEL]), OPTIONS._replace(gradient_momentum=0.0)
     grads = [torch.randn(BENCHMARK_NUMEL, device=device) for _ in range(NUM_TASKS)]
     backends = {"reference": reference.fused_step_}
     if _extension.has_op_for(device.type):
-        backends = {"compiled": torch.ops.excessmtl_ext.fused_step_, **backends}
+        backends = {"compiled": functional.fused_step_, **backends}
     medians = {}
-    for name, op in backends.items():
+    for name, step in backends.items():
         state = functional.init_state(NUM_TASKS, layout, device=device)
-        keywords = {**_STEP_KEYWORDS, "gradient_momentum": 0.0}
-        arguments = (grads, layout.param_numels, layout.chunk_map(device), None, *state)
         try:
             medians[name] = _median_seconds(
-                lambda op=op, arguments=arguments, keywords=keywords: op(*arguments, **keywords),
+                lambda step=step, state=state: step(grads, layout, state, options),
                 device,
                 seconds / len(backends),
             )

@@ -91,7 +91,7 @@ class ExcessMTL(Balancer):
         min_weight: Floor f of every weight, mixed in as (1 - T f) a + f; at most 1 / T.
         state_dtype: None: S and m in float32 (float64 for float64 gradients). ``torch.bfloat16``:
             half of that memory. Arithmetic stays float32, and what is stored is rounded
-            stochastically, so that sums do not stall: :func:`excessmtl_ext.reference.stochastically_rounded`.
+            stochastically, so that sums do not stall: :func:`excessmtl_ext.stochastic_rounding.stochastically_rounded`.
             Not for float64 gradients, nor with ``process_group``.
         rounding_seed: With ``state_dtype=torch.bfloat16``: together with the number of the step, the
             task and the position in the parameters it gives every random bit, so that a run

@@ -10,6 +10,7 @@ from timing import CacheState
 from torch import Tensor
 
 from excessmtl_ext import functional, reference
+from excessmtl_ext.op_calls import op_arguments
 
 ROBUST_STEP_SIZE = 0.01
 EPS = 1e-7
@@ -162,11 +163,17 @@ def make_calls(
         state = new_state()
         return lambda: functional.fused_step_(task_grads, layout, state, options)
 
-    def with_arguments(function: Callable[..., object]) -> Callable[[], object]:
-        arguments = [task_grads, layout.param_numels, layout.chunk_map(device), None, *new_state()]
-        keywords = dict(options._asdict(), sqrt_fisher=options.fisher == "sqrt")
-        del keywords["fisher"]
-        return lambda: function(*arguments, **keywords)
+    def op() -> Callable[[], object]:
+        run = torch.ops.excessmtl_ext.fused_step_.default
+        state = new_state()
+        arguments, keywords = op_arguments(
+            "fused_step_", device, layout, state, options, task_grads=task_grads, grad_scale=None
+        )
+        return lambda: run(*arguments, **keywords)
+
+    def twin() -> Callable[[], object]:
+        state = new_state()
+        return lambda: reference.fused_step_(task_grads, layout, state, options)
 
     def floor() -> Callable[[], object]:
         if device.type == "cuda":
@@ -183,11 +190,11 @@ def make_calls(
 
     makers: dict[str, Callable[[], Callable[[], object]]] = {
         "fused": fused,
-        "op": lambda: with_arguments(torch.ops.excessmtl_ext.fused_step_.default),
+        "op": op,
         "floor": floor,
         "eager": lambda: steps_of(EagerLoop),
         "compiled": lambda: steps_of(CompiledStep),
         "foreach": lambda: steps_of(ForeachStep),
-        "reference": lambda: with_arguments(reference.fused_step_),
+        "reference": twin,
     }
     return {name: makers[name]() for name in names}

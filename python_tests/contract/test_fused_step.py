@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from excessmtl_ext import ExcessMTL, _extension, reference
 from excessmtl_ext import functional as F
 from excessmtl_ext.functional import ParamLayout, StepOptions, StepState, init_state
+from excessmtl_ext.op_calls import op_arguments
 
 pytestmark = pytest.mark.skipif(
     not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"
@@ -33,29 +34,17 @@ OPTIONS = {
 
 def run_reference(grads, layout, state, options, scale=None):
     """The twin in float64, on the values that the op was given."""
-    reference.fused_step_(
-        [grad.double() for grad in grads],
-        layout.param_numels,
-        layout.chunk_map(torch.device("cpu")),
-        scale,
-        *state,
-        sqrt_fisher=options.fisher == "sqrt",
-        **F._step_keywords(options),
-    )
+    reference.fused_step_([grad.double() for grad in grads], layout, state, options, scale)
 
 
 def run_reference_combine(grads, outputs, layout, state, options, scale=None, accumulate=False):
     reference.combine_(
         [grad.double() for grad in grads],
         outputs,
-        layout.param_numels,
-        layout.chunk_map(torch.device("cpu")),
+        layout,
+        state,
+        options,
         scale,
-        state.task_weights,
-        state.found_nonfinite,
-        state.sq_grad_sum,
-        state.grad_mean,
-        gradient_momentum=options.gradient_momentum,
         accumulate=accumulate,
     )
 
@@ -391,7 +380,7 @@ def test_one_op_without_any_task_writes_zeros_and_keeps_the_state(device):
     ],
 )
 def test_wrong_output_raises_before_the_step_changes_anything(outputs, message):
-    layout, options, state, grads, _ = sample_args(torch.device("cpu"))
+    layout, options, state, grads = sample_args(torch.device("cpu"))
     before = [tensor.clone() for tensor in state]
     with pytest.raises(RuntimeError, match=message):
         F.fused_step_combine_(grads, outputs, layout, state, options)
@@ -526,67 +515,35 @@ def sample_args(device: torch.device, momentum: float = 0.9):
     options = StepOptions(gradient_momentum=momentum)
     state = states_of(2, layout, options, torch.float32, device)
     grads = make_task_grads(2, [40, 9], torch.float32, device)
-    keywords = {"sqrt_fisher": True, **F._step_keywords(options)}
-    return layout, options, state, grads, keywords
+    return layout, options, state, grads
 
 
-OPS = [
-    "fused_step_",
-    "fused_step_combine_",
-    "accumulate_excess_risk_",
-    "update_task_risks_",
-    "update_task_weights_",
-    "combine_",
-    "fold_",
-]
-
-
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", _extension.OP_NAMES)
 def test_op_passes_opcheck(name, device):
     """Schema, fake kernel, autograd registration, and the op under torch.compile with dynamic shapes."""
-    layout, options, state, grads, keywords = sample_args(device)
-    plan = (layout.param_numels, layout.chunk_map(device))
-    weights = {
-        k: keywords[k]
-        for k in ("robust_step_size", "num_warmup_steps", "min_weight", "weight_total")
-    }
-    args, kwargs = {
-        "fused_step_": ((grads, *plan, None, *state), keywords),
-        "fused_step_combine_": (
-            (grads, [torch.zeros(40, device=device), torch.zeros(9, device=device)], *plan, None, *state),
-            {**keywords, "accumulate": True},
-        ),
-        "accumulate_excess_risk_": (
-            (grads, *plan, None, state.sq_grad_sum, state.grad_mean, state.excess_risk, state.ticket),
-            {"sqrt_fisher": True, "eps": options.eps, "gradient_momentum": 0.9},
-        ),
-        "update_task_risks_": (
-            (torch.ones_like(state.excess_risk), [0, 1], *state[2:5], state.num_steps, state.num_task_steps,
-             state.found_nonfinite),
-            {"gradient_momentum": 0.9, "num_warmup_steps": 1, "relative": True, "raw_risk_scale": 1.0},
-        ),
-        "update_task_weights_": (
-            ([0, 1], state.relative_excess_risk, state.log_task_weights, state.task_weights, state.num_steps,
-             state.num_skipped_steps, state.found_nonfinite),
-            weights,
-        ),
-        "combine_": (
-            (grads, [torch.zeros(40, device=device), torch.zeros(9, device=device)], *plan, None, state.task_weights,
-             state.found_nonfinite, state.sq_grad_sum, state.grad_mean),
-            {"gradient_momentum": 0.9, "accumulate": True},
-        ),
-        "fold_": (
-            (grads[:2], *plan, torch.zeros((), dtype=torch.float64, device=device),
-             torch.zeros(layout.padded_numel, device=device),
-             torch.zeros((), dtype=torch.float64, device=device)),
-            {},
-        ),
-    }[name]  # fmt: skip
+    layout, options, state, grads = sample_args(device)
+    args, kwargs = op_arguments(
+        name,
+        device,
+        layout,
+        state,
+        options,
+        task_grads=grads[:2] if name == "fold_" else grads,
+        outputs=[torch.zeros(40, device=device), torch.zeros(9, device=device)],
+        tasks=[0, 1],
+        grad_scale=None,
+        excess_risk_sum=torch.ones_like(state.excess_risk),
+        accumulate=True,
+        first_task=0,
+        log_weight=torch.zeros((), dtype=torch.float64, device=device),
+        running_sum=torch.zeros(layout.padded_numel, device=device),
+        running_log_max=torch.zeros((), dtype=torch.float64, device=device),
+    )
     torch.library.opcheck(getattr(torch.ops.excessmtl_ext, name).default, args, kwargs)
 
 
 def test_compiled_step_has_no_graph_break_and_equals_eager(device):
-    layout, options, eager, grads, _ = sample_args(device)
+    layout, options, eager, grads = sample_args(device)
     compiled = StepState(*[tensor.clone() for tensor in eager])
     outputs = [[torch.zeros(40, device=device), torch.zeros(9, device=device)] for _ in range(2)]
 
@@ -619,7 +576,7 @@ def test_compiled_step_has_no_graph_break_and_equals_eager(device):
     ],
 )  # fmt: skip
 def test_wrong_argument_raises_and_changes_nothing(change, message):
-    layout, options, state, grads, _ = sample_args(torch.device("cpu"))
+    layout, options, state, grads = sample_args(torch.device("cpu"))
     F.fused_step_(grads, layout, state, options)
     before = [tensor.clone() for tensor in state]
     arguments = {"grads": list(grads), "layout": layout, "state": state, "options": options}

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from excessmtl_ext import _extension
 from excessmtl_ext import functional as F
 from excessmtl_ext.functional import ParamLayout, StepOptions, init_state
+from excessmtl_ext.op_calls import op_arguments
 
 pytestmark = pytest.mark.skipif(
     not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"
@@ -117,14 +118,11 @@ def test_a_meta_tensor_among_others_is_an_error_and_all_on_meta_does_nothing():
         F.fused_step_combine_([g.to("meta") for g in grads], outputs, layout, state, options)
     assert int(state.num_steps) == 0
     on_meta = type(state)(*[tensor.to("meta") for tensor in state])
-    plan = (layout.param_numels, torch.empty(0, dtype=torch.int64, device="meta"), None)
-    torch.ops.excessmtl_ext.fused_step_(
-        [g.to("meta") for g in grads],
-        *plan,
-        *on_meta,
-        sqrt_fisher=True,
-        **F._step_keywords(options),
-    )
+    args, kwargs = op_arguments(
+        "fused_step_", torch.device("meta"), layout, on_meta, options,
+        task_grads=[g.to("meta") for g in grads], grad_scale=None,
+    )  # fmt: skip
+    torch.ops.excessmtl_ext.fused_step_(*args, **kwargs)
 
 
 @given(kinds=st.lists(st.sampled_from(["strided", "negative", "zeros", "with_grad", "plain", "offset"]),

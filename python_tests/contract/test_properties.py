@@ -131,15 +131,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)) -> C
 def reference_of(case: Case) -> StepState:
     layout, state = ParamLayout(case.numels), case.state(torch.float64)
     for grads in case.steps():
-        reference.fused_step_(
-            [grad.double() for grad in grads],
-            layout.param_numels,
-            layout.chunk_map(torch.device("cpu")),
-            None,
-            *state,
-            sqrt_fisher=case.options.fisher == "sqrt",
-            **F._step_keywords(case.options),
-        )
+        reference.fused_step_([grad.double() for grad in grads], layout, state, case.options)
     return state
 
 

@@ -15,6 +15,7 @@ from _inputs import PARAM_NUMELS, make_problem, make_task_grads
 from excessmtl_ext import ExcessMTL, _extension, reference
 from excessmtl_ext import functional as F
 from excessmtl_ext.functional import ParamLayout, StepOptions, StepState, init_state
+from excessmtl_ext.op_calls import op_arguments
 
 needs_ops = pytest.mark.skipif(
     not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"
@@ -122,29 +123,9 @@ def test_op_equals_the_reference_to_the_bit(numels, options, device):
             grads[-1][0] = float("inf")
         F.fused_step_(grads, layout, state, options)
         F.combine_(grads, [], layout, state, options)
-        plan = (layout.param_numels, layout.chunk_map(torch.device("cpu")), None)
         cpu_grads = [grad.cpu() for grad in grads]
-        reference.fused_step_(
-            cpu_grads,
-            *plan,
-            *twin,
-            sqrt_fisher=options.fisher == "sqrt",
-            **F._step_keywords(options),
-        )
-        reference.combine_(
-            cpu_grads,
-            [],
-            *plan,
-            twin.task_weights,
-            twin.found_nonfinite,
-            twin.sq_grad_sum,
-            twin.grad_mean,
-            gradient_momentum=options.gradient_momentum,
-            accumulate=False,
-            num_steps=twin.num_steps,
-            num_skipped_steps=twin.num_skipped_steps,
-            rounding_seed=options.rounding_seed,
-        )
+        reference.fused_step_(cpu_grads, layout, twin, options)
+        reference.combine_(cpu_grads, [], layout, twin, options)
         assert_equal_bits(
             [state.sq_grad_sum.cpu(), state.grad_mean.cpu()], [twin.sq_grad_sum, twin.grad_mean]
         )
@@ -165,10 +146,7 @@ def test_other_gradients_differ_from_the_reference_by_one_neighbour_at_most(dtyp
     state, twin = (bfloat16_state(2, layout, options, d) for d in (device, "cpu"))
     grads = make_task_grads(2, numels, dtype, device)
     F.fused_step_(grads, layout, state, options)
-    plan = (layout.param_numels, layout.chunk_map(torch.device("cpu")), None)
-    reference.fused_step_(
-        [g.cpu() for g in grads], *plan, *twin, sqrt_fisher=True, **F._step_keywords(options)
-    )
+    reference.fused_step_([g.cpu() for g in grads], layout, twin, options)
     for ours, theirs in zip(state[:2], twin[:2], strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=2**-6, atol=0)
         assert (ours.cpu() != theirs).double().mean() < 1e-3
@@ -274,26 +252,19 @@ def test_op_with_bfloat16_state_passes_opcheck(name, device):
     layout = ParamLayout([40, 9])
     state = bfloat16_state(2, layout, options, device)
     grads = make_task_grads(2, [40, 9], torch.float32, device)
-    plan = (layout.param_numels, layout.chunk_map(device))
-    outputs = [torch.zeros(40, device=device), torch.zeros(9, device=device)]
-    keywords = {"sqrt_fisher": True, **F._step_keywords(options)}
-    rounding = F._rounding_keywords(options, state, 0)
-    args, kwargs = {
-        "fused_step_": ((grads, *plan, None, *state), keywords),
-        "fused_step_combine_": (
-            (grads, outputs, *plan, None, *state),
-            {**keywords, "accumulate": True},
-        ),
-        "accumulate_excess_risk_": (
-            (grads, *plan, None, state.sq_grad_sum, state.grad_mean, state.excess_risk, state.ticket),
-            {"sqrt_fisher": True, "eps": 1e-7, "gradient_momentum": 0.9, **rounding},
-        ),
-        "combine_": (
-            (grads, outputs, *plan, None, state.task_weights, state.found_nonfinite, state.sq_grad_sum,
-             state.grad_mean),
-            {"gradient_momentum": 0.9, "accumulate": True, **rounding},
-        ),
-    }[name]  # fmt: skip
+    args, kwargs = op_arguments(
+        name,
+        device,
+        layout,
+        state,
+        options,
+        task_grads=grads,
+        outputs=[torch.zeros(40, device=device), torch.zeros(9, device=device)],
+        excess_risk_sum=state.excess_risk,
+        grad_scale=None,
+        accumulate=True,
+        first_task=0,
+    )
     torch.library.opcheck(getattr(torch.ops.excessmtl_ext, name).default, args, kwargs)
 
 

@@ -9,17 +9,21 @@ of its own, since the library takes the names that the installed ops have.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import inspect
 import json
 import math
+import os
 import sys
 import traceback
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+os.environ["EXCESSMTL_DISABLE_OPS"] = "1"  # the library under test takes their names
+from excessmtl_ext import reference as twins
+from excessmtl_ext.state import ParamLayout, StepOptions, StepState, padded_numel
 
 CHUNK_NUMEL = 4096
 NUMELS = [5000, 7, 0, 33, 1023, 1024, 2500, 1]
@@ -36,21 +40,35 @@ OPTIONS: dict[str, Any] = {
 MOMENTUM = {"gradient_momentum": 0.9, "sqrt_fisher": False}
 
 
-def load_reference() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "excessmtl_ext" / "reference.py"
-    spec = importlib.util.spec_from_file_location("reference", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class FlatTwins:
+    """The twins under the schemas of the ops, so that one call serves both."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        twin = getattr(twins, name)
+        names = [a.name for a in getattr(torch.ops.excessmtl_ext, name).default._schema.arguments]
+
+        def call(*args: Any, **keywords: Any) -> None:
+            values = {**dict(zip(names, args, strict=False)), **keywords}
+            if "param_numels" in values:
+                values["layout"] = ParamLayout(values["param_numels"].tolist())
+            has_state = values.get("num_steps") is not None or name == "combine_"
+            fields = [values.get(field) for field in StepState._fields]
+            values["state"] = StepState(*fields) if has_state else None  # type: ignore[arg-type]
+            given = {field: values[field] for field in StepOptions._fields if field in values}
+            fisher = "sqrt" if values.get("sqrt_fisher") else "linear"
+            values["options"] = StepOptions(**{**given, "fisher": fisher})
+            wanted = inspect.signature(twin).parameters
+            twin(**{key: value for key, value in values.items() if key in wanted})
+
+        return call
 
 
-reference = load_reference()
+reference = FlatTwins()
 library: Any = None
 
 
 def chunk_map(numels: list[int], chunk_numel: int = CHUNK_NUMEL) -> Tensor:
-    ends = torch.tensor([reference.padded_numel(n) for n in numels], dtype=torch.int64).cumsum(0)
+    ends = torch.tensor([padded_numel(n) for n in numels], dtype=torch.int64).cumsum(0)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
     starts = torch.arange(-(-int(offsets[-1]) // chunk_numel)) * chunk_numel
     head = torch.tensor([chunk_numel, len(starts), len(numels), int(offsets[-1])])
@@ -66,7 +84,7 @@ class Pair:
         self.options = OPTIONS | options
         self.param_numels = torch.tensor(numels, dtype=torch.int64)
         self.chunk_map = chunk_map(numels)
-        padded = sum(reference.padded_numel(n) for n in numels)
+        padded = sum(padded_numel(n) for n in numels)
         momentum = self.options["gradient_momentum"] > 0
         vector = {"dtype": torch.float64}
         total = self.options["weight_total"]

@@ -122,10 +122,8 @@ def test_risks_from_a_subset_are_those_of_the_reference_on_its_gradients():
     for number in range(4):
         change_batch(problem, number)
         rows = [torch.autograd.grad(loss, subset, retain_graph=True) for loss in problem.losses()]
-        keywords = {**functional._step_keywords(balancer.step_options), "sqrt_fisher": False}
         flat = [grad for row in rows for grad in row]
-        chunk_map = layout.chunk_map(torch.device("cpu"))
-        reference.fused_step_(flat, layout.param_numels, chunk_map, None, *state, **keywords)
+        reference.fused_step_(flat, layout, state, balancer.step_options)
         backward(problem, balancer)
     torch.testing.assert_close(balancer.task_weights, state.task_weights, rtol=1e-6, atol=0)
     torch.testing.assert_close(balancer.sq_grad_sum, state.sq_grad_sum)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from excessmtl_ext.functional import CUDA_CHUNK_NUMEL, ParamLayout, padded_numel
+from excessmtl_ext.state import CUDA_CHUNK_NUMEL, ParamLayout, padded_numel
 
 LAYOUTS = [
     [5000, 7, 0, 33, 1023, 1024, 2500, 1],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -19,19 +18,7 @@ from excessmtl_ext.functional import ParamLayout, StepOptions, init_state
 
 def step(state, layout, options, grads):
     reference.fused_step_(
-        [torch.tensor(g, dtype=torch.float64) for g in grads],
-        layout.param_numels,
-        layout.chunk_map(torch.device("cpu")),
-        None,
-        *state,
-        sqrt_fisher=options.fisher == "sqrt",
-        eps=options.eps,
-        gradient_momentum=options.gradient_momentum,
-        robust_step_size=options.robust_step_size,
-        num_warmup_steps=options.num_warmup_steps,
-        relative=options.relative,
-        min_weight=options.min_weight,
-        weight_total=options.weight_total,
+        [torch.tensor(g, dtype=torch.float64) for g in grads], layout, state, options
     )
 
 
@@ -144,12 +131,6 @@ LAYOUT = ParamLayout(NUMELS)
 OPTIONS = StepOptions(gradient_momentum=0.9, robust_step_size=0.3)
 
 
-def call_step(ops: Any, grads: list[Tensor], state: Any, scale: Tensor | None = None) -> None:
-    plan = (LAYOUT.param_numels, LAYOUT.chunk_map(torch.device("cpu")), scale)
-    is_sqrt = OPTIONS.fisher == "sqrt"
-    ops.fused_step_(grads, *plan, *state, sqrt_fisher=is_sqrt, **F._step_keywords(OPTIONS))
-
-
 def expectation_of(error: Exception) -> str:
     """What an error expected; what it got instead, C++ and Python print in their own way."""
     return str(error).partition("Expected")[2].partition(", but got")[0]
@@ -170,10 +151,10 @@ def test_gradients_are_refused_in_the_words_of_the_ops(
     damage: Callable[[list[Tensor]], list[Tensor]],
 ) -> None:
     messages = []
-    for ops in (torch.ops.excessmtl_ext, reference):
+    for ops in (F, reference):
         state = init_state(2, LAYOUT, has_momentum=True)
         with pytest.raises(RuntimeError) as caught:
-            call_step(ops, damage(make_task_grads(2, NUMELS)), state)
+            ops.fused_step_(damage(make_task_grads(2, NUMELS)), LAYOUT, state, OPTIONS)
         messages.append(expectation_of(caught.value))
         assert int(state.num_steps) == 0
     assert messages[0] == messages[1] != ""
@@ -182,13 +163,12 @@ def test_gradients_are_refused_in_the_words_of_the_ops(
 @needs_ops
 def test_rows_of_bfloat16_state_without_their_step_are_refused_in_the_words_of_the_ops() -> None:
     messages = []
-    for ops in (torch.ops.excessmtl_ext, reference):
+    for ops in (F, reference):
         state = init_state(2, LAYOUT, dtype=torch.bfloat16)
         with pytest.raises(RuntimeError) as caught:
             ops.accumulate_excess_risk_(
-                make_task_grads(2, NUMELS), LAYOUT.param_numels, LAYOUT.chunk_map(torch.device("cpu")), None,
-                state.sq_grad_sum, state.grad_mean, state.excess_risk, state.ticket,
-                sqrt_fisher=True, eps=1e-7, gradient_momentum=0.0,
+                make_task_grads(2, NUMELS), LAYOUT, state.sq_grad_sum, state.grad_mean,
+                state.excess_risk, state.ticket, StepOptions(),
             )  # fmt: skip
         messages.append(expectation_of(caught.value))
     assert messages[0] == messages[1] != ""
@@ -204,15 +184,11 @@ def test_a_skipped_step_under_a_scaler_is_repaired_as_by_the_op() -> None:
         if number == 1:
             grads[2][5] = float("inf")
         outputs = []
-        for ops, state in zip((torch.ops.excessmtl_ext, reference), states, strict=True):
+        for ops, state in zip((F, reference), states, strict=True):
             before = state.sq_grad_sum.clone()
-            call_step(ops, grads, state, scale)
+            ops.fused_step_(grads, LAYOUT, state, OPTIONS, scale)
             outputs.append([torch.zeros(numel) for numel in NUMELS])
-            ops.combine_(
-                grads, outputs[-1], LAYOUT.param_numels, LAYOUT.chunk_map(torch.device("cpu")), scale,
-                state.task_weights, state.found_nonfinite, state.sq_grad_sum, state.grad_mean,
-                gradient_momentum=OPTIONS.gradient_momentum, accumulate=False,
-            )  # fmt: skip
+            ops.combine_(grads, outputs[-1], LAYOUT, state, OPTIONS, scale)
             if number == 1:
                 assert all(bool(output.isnan().all()) for output in outputs[-1])
                 torch.testing.assert_close(state.sq_grad_sum, before)

@@ -1,0 +1,195 @@
+"""What a step works on: how the parameters lie in the flat state, the state itself, the choices.
+
+Symbols: T tasks, L shared parameter tensors, P their elements in all. State is flat, [T, padded P]:
+every parameter's segment is padded to ``SEGMENT_ALIGNMENT`` elements (``csrc/step_state.h``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Fisher = Literal["sqrt", "linear"]
+
+MAX_TASKS = 512
+"""Most tasks of one step: the kernels keep a bit per task in their arguments."""
+
+MAX_LOG_STEP = 1e100
+"""Largest step of a log-weight: keeps the exponent finite when a baseline is vanishingly small."""
+
+SEGMENT_ALIGNMENT = 32
+"""Elements to which each parameter's segment of the state is padded: one 128-byte line of float32."""
+
+CUDA_CHUNK_NUMEL = 8192
+"""Padded parameters per block and task of a CUDA launch: 32 KiB of float32, 8 vectors of 4 for each of 256 threads."""
+
+SMALLEST_EPS = 1.1754943508222875e-38
+"""Below the smallest normal float32 the reciprocal root of eps is infinite, and 0 * inf is NaN."""
+
+
+def padded_numel(numel: int) -> int:
+    """Rounds the size of a parameter up to the size of its segment."""
+    return (numel + SEGMENT_ALIGNMENT - 1) // SEGMENT_ALIGNMENT * SEGMENT_ALIGNMENT
+
+
+def segments(flat: Tensor, param_numels: Tensor) -> Iterator[Tensor]:
+    """Yields each parameter's part [..., n_l] of a flat state tensor [..., padded P], as views."""
+    offset = 0
+    for numel in param_numels.tolist():
+        yield flat[..., offset : offset + numel]
+        offset += padded_numel(numel)
+
+
+class ParamLayout:
+    """How L parameters of given sizes lie in the flat state: each padded to ``SEGMENT_ALIGNMENT`` elements.
+
+    Args:
+        numels: Elements of each shared parameter, in order.
+
+    Attributes:
+        numels: The sizes, as given.
+        param_numels: The sizes as an int64 tensor [L] on the CPU, as the ops take them.
+        num_params: P, the sum of the sizes.
+        padded_numel: Columns of the state.
+    """
+
+    def __init__(self, numels: Sequence[int]) -> None:
+        self.numels: tuple[int, ...] = tuple(int(numel) for numel in numels)
+        if any(numel < 0 for numel in self.numels):
+            raise ValueError(f"Expected `numels` >= 0, but got {self.numels}.")
+        self.param_numels = torch.tensor(self.numels, dtype=torch.int64)
+        self.num_params = sum(self.numels)
+        self.padded_numel = sum(padded_numel(numel) for numel in self.numels)
+        self._chunk_maps: dict[torch.device, Tensor] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ParamLayout) and self.numels == other.numels
+
+    def __hash__(self) -> int:
+        return hash(self.numels)
+
+    def __repr__(self) -> str:
+        return f"ParamLayout(numels={list(self.numels)})"
+
+    def chunk_map(self, device: torch.device) -> Tensor:
+        """The plan of a CUDA launch as one int64 tensor on ``device``, made once; empty for other devices.
+
+        Layout: chunk size, chunks, L, padded P, then L + 1 padded offsets, L sizes, and each
+            chunk's first parameter.
+        """
+        if device not in self._chunk_maps:
+            self._chunk_maps[device] = self._build_chunk_map(
+                CUDA_CHUNK_NUMEL if device.type == "cuda" else 0
+            ).to(device)
+        return self._chunk_maps[device]
+
+    def _build_chunk_map(self, chunk_numel: int) -> Tensor:
+        if chunk_numel == 0:
+            return torch.empty(0, dtype=torch.int64)
+        ends = torch.tensor(
+            [padded_numel(numel) for numel in self.numels], dtype=torch.int64
+        ).cumsum(0)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+        num_chunks = -(-self.padded_numel // chunk_numel)
+        starts = torch.arange(num_chunks, dtype=torch.int64) * chunk_numel
+        first_segments = torch.searchsorted(ends, starts, right=True)
+        head = torch.tensor(
+            [chunk_numel, num_chunks, len(self.numels), self.padded_numel], dtype=torch.int64
+        )
+        return torch.cat([head, offsets, self.param_numels, first_segments])
+
+
+class StepOptions(NamedTuple):
+    """The named choices of a step (He et al. 2024); see :class:`excessmtl_ext.ExcessMTL` for what each means."""
+
+    fisher: Fisher = "sqrt"
+    eps: float = 1e-7
+    gradient_momentum: float = 0.0
+    robust_step_size: float = 0.01
+    num_warmup_steps: int = 1
+    relative: bool = True
+    min_weight: float = 0.0
+    weight_total: float = 1.0
+    rounding_seed: int = 0
+    """Of the random bits that round bfloat16 state."""
+
+    @property
+    def sqrt_fisher(self) -> bool:
+        """Whether the Fisher diagonal is taken to the root."""
+        return self.fisher == "sqrt"
+
+    def raw_risk_scale(self, layout: ParamLayout) -> float:
+        """Factor of a risk that is not divided by its baseline: 1 / P for the linear Fisher, else 1."""
+        return 1.0 / layout.num_params if self.fisher == "linear" and layout.num_params > 0 else 1.0
+
+
+class StepState(NamedTuple):
+    """Every tensor that a step changes. All on one device; the [T] vectors are float64 whatever the gradients are."""
+
+    sq_grad_sum: Tensor
+    """S [T, padded P], float32, float64 for float64 gradients, or bfloat16 (rounded stochastically)."""
+    grad_mean: Tensor
+    """m [T, padded P], like S; [T, 0] without gradient momentum."""
+    excess_risk: Tensor
+    relative_excess_risk: Tensor
+    baseline_excess_risk: Tensor
+    log_task_weights: Tensor
+    task_weights: Tensor
+    num_steps: Tensor
+    """[] int64: steps that counted."""
+    num_task_steps: Tensor
+    """[T] int64: steps in which each task was present."""
+    num_skipped_steps: Tensor
+    """[] int64: steps whose gradients were not finite."""
+    found_nonfinite: Tensor
+    """[T] bool: tasks whose gradients were not finite in the latest step."""
+    ticket: Tensor
+    """[1] int32: counts the blocks of a CUDA launch; 0 between launches."""
+
+
+def init_state(
+    num_tasks: int,
+    layout: ParamLayout,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    has_momentum: bool = False,
+    weight_total: float = 1.0,
+) -> StepState:
+    """State before the first step: zero sums, uniform weights.
+
+    Args:
+        num_tasks: T, between 1 and ``MAX_TASKS``.
+        layout: How the shared parameters lie in the state.
+        dtype: Of S and m: float32, float64 for float64 gradients, or bfloat16, which a step widens
+            to float32 and rounds stochastically: see :func:`excessmtl_ext.stochastic_rounding.stochastically_rounded`.
+        device: Where the gradients will be.
+        has_momentum: Whether a running mean of the gradients is kept, of the size of S.
+        weight_total: What the weights sum to.
+
+    Raises:
+        ValueError: ``num_tasks`` is out of range.
+    """
+    if not 1 <= num_tasks <= MAX_TASKS:
+        raise ValueError(f"Expected `num_tasks` between 1 and {MAX_TASKS}, but got {num_tasks}.")
+    tasks: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    return StepState(
+        sq_grad_sum=torch.zeros(num_tasks, layout.padded_numel, dtype=dtype, device=device),
+        grad_mean=torch.zeros(
+            num_tasks, layout.padded_numel if has_momentum else 0, dtype=dtype, device=device
+        ),
+        excess_risk=torch.zeros(num_tasks, **tasks),
+        relative_excess_risk=torch.zeros(num_tasks, **tasks),
+        baseline_excess_risk=torch.zeros(num_tasks, **tasks),
+        log_task_weights=torch.full((num_tasks,), -math.log(num_tasks), **tasks),
+        task_weights=torch.full((num_tasks,), weight_total / num_tasks, **tasks),
+        num_steps=torch.zeros((), dtype=torch.int64, device=device),
+        num_task_steps=torch.zeros(num_tasks, dtype=torch.int64, device=device),
+        num_skipped_steps=torch.zeros((), dtype=torch.int64, device=device),
+        found_nonfinite=torch.zeros(num_tasks, dtype=torch.bool, device=device),
+        ticket=torch.zeros(1, dtype=torch.int32, device=device),
+    )
