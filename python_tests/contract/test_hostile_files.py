@@ -33,11 +33,12 @@ from excessmtl_ext.data.nyuv2 import read_frame
 from excessmtl_ext.data.office_home import load_office_home, read_image
 from excessmtl_ext.data.sarcos import load_sarcos
 from excessmtl_ext.training import METHODS, TrainConfig, TrainingInterrupted, train
-from excessmtl_ext.training.pictures.report import read_content
+from excessmtl_ext.training.pictures import report
+from excessmtl_ext.training.pictures.report import read_content, render
 from excessmtl_ext.training.pictures.runs import read_run
 from excessmtl_ext.training.run import loop
 from excessmtl_ext.training.run.files import read_table
-from excessmtl_ext.training.sweep.results import read_results
+from excessmtl_ext.training.sweep.results import read_finished_run, read_results
 
 NUM_MUTATIONS = 60
 
@@ -327,16 +328,25 @@ def error_of(read: Callable[[Path], Any], folder: Path) -> str | None:
     return None
 
 
-# Who reads it. A finished run's metrics.json is written by resume, and read by others.
-READERS: dict[str, tuple[Callable[[Path], Any], ...]] = {
-    "config.json": (read_run, read_content, resume),
-    "environment.json": (read_content, resume),
-    "metrics.json": (read_run, read_content),
-    "metrics.csv": (read_run, read_content, resume),
-}
+def read_all(folder: Path) -> None:
+    """Everything that reads a finished run, drawings included."""
+    read_run(folder)
+    render(read_content(folder))
+    read_finished_run(folder)
+    resume(folder)
 
 
-@pytest.mark.parametrize("file", READERS)
+RUN_FILES = (
+    "config.json",
+    "environment.json",
+    "metrics.json",
+    "metrics.csv",
+    "task_weights.csv",
+    "times.csv",
+)
+
+
+@pytest.mark.parametrize("file", RUN_FILES)
 def test_a_damaged_file_of_a_run_is_an_error_that_names_it(run: Path, file: str) -> None:
     path = run / file
     content = path.read_bytes()
@@ -350,9 +360,83 @@ def test_a_damaged_file_of_a_run_is_an_error_that_names_it(run: Path, file: str)
         b"",
     ):
         path.write_bytes(damaged)
-        errors = [error_of(read, run) for read in READERS[file]]
-        assert any(errors), f"{damaged[:40]!r} was read by all"
-        assert all(error is None or str(run) in error for error in errors), errors
+        error = error_of(read_all, run)
+        assert error is not None, f"{damaged[:40]!r} was read by all"
+        assert str(path) in error or "checkpoint" in error, error
+    path.unlink()
+    path.mkdir()
+    assert str(run) in str(error_of(read_all, run))
+
+
+WRONG_VALUES = (None, True, -1, 0, 10**400, 1.5, float("nan"), "text", "", [], [1], {}, {"a": 1})
+
+
+def changed_values(content: Any, draw: random.Random) -> Any:
+    """A copy in which one value, somewhere, is of another type or size, or one entry is gone."""
+    copy = json.loads(json.dumps(content))
+    places: list[tuple[Any, Any]] = []
+
+    def collect(value: Any) -> None:
+        keys = value if isinstance(value, dict) else range(len(value))
+        for key in keys:
+            places.append((value, key))
+            if isinstance(value[key], dict | list):
+                collect(value[key])
+
+    collect(copy)
+    container, key = draw.choice(places)
+    if draw.random() < 0.25:
+        del container[key]
+    else:
+        container[key] = draw.choice(WRONG_VALUES)
+    return copy
+
+
+def changed_cells(content: str, draw: random.Random) -> str:
+    """A copy of a table in which one cell holds something else, or a line or a column is gone or there twice."""
+    rows = [line.split(",") for line in content.splitlines()]
+    row, column = draw.randrange(len(rows)), draw.randrange(len(rows[0]))
+    kind = draw.randrange(4)
+    if kind == 0:
+        del rows[row]
+    elif kind == 1:
+        rows = [[cell for number, cell in enumerate(each) if number != column] for each in rows]
+    elif kind == 2:
+        rows.insert(row, rows[row])
+    else:
+        rows[row][column] = draw.choice(["nan", "inf", "-1", "0", "x", "", "1e400", '"', "1.5"])
+    return "".join(",".join(each) + "\n" for each in rows)
+
+
+def damaged_copies(path: Path, number: int) -> list[str]:
+    draw = random.Random(path.name)
+    text = path.read_text()
+    if path.suffix == ".csv":
+        return [changed_cells(text, draw) for _ in range(number)]
+    return [json.dumps(changed_values(json.loads(text), draw)) for _ in range(number)]
+
+
+@pytest.mark.parametrize("file", RUN_FILES)
+def test_a_value_of_another_kind_in_a_file_of_a_run_is_read_or_an_error_that_names_it(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    # Drawing takes a second and meets the values as they are read.
+    monkeypatch.setattr(report, "draw_curves", lambda run: str([run.weights, run.epochs]))
+    num_errors = 0
+    for number, damaged in enumerate(damaged_copies(finished / file, NUM_MUTATIONS)):
+        folder = Path(shutil.copytree(finished, tmp_path / str(number)))
+        (folder / file).write_text(damaged)
+        for read in (read_run, lambda f: render(read_content(f)), read_finished_run, check_resume):
+            error = error_of(read, folder)
+            num_errors += error is not None
+            assert error is None or str(folder) in error, error
+    assert num_errors > NUM_MUTATIONS // 6
+
+
+def check_resume(folder: Path) -> None:
+    config = dataclasses.replace(CONFIG, epochs=3)
+    with pytest.raises(TrainingInterrupted):
+        train(config, folder, resume=True, should_stop=lambda: True)
 
 
 def test_a_damaged_table_says_after_which_line(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import random
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -22,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from excessmtl_ext import ExcessMTL
 from excessmtl_ext.distributed import full_state_dict
-from excessmtl_ext.training import TrainConfig, train
+from excessmtl_ext.training import TrainConfig, TrainingInterrupted, train
 from excessmtl_ext.training.run.record import write_atomically
 
 # 300 samples in batches of 50: 6 steps an epoch.
@@ -79,6 +83,117 @@ def test_a_process_killed_at_a_random_step_ends_with_the_same_bytes(
     assert not (killed / "metrics.json").exists()
     assert run_and_wait(killed, None) == 0
     assert_same_files(killed, undisturbed)
+
+
+# ---- at every point at which a file changes
+
+
+class Killer:
+    """Kills this process right before or right after the change of a file number ``point``; counts them all."""
+
+    CHANGES = ("fsync", "replace", "unlink", "mkdir", "ftruncate", "pwrite")
+
+    def __init__(self, point: int | None) -> None:
+        self.point = point
+        self.num_points = 0
+        for name in self.CHANGES:
+            setattr(os, name, self._with_points(getattr(os, name)))
+
+    def _with_points(self, change: Any) -> Any:
+        def changed(first: Any, *arguments: Any, **keywords: Any) -> Any:
+            self._pass(first if change.__name__ == "fsync" else None)
+            result = change(first, *arguments, **keywords)
+            self._pass(None)
+            return result
+
+        return changed
+
+    def _pass(self, descriptor: int | None) -> None:
+        if self.num_points == self.point:
+            if descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.truncate(descriptor, os.fstat(descriptor).st_size * 2 // 3)  # a write cut short
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.num_points += 1
+
+
+def stop_within_the_first_epoch(config: TrainConfig, folder: str) -> None:
+    asked = iter(range(NUM_STEPS))
+    with contextlib.suppress(TrainingInterrupted):
+        train(config, folder, resume=True, should_stop=lambda: next(asked) == 2)
+
+
+def resumed_after_kills(folder: str, stops_first: bool, points: list[int] | None) -> None:
+    """Kills a run at each of the points, resumes it, and writes which files differ from an undisturbed run's."""
+    torch.set_num_threads(1)
+    config = dataclasses.replace(CONFIG, epochs=2, num_train=100)
+    undisturbed = Path(folder) / "undisturbed"
+    train(config, undisturbed)
+
+    def forked(run: Path, point: int | None) -> int:
+        """Returns how many points there were, or -1 where the run was killed."""
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            killer = Killer(point)
+            train(config, run, resume=True)
+            os.write(writer, str(killer.num_points).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            counted = pipe.read()
+        os.waitpid(pid, 0)
+        return int(counted) if counted else -1
+
+    def begun(name: str) -> Path:
+        run = Path(folder) / name
+        if stops_first:
+            stop_within_the_first_epoch(config, str(run))
+        return run
+
+    num_points = forked(begun("counted"), None)
+    different: dict[int, list[str]] = {}
+    for point in range(num_points) if points is None else [p for p in points if p < num_points]:
+        run = begun(f"killed_{point}")
+        assert forked(run, point) == -1, point
+        train(config, run, resume=True)
+        names = [
+            name
+            for name in ("metrics.csv", "task_weights.csv", "metrics.json", "config.json")
+            if (run / name).read_bytes() != (undisturbed / name).read_bytes()
+        ]
+        models = [
+            torch.load(each / "best_model.pt", weights_only=True) for each in (run, undisturbed)
+        ]
+        if any(
+            not torch.equal(models[0]["model"][n], models[1]["model"][n])
+            for n in models[1]["model"]
+        ):
+            names.append("best_model.pt")
+        names += [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
+        if names:
+            different[point] = names
+        shutil.rmtree(run)
+    (Path(folder) / "result.json").write_text(json.dumps([num_points, different]))
+
+
+@pytest.mark.parametrize("stops_first", [False, True], ids=["from the start", "resumed"])
+@pytest.mark.parametrize(
+    "points",
+    [random.Random(11).sample(range(80), 8), pytest.param(None, marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_a_run_killed_at_any_change_of_a_file_ends_with_the_same_bytes(
+    tmp_path: Path, stops_first: bool, points: list[int] | None
+) -> None:
+    process = CONTEXT.Process(
+        target=resumed_after_kills, args=(str(tmp_path), stops_first, points), daemon=True
+    )
+    process.start()
+    process.join(600)
+    assert process.exitcode == 0
+    num_points, different = json.loads((tmp_path / "result.json").read_text())
+    assert num_points > 60
+    assert different == {}
 
 
 def train_rank_and_die(

@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from excessmtl_ext.training.run.loop import TrainingInterrupted
+from excessmtl_ext.training.run.progress import TrainingInterrupted
 from excessmtl_ext.training.run.ranks import OtherRankFailed
 
 # What a user can cause and repair; anything else is a fault of ours and keeps its traceback.

@@ -16,8 +16,8 @@ from excessmtl_ext.training.cli.console import (
     stop_on_signal,
 )
 from excessmtl_ext.training.pictures.runs import draw_training, read_run
-from excessmtl_ext.training.run.loop import Progress
 from excessmtl_ext.training.run.methods import METHODS
+from excessmtl_ext.training.run.progress import Progress
 from excessmtl_ext.training.run.workloads import WORKLOADS
 from excessmtl_ext.training.sweep import demo as demo_runs
 

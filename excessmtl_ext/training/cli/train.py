@@ -19,10 +19,10 @@ from excessmtl_ext.training.cli.console import (
 from excessmtl_ext.training.cli.options import run_options, workload_options
 from excessmtl_ext.training.pictures.runs import draw_training, read_run
 from excessmtl_ext.training.run.config import TrainConfig
-from excessmtl_ext.training.run.loop import SELECTION_METRIC, Progress
 from excessmtl_ext.training.run.loop import train as train_run
 from excessmtl_ext.training.run.methods import METHODS
 from excessmtl_ext.training.run.metrics import PRIMARY_METRIC
+from excessmtl_ext.training.run.progress import SELECTION_METRIC, Progress
 from excessmtl_ext.training.run.ranks import is_main_process
 from excessmtl_ext.training.run.workloads import WORKLOADS, Workload
 

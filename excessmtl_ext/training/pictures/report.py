@@ -14,16 +14,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from excessmtl_ext.training.pictures.style import GRID_COLOUR, TEXT_COLOUR, new_figure, style_axes
-from excessmtl_ext.training.run.files import read_json, read_table
-from excessmtl_ext.training.run.loop import SELECTION_METRIC
+from excessmtl_ext.training.run.files import WAY_OUT, check_replaceable, write_atomically
+from excessmtl_ext.training.run.finished import (
+    read_epochs,
+    read_task_names,
+    read_tasks,
+    read_weights,
+    selection_metric,
+)
 from excessmtl_ext.training.run.methods import METHODS
 from excessmtl_ext.training.run.metrics import PRIMARY_METRIC
 from excessmtl_ext.training.run.record import (
     CONFIG,
-    ENVIRONMENT,
     FINAL_METRICS,
     METRICS,
     TASK_WEIGHTS,
+    best_epoch,
+    read_config,
+    read_sessions,
 )
 from excessmtl_ext.training.run.workloads import WORKLOADS
 
@@ -31,6 +39,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REPORT = "report.html"
+
+# Tells a report from other pages, which are not overwritten.
+MARK = '<meta name="generator" content="excessmtl report">'
 
 # After Okabe & Ito: told apart with any colour vision. More tasks than colours repeat them with other dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -67,7 +78,7 @@ class RunContent:
         tasks: Names, in order.
         noisy: Those with wrong labels; None while the run has not finished, which does not say.
         kinds: What each task predicts, by name; empty while the run has not finished.
-        selected: The epoch that did best on validation, so far.
+        selected: The epoch that did best on validation, so far; None while none has a finite score.
         selection: The metric that decided.
         is_finished: Whether all epochs are done.
     """
@@ -79,7 +90,7 @@ class RunContent:
     tasks: list[str]
     noisy: set[str] | None
     kinds: dict[str, Any]
-    selected: dict[str, float]
+    selected: dict[str, float] | None
     selection: str
     is_finished: bool
 
@@ -95,13 +106,16 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         The file.
 
     Raises:
+        FileExistsError: ``output`` is something that no report is.
         FileNotFoundError: the folder holds no run, or one without a finished epoch.
         ModuleNotFoundError: matplotlib is not installed.
+        ValueError: a file of the run is damaged.
     """
     path = Path(output) if output is not None else Path(folder) / REPORT
-    page = render(read_content(Path(folder)))
+    check_replaceable(path, MARK.encode())
+    page = render(read_content(Path(folder))).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, lambda file: file.write(page))
     return path
 
 
@@ -109,53 +123,59 @@ def read_content(folder: Path) -> RunContent:
     """Reads what the report shows.
 
     Raises:
-        FileNotFoundError: as for `write_report`.
+        FileNotFoundError: the folder holds no run, or one without a finished epoch.
+        ValueError: a file of the run is damaged.
     """
     for name in (CONFIG, METRICS, TASK_WEIGHTS):
         if not (folder / name).is_file():
             what = "a run" if name == CONFIG else "a run with a finished epoch"
             raise FileNotFoundError(f"Expected {what} in {folder}, but it has no {name}.")
-    config = read_json(folder / CONFIG)
-    epochs = read_table(folder / METRICS)
-    if not epochs:
-        raise FileNotFoundError(
-            f"Expected a run with a finished epoch in {folder}, but {METRICS} is empty."
-        )
-    with (folder / TASK_WEIGHTS).open() as file:
-        tasks = file.readline().rstrip("\n").split(",")[1:]
-    environment = folder / ENVIRONMENT
-    final = folder / FINAL_METRICS
-    described = read_json(final, "tasks")["tasks"] if final.is_file() else None
-    selection = f"validation/{config['task']}_score" if config.get("task") else SELECTION_METRIC
+    config = read_config(folder)
+    tasks = read_task_names(folder)
+    task = config.get("task") or None
+    selection = selection_metric(task)
+    epochs = read_epochs(folder, needs=(selection,))
+    final = None
+    if (folder / FINAL_METRICS).is_file():
+        final = read_tasks(folder)
+        if [each["name"] for each in final] != tasks:
+            raise ValueError(
+                f"Expected {folder / TASK_WEIGHTS} to name the tasks of {FINAL_METRICS}, but got {', '.join(tasks)}. "
+                f"{WAY_OUT}"
+            )
     return RunContent(
         config=config,
-        sessions=read_json(environment, "sessions")["sessions"] if environment.is_file() else [],
+        sessions=read_sessions(folder),
         epochs=epochs,
-        weights=read_table(folder / TASK_WEIGHTS),
+        weights=read_weights(folder, tasks),
         tasks=tasks,
-        noisy=None
-        if described is None
-        else {task["name"] for task in described if task["is_noisy"]},
-        kinds={} if described is None else {task["name"]: task["kind"] for task in described},
-        selected=max(epochs, key=lambda row: (row[selection], -row["epoch"])),
+        noisy=None if final is None else {each["name"] for each in final if each["is_noisy"]},
+        kinds={} if final is None else {each["name"]: each["kind"] for each in final},
+        selected=best_epoch(epochs, selection),
         selection=selection,
-        is_finished=described is not None,
+        is_finished=final is not None,
     )
 
 
 def render(run: RunContent) -> str:
     """The page as text."""
     title = f"{_method_label(run)} on {_dataset_title(run)}"
-    selected = f"{run.selected['epoch']:.0f}"
     state = (
         f"{len(run.epochs)} epochs"
         if run.is_finished
-        else f"Not finished: {len(run.epochs)} of {run.config.get('epochs', '?')} epochs"
+        else f"Not finished: {len(run.epochs)} of {run.config['epochs']} epochs"
     )
     skipped = sum(row.get("train/skipped_steps", 0.0) for row in run.epochs)
+    if run.selected is None:
+        best = f"No epoch has a finite {run.selection} yet"
+        heading = "Latest epoch"
+    else:
+        number = f"{run.selected['epoch']:.0f}"
+        best = f"Best on validation: epoch {number} ({run.selection} {run.selected[run.selection]:.4f})"
+        heading = f"Epoch {number}, selected on validation"
     summary = (
-        f"{state}, noise {run.config.get('noise', 0):.0%}, seed {run.config.get('seed', '?')}. Best on validation: "
-        f"epoch {selected} ({run.selection} {run.selected[run.selection]:.4f}). Skipped steps: {skipped:.0f}."
+        f"{state}, noise {run.config['noise']:.0%}, seed {run.config['seed']}. {best}. "
+        f"Skipped steps: {skipped:.0f}."
     )
     caption = (
         "By task. The dotted line is the selected epoch. Risks are the balancer's own estimates, means over each "
@@ -169,6 +189,7 @@ def render(run: RunContent) -> str:
             '<meta charset="utf-8">',
             # Whatever slipped in: the browser fetches nothing and runs nothing.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+            MARK,
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>",
             f"<style>{_STYLE}</style>",
@@ -180,7 +201,7 @@ def render(run: RunContent) -> str:
             draw_curves(run),
             f"<figcaption>{escape(caption)}</figcaption>",
             "</figure>",
-            f"<h2>Epoch {selected}, selected on validation</h2>",
+            f"<h2>{heading}</h2>",
             _result_table(run),
             "<h2>Settings</h2>",
             _table(
@@ -255,7 +276,8 @@ def _draw_panel(
             marker="o" if len(x) == 1 else None,
             label=_task_label(run, task),
         )
-    axes.axvline(run.selected["epoch"], color=TEXT_COLOUR, linestyle=":", linewidth=0.9)
+    if run.selected is not None:
+        axes.axvline(run.selected["epoch"], color=TEXT_COLOUR, linestyle=":", linewidth=0.9)
     finite = [value for value in values if np.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) > LOG_SCALE_FROM * min(finite):
         axes.set_yscale("log")
@@ -277,7 +299,7 @@ def _epoch_curve(run: RunContent, column: str) -> tuple[list[float], list[float]
 
 
 def _result_table(run: RunContent) -> str:
-    row = run.selected
+    row = run.epochs[-1] if run.selected is None else run.selected
     header = ["Task", "Test score", "Test metric", "Validation score", "Weight"]
     rows = []
     for task in run.tasks:

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from excessmtl_ext.training.pictures.style import DOTS_PER_INCH, TEXT_COLOUR, new_figure, style_axes
-from excessmtl_ext.training.run.files import read_json, read_table
+from excessmtl_ext.training.run.files import WAY_OUT, read_json
+from excessmtl_ext.training.run.finished import read_epochs, read_tasks, read_weights
 from excessmtl_ext.training.run.methods import METHODS
-from excessmtl_ext.training.run.record import (
-    CONFIG,
-    FINAL_METRICS,
-    METRICS,
-    TASK_WEIGHTS,
-)
+from excessmtl_ext.training.run.record import CONFIG, FINAL_METRICS
+from excessmtl_ext.training.run.schema import Nullable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,16 +52,19 @@ def read_run(folder: Path) -> RunCurves:
         raise FileNotFoundError(
             f"Expected a finished run in {folder}, but it has no {FINAL_METRICS}."
         )
-    described = read_json(folder / FINAL_METRICS, "tasks")["tasks"]
-    config = read_json(folder / CONFIG, "method")
-    metrics = read_table(folder / METRICS, needs=("epoch", "step"))
-    weights = read_table(folder / TASK_WEIGHTS, needs=("step",))
-    if not metrics:
-        raise ValueError(f"Expected rows in {folder / METRICS}, but it has none. Was it edited?")
+    described = read_tasks(folder)
+    config = read_json(folder / CONFIG, schema={"method": str, "task": Nullable(str)})
     tasks = [task["name"] for task in described]
+    metrics = read_epochs(folder, needs=[f"test/{name}_score" for name in tasks])
+    weights = read_weights(folder, tasks)
     clean = [task["name"] for task in described if not task["is_noisy"]]
     # The heads of the others are as they were initialised.
     trained = [config["task"]] if config.get("task") else tasks
+    if not set(trained) <= set(tasks):
+        raise ValueError(
+            f"Expected {folder / CONFIG} to name a task of the run, one of {', '.join(tasks)}, "
+            f"but got {config['task']!r}. {WAY_OUT}"
+        )
 
     def mean_score(names: Iterable[str]) -> np.ndarray:
         columns = [[row[f"test/{name}_score"] for row in metrics] for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,42 +21,27 @@ from excessmtl_ext.models import EncoderHeads
 from excessmtl_ext.training.run.batches import BatchesOfSplit, HeldOutBatches, Part
 from excessmtl_ext.training.run.config import TrainConfig
 from excessmtl_ext.training.run.device import find_device, local_device
-from excessmtl_ext.training.run.files import check_disk_space
+from excessmtl_ext.training.run.files import check_disk_space, finite_or_none
 from excessmtl_ext.training.run.lock import hold_folder
 from excessmtl_ext.training.run.methods import METHODS, check_spans_ranks, make_balancer
 from excessmtl_ext.training.run.metrics import evaluate, label_counts, task_losses
 from excessmtl_ext.training.run.parallel_model import ParallelModel
+from excessmtl_ext.training.run.progress import SELECTION_METRIC, Progress, TrainingInterrupted
 from excessmtl_ext.training.run.ranks import RunRanks, joined_ranks
-from excessmtl_ext.training.run.record import CHECKPOINT, METRICS, TASK_WEIGHTS, TIMES, RunRecord
+from excessmtl_ext.training.run.record import (
+    METRICS,
+    TASK_WEIGHTS,
+    TIMES,
+    RunRecord,
+    best_epoch,
+    check_folder,
+)
 from excessmtl_ext.training.run.run_state import RunState
 from excessmtl_ext.training.run.workloads import find_workload
-
-SELECTION_METRIC = "validation/mean_score"
 
 # Share of the training data that a method with validation losses (MOML) takes out of the training, with clean labels:
 # He et al. 2024, Fig. 5.
 HELD_OUT_SHARE = 0.2
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: Steps done.
-        num_steps: Steps in all.
-        epoch: Epochs done.
-        latest: The last row of metrics.csv; empty before the first evaluation.
-    """
-
-    step: int
-    num_steps: int
-    epoch: int
-    latest: dict[str, float]
-
-
-class TrainingInterrupted(Exception):
-    """A run stopped because it was asked to. Its checkpoint is saved; resuming gives the undisturbed numbers."""
 
 
 def train(
@@ -84,12 +70,13 @@ def train(
         should_stop: Asked before each step; True saves a checkpoint and ends the run.
 
     Returns:
-        The content of metrics.json: the metrics of the epoch that did best on validation, and of the last.
+        The content of metrics.json: the metrics of the epoch that did best on validation, and of the last; None
+        stands for a number that is not finite.
 
     Raises:
         TrainingInterrupted: ``should_stop`` returned True.
-        FloatingPointError: no step of an epoch had finite gradients.
-        FileExistsError: ``output`` holds a run and ``resume`` is False.
+        FloatingPointError: no step of an epoch had finite gradients, or no epoch a finite score on validation.
+        FileExistsError: ``output`` holds a run and ``resume`` is False, or files that no run has written.
         BlockingIOError: another process trains in ``output``.
         OSError: ``output`` cannot be written to, or has no room for the run's files. No step is taken then.
         ValueError: the config is not that of the run in ``output``, its files are damaged, or a value is out of range.
@@ -114,6 +101,8 @@ def train(
         def run_all() -> dict[str, Any]:
             # A function of its own: the run is gone when the ranks part.
             run = _Run(config, data, device, ranks)
+            # Before the lock, which is the first file to be written, and again when nobody else can write.
+            ranks.first(lambda: check_folder(Path(output), resume=resume))
             ranks.first(
                 lambda: held.enter_context(hold_folder(Path(output), "run", is_required=False))
             )
@@ -196,31 +185,28 @@ class _Run:
             torch.manual_seed(seeded_generator(config.seed, "rank", ranks.rank).initial_seed())
 
     def open(self, output: Path, *, resume: bool) -> None:
-        """Opens the run's folder: begins the run there, or goes on with it."""
+        """Opens the run's folder: begins the run there, or goes on with it. Writes when all has been checked."""
         self.folder = output
         checkpoint = self.ranks.first(lambda: self._open_record(resume=resume))
+        is_new = checkpoint is None
         if checkpoint is not None:
-            self._restore(checkpoint)
-        if self.state.step >= self.steps_per_epoch:
-            self.latest = self.ranks.first(self._read_latest)
+            with self.ranks.sharing_errors():
+                self._restore(checkpoint)
+            num_epochs, metric = self.state.step // self.steps_per_epoch, self.selection_metric
+            self.latest = self.ranks.first(lambda: self.record.last_row(num_epochs, metric))
+        self.ranks.first(lambda: self._begin_record(is_new=is_new))
+        if is_new:
+            self._save()  # whoever finds rows without a checkpoint then knows that it was lost
 
     def _open_record(self, *, resume: bool) -> dict[str, Any] | None:
         """Rank 0 only, as everything else that touches ``self.record``; returns the checkpoint to go on from."""
-        check_disk_space(
-            self.folder, self.state.file_sizes(is_new=not (self.folder / CHECKPOINT).is_file())
-        )
         config = {**dataclasses.asdict(self.config), "balancer": repr(self.balancer)}
         self.record = RunRecord(self.folder, config, resume=resume)
         return self.record.checkpoint
 
-    def _read_latest(self) -> dict[str, float]:
-        rows = self.record.read_metrics()
-        if not rows:
-            raise ValueError(
-                f"Expected a row of each finished epoch in {self.folder / METRICS}, but it has none. "
-                "Was it edited? Start the run again in another folder."
-            )
-        return rows[-1]
+    def _begin_record(self, *, is_new: bool) -> None:
+        check_disk_space(self.folder, self.state.file_sizes(is_new=is_new))
+        self.record.begin()
 
     def train(
         self, report: Callable[[Progress], None], should_stop: Callable[[], bool]
@@ -333,8 +319,9 @@ class _Run:
         self.ranks.first(lambda: self._append_rows(row))
         self.state.begin_epoch()
         self.latest = row
-        if row[self.selection_metric] > self.state.best_score:
-            self.state.best_score = row[self.selection_metric]
+        score = row[self.selection_metric]
+        if math.isfinite(score) and score > self.state.best_score:
+            self.state.best_score = score
             best = {"epoch": epoch, "model": self.parallel.state()}
             self.ranks.first(lambda: self.record.save_best_model(best))
         self._save()
@@ -349,10 +336,14 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         rows = self.record.read_metrics()
-        # The first of equals: the cheapest model.
-        selected = max(rows, key=lambda row: (row[self.selection_metric], -row["epoch"]))
+        selected = best_epoch(rows, self.selection_metric)
+        if selected is None:
+            raise FloatingPointError(
+                f"Expected a finite {self.selection_metric} after some epoch, but none of {len(rows)} has one: the "
+                "model's outputs are not finite. Start the run again with a smaller --lr."
+            )
         weights = self.balancer.task_weights.tolist()
-        metrics = {
+        metrics: dict[str, Any] = {
             "selection": self.selection_metric,
             "tasks": [
                 {"name": task.name, "kind": task.kind, "is_noisy": task.is_noisy}
@@ -366,6 +357,7 @@ class _Run:
             "noisy_tasks": [task.name for task in self.tasks if task.is_noisy],
             "num_skipped_steps": int(sum(row["train/skipped_steps"] for row in rows)),
         }
+        metrics = finite_or_none(metrics)
         self.record.write_final_metrics(metrics)
         return metrics
 
@@ -383,7 +375,7 @@ class _Run:
             step = int(checkpoint["step"])
             if step <= self.num_steps:
                 self.state.restore(checkpoint)
-        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             what = " ".join(str(error).split())
             raise ValueError(
                 f"Expected the checkpoint in {self.folder} to hold the state of this run, but got "

@@ -73,7 +73,8 @@ class ParallelModel:
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """As :meth:`state`, of an optimizer of the model's parameters."""
-        if not self._is_cut:
+        # Of an optimizer that has not stepped, torch would ask for a state by stepping: Adam then counts one step more.
+        if not self._is_cut or not optimizer.state:
             return optimizer.state_dict()
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
@@ -85,7 +86,7 @@ class ParallelModel:
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Takes what :meth:`optimizer_state` gave, which every process has."""
-        if not self._is_cut:
+        if not self._is_cut or not state["state"]:
             optimizer.load_state_dict(state)
             return
         from torch.distributed.checkpoint.state_dict import (

@@ -109,11 +109,12 @@ class RunState:
         """Takes the state of an interrupted run.
 
         Raises:
-            KeyError, IndexError, TypeError, AttributeError, RuntimeError: the checkpoint does not hold it.
+            KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError: the checkpoint does not hold it.
         """
         own = checkpoint
         if self.ranks.rank > 0:
             own = checkpoint["other_ranks"][self.ranks.rank - 1]
+        self._check(checkpoint, own)
         self.step = checkpoint["step"]
         self.best_score = checkpoint["best_score"]
         self.epoch_sums.copy_(own["epoch_sums"])
@@ -127,6 +128,23 @@ class RunState:
         torch.set_rng_state(own["cpu_generator"])
         if own["cuda_generator"] is not None:
             torch.cuda.set_rng_state(own["cuda_generator"], self.device)
+
+    def _check(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
+        """Raises where the checkpoint's own entries are not of this run; model, optimizer and balancer check theirs."""
+        counts = {
+            name: checkpoint[name] for name in ("step", "num_finite_steps", "num_skipped_steps")
+        }
+        numbers = {name: checkpoint[name] for name in ("best_score", "seconds")}
+        if not all(type(count) is int and count >= 0 for count in counts.values()):
+            raise TypeError(f"counts {counts}")
+        if not all(type(number) is float and number == number for number in numbers.values()):
+            raise TypeError(f"numbers {numbers}")
+        sums, rows = own["epoch_sums"], checkpoint["weight_rows"]
+        if sums.shape != self.epoch_sums.shape or sums.dtype != self.epoch_sums.dtype:
+            raise TypeError(f"epoch_sums {sums.dtype} {list(sums.shape)}")
+        for step, weights in rows:
+            if type(step) is not int or weights.shape != self.epoch_sums.shape[1:]:
+                raise TypeError(f"a row of weights {list(weights.shape)} of step {step!r}")
 
     def file_sizes(self, *, is_new: bool) -> list[int]:
         """Returns the bytes of the files that the run will write: checkpoint, best model, tables.

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from excessmtl_ext.training.run.config import TrainConfig
-from excessmtl_ext.training.run.files import read_json
-from excessmtl_ext.training.run.loop import Progress, train
-from excessmtl_ext.training.run.record import FINAL_METRICS
+from excessmtl_ext.training.run.finished import read_final_metrics
+from excessmtl_ext.training.run.loop import train
+from excessmtl_ext.training.run.progress import Progress
 from excessmtl_ext.training.run.workloads import find_workload
 
 DATASET = "digits"
@@ -121,7 +121,7 @@ def summarise_method(method: str, folders: list[Path]) -> MethodSummary:
     """Summarises finished runs of two tasks, one of them noisy."""
     clean_accuracies, noisy_accuracies, clean_weights = [], [], []
     for folder in folders:
-        metrics = read_json(folder / FINAL_METRICS)
+        metrics = read_final_metrics(folder)
         (noisy,) = metrics["noisy_tasks"]
         (clean,) = metrics["final_task_weights"].keys() - {noisy}
         clean_accuracies.append(metrics["selected"][f"test/{clean}_accuracy"])

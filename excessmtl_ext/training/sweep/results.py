@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from excessmtl_ext.training.run.files import read_json, read_table, write_atomically
-from excessmtl_ext.training.run.record import (
-    CONFIG,
-    FINAL_METRICS,
-    METRICS,
-    TIMES,
-)
+from excessmtl_ext.training.run.finished import read_epochs, read_final_metrics
+from excessmtl_ext.training.run.record import FINAL_METRICS, TIMES, read_config
 
 SWEEP = "sweep.json"
 RESULTS = "results.csv"
@@ -62,33 +58,41 @@ class SweepResults:
 
 
 def is_finished(folder: Path, epochs: int) -> bool:
-    """Says whether the folder holds a run that has gone through all of ``epochs``."""
-    path = folder / FINAL_METRICS
-    return path.is_file() and read_json(path, "final")["final"]["epoch"] >= epochs
+    """Returns whether the folder holds a run that has gone through all of ``epochs``.
+
+    Raises:
+        ValueError: the file that says so is damaged.
+    """
+    if not (folder / FINAL_METRICS).is_file():
+        return False
+    return read_final_metrics(folder)["final"]["epoch"] >= epochs
 
 
 def read_finished_run(folder: Path) -> FinishedRun:
-    """Reads the rows of a finished run from its folder."""
-    config = read_json(folder / CONFIG, "robust_step_size", "epochs", "num_train")
-    metrics = read_json(
-        folder / FINAL_METRICS, "selection", "selected", "final_task_weights", "num_skipped_steps"
-    )
+    """Reads the rows of a finished run from its folder.
+
+    Raises:
+        FileNotFoundError: a file of the run is missing.
+        ValueError: a file of the run is damaged.
+    """
+    config = read_config(folder)
+    metrics = read_final_metrics(folder)
     keys = {name: config.get(name) for name in KEYS}
     selected = metrics["selected"]
+    times = read_table(folder / TIMES, needs=("train_seconds",))
     result = {
         **keys,
-        "robust_step_size": config["robust_step_size"],
+        "robust_step_size": config.get("robust_step_size"),
         "epochs": config["epochs"],
-        "num_train": config["num_train"],
+        "num_train": config.get("num_train"),
         "selected_epoch": int(selected["epoch"]),
         metrics["selection"]: selected[metrics["selection"]],
         **{name: value for name, value in selected.items() if name.startswith("test/")},
         **{f"final_weight/{task}": w for task, w in metrics["final_task_weights"].items()},
         "skipped_steps": metrics["num_skipped_steps"],
-        "train_seconds": sum(row["train_seconds"] for row in read_table(folder / TIMES)),
+        "train_seconds": sum(row["train_seconds"] for row in times),
     }
-    rows = read_table(folder / METRICS)
-    return FinishedRun(result, [{**keys, **row} for row in rows])
+    return FinishedRun(result, [{**keys, **row} for row in read_epochs(folder)])
 
 
 def write_results(folder: Path, runs: Iterable[FinishedRun]) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 from excessmtl_ext.data import Task
 from excessmtl_ext.training.run.config import FREE_ON_RESUME
-from excessmtl_ext.training.run.files import read_json
+from excessmtl_ext.training.run.finished import read_final_metrics
 from excessmtl_ext.training.run.lock import hold_folder
-from excessmtl_ext.training.run.loop import TrainingInterrupted
 from excessmtl_ext.training.run.methods import METHODS
-from excessmtl_ext.training.run.record import CONFIG, FINAL_METRICS
+from excessmtl_ext.training.run.progress import TrainingInterrupted
+from excessmtl_ext.training.run.record import CONFIG, FINAL_METRICS, read_config
 from excessmtl_ext.training.run.workloads import find_workload
 from excessmtl_ext.training.sweep.cells import (
     RUNS,
@@ -185,7 +185,7 @@ class _Sweep:
         path = self.folder / cell.folder / CONFIG
         if not path.is_file():
             return
-        saved = read_json(path)
+        saved = read_config(path.parent)
         for name, value in dataclasses.asdict(train_config(self.config, cell)).items():
             # None stands for a value that only the run knows, such as the number of samples.
             if name not in FREE_ON_RESUME and value is not None and saved.get(name) != value:
@@ -250,7 +250,7 @@ class _Sweep:
         if state == "finished":
             self.num_finished += 1
             seconds = time.monotonic() - job.started
-            score = read_json(job.folder / FINAL_METRICS)
+            score = read_final_metrics(job.folder)
             value = score["selected"][score["selection"]]
             self._announce_end(job, f"validation score {value:.4f}, {seconds:.0f} s")
             self._write_results()
@@ -295,7 +295,7 @@ class _Sweep:
     def _tuning_score(self, cell: Cell) -> float | None:
         if not is_finished(self.folder / cell.folder, self.config.epochs):
             return None
-        metrics = read_json(self.folder / cell.folder / FINAL_METRICS)
+        metrics = read_final_metrics(self.folder / cell.folder)
         return metrics["selected"][metrics["selection"]]
 
     def _give_up(self, method: str, reason: str) -> None:

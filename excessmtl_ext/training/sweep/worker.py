@@ -19,7 +19,8 @@ from typing import Any, TextIO
 import torch
 
 from excessmtl_ext.training.run.config import TrainConfig
-from excessmtl_ext.training.run.loop import SELECTION_METRIC, Progress, TrainingInterrupted, train
+from excessmtl_ext.training.run.loop import train
+from excessmtl_ext.training.run.progress import SELECTION_METRIC, Progress, TrainingInterrupted
 
 # A display that is read by people needs no more; a step of a small network takes a millisecond.
 SECONDS_BETWEEN_MESSAGES = 0.25

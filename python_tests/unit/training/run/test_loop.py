@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from excessmtl_ext.training import METHODS, Progress, TrainConfig, TrainingInterrupted, train
+from excessmtl_ext.training.pictures.report import read_content
 from excessmtl_ext.training.run import loop
 from excessmtl_ext.training.run.record import read_table
 
@@ -310,3 +311,87 @@ def test_a_task_trained_alone_is_selected_by_its_own_score(tmp_path: Path) -> No
     )
     assert result["selection"] == "validation/bottom_right_score"
     assert result["final_task_weights"] == {"top_left": 0.0, "bottom_right": 1.0}
+
+
+def evaluate_with(values: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts these validation scores in the place of those after an epoch, by its number."""
+    ordinary, calls = loop.evaluate, iter(range(2, 10**9))
+
+    def evaluate(*args: Any, **options: Any) -> dict[str, float]:
+        metrics = ordinary(*args, **options)
+        epoch, part = divmod(next(calls), 2)  # validation, then test
+        return (
+            {**metrics, "mean_score": values[epoch]} if part == 0 and epoch in values else metrics
+        )
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_an_epoch_without_a_finite_score_is_never_selected_and_metrics_are_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: float, epoch: int
+) -> None:
+    evaluate_with({1: 0.3, 2: 0.2, 3: 0.1, epoch: score}, monkeypatch)
+    result = train(CONFIG, tmp_path)
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=no_constant) == result
+    best = 2 if epoch == 1 else 1
+    assert result["selected"]["epoch"] == best
+    assert torch.load(tmp_path / "best_model.pt", weights_only=True)["epoch"] == best
+    if epoch == 3:
+        assert result["final"]["validation/mean_score"] is None
+    report = read_content(tmp_path)
+    assert report.selected["epoch"] == best
+    again = train(CONFIG, tmp_path, resume=True)
+    assert again == result
+
+
+def test_a_run_without_any_finite_score_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan = float("nan")
+    evaluate_with({1: nan, 2: nan, 3: nan}, monkeypatch)
+    with pytest.raises(FloatingPointError, match=r"finite validation/mean_score .* none of 3 has"):
+        train(CONFIG, tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_resume_that_is_refused_changes_no_file(tmp_path: Path) -> None:
+    train(dataclasses.replace(CONFIG, epochs=2), tmp_path)
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    before = content()
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    with pytest.raises(ValueError, match="Expected `epochs` of at least 2"):
+        train(dataclasses.replace(CONFIG, epochs=1), tmp_path, resume=True)
+    with pytest.raises(ValueError, match="Expected the config of the run"):
+        train(dataclasses.replace(CONFIG, seed=7), tmp_path, resume=True)
+    assert content() == before
+    sums = checkpoint["epoch_sums"]
+    for change in (
+        {"step": "many"},
+        {"step": -1},
+        {"best_score": None},
+        {"best_score": float("nan")},
+        {"num_finite_steps": 2.5},
+        {"seconds": "long"},
+        {"epoch_sums": sums[:, :1]},  # would be broadcast
+        {"epoch_sums": sums.float()},
+        {"weight_rows": [[3]]},
+        {"weight_rows": [[3, torch.zeros(5)]]},
+        {"model": {}},
+        {"optimizer": {}},
+        {"cpu_generator": torch.zeros(3)},
+    ):
+        torch.save({**checkpoint, **change}, tmp_path / "checkpoint.pt")
+        changed = content()
+        with pytest.raises(ValueError, match=f"the checkpoint in {tmp_path} to hold the state"):
+            train(CONFIG, tmp_path, resume=True)
+        assert content() == changed, change
