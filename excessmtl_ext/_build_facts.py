@@ -95,8 +95,8 @@ def plan_cuda(choice: str, named: str, nvcc: str) -> CudaPlan:
     shown = ", ".join(f"{major}.{minor}" for major, minor in gpus)
     if not gpus:
         reason = (
-            "no GPU was found, and neither TORCH_CUDA_ARCH_LIST nor CUDAARCHS names an architecture; "
-            "EXCESSMTL_WITH_CUDA=ON compiles them all the same"
+            "no GPU was found, and neither TORCH_CUDA_ARCH_LIST nor CUDAARCHS names an architecture "
+            "(EXCESSMTL_WITH_CUDA=ON compiles for all that are supported)"
         )
         return CudaPlan(False, reason, "")
     recent = [gpu for gpu in gpus if gpu >= SUPPORTED_CAPABILITIES[0]]

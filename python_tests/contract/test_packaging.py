@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import torch
 from _paths import ROOT
 
 from excessmtl_ext import baselines
+from excessmtl_ext._build_facts import source_digest
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 OTHER_PYTHONS = [p for p in os.environ.get("EXCESSMTL_OTHER_PYTHONS", "").split(os.pathsep) if p]
@@ -85,10 +87,14 @@ if sys.argv[2:]:
 """
 
 
+# A machine without a GPU, where nobody asks for CUDA ops; the toolkit may be there.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1", "CUDAARCHS": "", "TORCH_CUDA_ARCH_LIST": ""}
+
+
 def build(folder: Path, sdists: Path, *wheels: Path) -> None:
     run(
         sys.executable, "-c", BACKEND, sdists, *wheels,
-        cwd=folder, EXCESSMTL_WITH_CUDA="OFF", SOURCE_DATE_EPOCH="1700000000",
+        cwd=folder, **NO_GPU, SOURCE_DATE_EPOCH="1700000000",
     )  # fmt: skip
 
 
@@ -168,9 +174,17 @@ def test_sdist_holds_the_checkout_but_for_the_settings_of_its_host(built):
 def test_wheel_loads_its_ops_without_a_warning(built, tmp_path, python):
     with zipfile.ZipFile(built.wheels[0]) as wheel:
         wheel.extractall(tmp_path)
-    code = "from excessmtl_ext import _extension as e; print(e.__file__, e.ops_available)"
+    code = (
+        "import dataclasses, json; from excessmtl_ext import _extension as e; "
+        "print(e.__file__); print(json.dumps(dataclasses.asdict(e.build_info)))"
+    )
     said = run(python, "-W", "error", "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert said.split() == [str(tmp_path / "excessmtl_ext" / "_extension.py"), "True"]
+    origin, facts = said.splitlines()
+    assert origin == str(tmp_path / "excessmtl_ext" / "_extension.py")
+    info = json.loads(facts)
+    assert info["source_digest"] == source_digest(tmp_path / "excessmtl_ext" / "csrc")
+    assert not info["has_cuda"]
+    assert info["cuda_decision"].startswith("no GPU was found, and neither TORCH_CUDA_ARCH_LIST")
 
 
 @pytest.mark.slow
