@@ -3,7 +3,9 @@
 from excessmtl_ext.data.digits import load_digit_pairs
 from excessmtl_ext.data.human_ratings import load_human_ratings
 from excessmtl_ext.data.label_noise import (
+    ClassNoise,
     CorruptedLabels,
+    ValueNoise,
     choose_corrupted,
     corrupt_classes,
     corrupt_pixels,
@@ -27,6 +29,7 @@ from excessmtl_ext.data.sarcos import load_sarcos
 __all__ = [
     "IGNORED_CLASS",
     "Batch",
+    "ClassNoise",
     "CorruptedLabels",
     "MultiTaskData",
     "OwnInputsSplit",
@@ -34,6 +37,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "TensorSplit",
+    "ValueNoise",
     "choose_corrupted",
     "corrupt_classes",
     "corrupt_pixels",
