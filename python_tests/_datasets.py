@@ -111,3 +111,24 @@ def write_human_ratings(root: Path, files: dict[str, str] | None = None) -> Path
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return root
+
+
+def diamonds_csv(num_rows: int = 60, seed: int = 0) -> str:
+    generator = np.random.default_rng(seed)
+    lines = ['"carat","cut","color","clarity","depth","table","price","x","y","z"']
+    cuts = ["Fair", "Good", "Very Good", "Premium", "Ideal"]
+    clarities = ["I1", "SI2", "SI1", "VS2", "VS1", "VVS2", "VVS1", "IF"]
+    for number in range(num_rows):
+        carat = 0.2 + 2 * generator.random()
+        sizes = ",".join(f"{factor * carat ** (1 / 3):.2f}" for factor in (6.4, 6.5, 4.0))
+        lines.append(
+            f'{carat:.2f},"{cuts[number % 5]}","{"JIHGFED"[number % 7]}","{clarities[number % 8]}",'
+            f"{61 + generator.normal():.1f},{57 + number % 5},{int(4000 * carat**1.7) + 300},{sizes}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_diamonds(root: Path, content: str | None = None) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "diamonds.csv").write_text(diamonds_csv() if content is None else content)
+    return root

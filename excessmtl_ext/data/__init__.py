@@ -1,5 +1,6 @@
 """Data sets of several tasks, with fixed and seeded corruption of the training labels of chosen tasks."""
 
+from excessmtl_ext.data.diamonds import load_diamonds
 from excessmtl_ext.data.digits import load_digit_pairs
 from excessmtl_ext.data.human_ratings import load_human_ratings
 from excessmtl_ext.data.label_noise import (
@@ -10,6 +11,7 @@ from excessmtl_ext.data.label_noise import (
     corrupt_classes,
     corrupt_pixels,
     corrupt_values,
+    noise_share,
 )
 from excessmtl_ext.data.multimnist import load_multimnist
 from excessmtl_ext.data.multitask_data import (
@@ -42,10 +44,12 @@ __all__ = [
     "corrupt_classes",
     "corrupt_pixels",
     "corrupt_values",
+    "load_diamonds",
     "load_digit_pairs",
     "load_human_ratings",
     "load_multimnist",
     "load_nyuv2",
     "load_office_home",
     "load_sarcos",
+    "noise_share",
 ]

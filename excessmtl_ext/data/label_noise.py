@@ -205,6 +205,23 @@ def corrupt_values(
     return CorruptedLabels(noisy_values, corrupted)
 
 
+def noise_share(labels: Tensor, clean: Tensor) -> float:
+    """Returns how noisy labels are: of classes the share that is wrong, of values the noise's share of the variance.
+
+    Args:
+        labels: int64 class indices or floating point values [N], with noise.
+        clean: The same without.
+
+    Returns:
+        A number in [0, 1]; for values var(labels - clean) / (var(labels - clean) + var(clean)), 0 where nothing varies.
+    """
+    if not labels.is_floating_point():
+        return float((labels != clean).double().mean())
+    noise = float((labels.double() - clean.double()).var(correction=0))
+    signal = float(clean.double().var(correction=0))
+    return noise / (noise + signal) if noise + signal > 0 else 0.0
+
+
 def choose_corrupted(num_samples: int, *, fraction: float, seed: int) -> Tensor:
     """Chooses the samples whose dense labels are corrupted, see `corrupt_pixels`.
 

@@ -158,8 +158,8 @@ class MultiTaskData:
         corrupted: Task name -> indices of its corrupted training samples, of its own where a task has its own inputs.
         observed_validation: The samples of ``validation`` in the same order with labels as good as the training
             labels: what a user without clean labels could select by. None where the data set does not offer it.
-        noise_shares: Task name -> share of its training labels' variance that is label noise, where it is known from
-            repeated measurements; in [0, 1].
+        noise_shares: Task name -> how noisy its training labels are, in [0, 1], where it is known: of values the share
+            of their variance that is noise, of classes the share that is wrong. See `noise_share`.
     """
 
     tasks: tuple[Task, ...]

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from excessmtl_ext.data.label_noise import CLASS_NOISE, VALUE_NOISE
 from excessmtl_ext.training.run.methods import METHODS
 from excessmtl_ext.training.run.workloads import Workload
 
@@ -117,6 +118,11 @@ _SPECIAL_OPTIONS: dict[str, Decorator] = {
     "data_root": click.option(
         "--data-root",
         help="Folder with a copy of the data.  [default: fetched once with pip into the user's cache]",
+    ),
+    "noise_kind": click.option(
+        "--noise-kind",
+        type=click.Choice([*CLASS_NOISE, *VALUE_NOISE]),
+        help="How labels are corrupted.  [default: the data set's own]",
     ),
     "raters": click.option(
         "--raters",

@@ -35,6 +35,8 @@ class TrainConfig:
         image_size: Height of the images, for runs on small machines; the width follows (NYUv2: 4 / 3 of it, both
             multiples of 16; Office-Home: square). None: 288 for NYUv2, 224 for Office-Home.
         network_width: NYUv2: channels of SegNet's first stage; None: 64.
+        noise_kind: How the noisy tasks' labels are corrupted, see `corrupt_classes` and `corrupt_values`; None for the
+            data set's own kind.
         raters: Human ratings: how many raters' mean is a training label; 0 for all of them.
         distributed: How several processes share the run: ``"ddp"``, ``"fsdp"``, or None for one process.
         num_ranks: How many they are; filled in by the run.
@@ -60,6 +62,7 @@ class TrainConfig:
     pretrained: bool = False
     image_size: int | None = None
     network_width: int | None = None
+    noise_kind: str | None = None
     raters: int = 1
     distributed: Literal["ddp", "fsdp"] | None = None
     num_ranks: int | None = None

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from excessmtl_ext.data import (
     MultiTaskData,
+    load_diamonds,
     load_digit_pairs,
     load_human_ratings,
     load_multimnist,
@@ -23,6 +27,7 @@ from excessmtl_ext.training.run.config import TrainConfig
 # Two layers of 32 reach 0.95 on both tasks without noise and train in two seconds.
 DIGITS_HIDDEN = (32, 32)
 SARCOS_HIDDEN = (128, 128, 128)
+TABLE_HIDDEN = (128, 128)
 SEGNET_WIDTH = 64
 
 
@@ -120,6 +125,23 @@ def _load_human_ratings(config: TrainConfig) -> MultiTaskData:
     )
 
 
+def _load_diamonds(config: TrainConfig) -> MultiTaskData:
+    return load_diamonds(
+        config.data_root,
+        noise=config.noise,
+        noise_kind=config.noise_kind,
+        seed=config.seed,
+        num_train=config.num_train,
+    )
+
+
+def _build_perceptron(data: MultiTaskData, config: TrainConfig) -> EncoderHeads:
+    """Builds the perceptron of tables, as wide as `TABLE_HIDDEN`."""
+    (inputs, _) = data.train.batch(torch.arange(1))
+    assert isinstance(inputs, Tensor)
+    return mlp(inputs.shape[1:], _num_outputs(data), hidden=TABLE_HIDDEN)
+
+
 def _build_segnet(data: MultiTaskData, config: TrainConfig) -> EncoderHeads:
     normals = [index for index, task in enumerate(data.tasks) if task.kind == "normals"]
     return segnet(
@@ -194,6 +216,16 @@ WORKLOADS: dict[str, Workload] = {
         batch_size=128,
         lr=2e-3,
         options=("data_root", "raters"),
+    ),
+    "diamonds": Workload(
+        title="Diamonds",
+        load=_load_diamonds,
+        build_model=_build_perceptron,
+        needs_data_root=False,
+        epochs=15,
+        batch_size=256,
+        lr=1e-3,
+        options=("data_root", "noise_kind"),
     ),
 }
 

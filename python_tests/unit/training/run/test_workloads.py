@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from _datasets import (
     make_sarcos_rows,
+    write_diamonds,
     write_human_ratings,
     write_nyuv2,
     write_office_home,
@@ -54,6 +55,7 @@ def _config(dataset: str, data_root: Path, **values: object) -> TrainConfig:
         ("sarcos", _sarcos, {}, 7, ["torque_1", "torque_2"]),
         ("nyuv2", _nyuv2, {"network_width": 4}, 3, ["segmentation"]),
         ("office-home", write_office_home, {"image_size": 32}, 4, ["product"]),
+        ("diamonds", write_diamonds, {"noise_kind": "pair_flip"}, 4, ["cut"]),
         ("human-ratings", write_human_ratings, {"noise": 0.0}, 4, ["editorials"]),
     ],
 )
