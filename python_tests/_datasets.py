@@ -132,3 +132,27 @@ def write_diamonds(root: Path, content: str | None = None) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "diamonds.csv").write_text(diamonds_csv() if content is None else content)
     return root
+
+
+def movielens_files(num_users: int = 30, num_films: int = 25, seed: int = 0) -> dict[str, str]:
+    generator = np.random.default_rng(seed)
+    genres = ["Drama", "Comedy", "Drama Romance", "Film-Noir Thriller", "Drama Comedy"]
+    item = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
+    item += [f"{n + 1}\tFilm {n}\t{1990 + n % 8}\t{genres[n % 5]}" for n in range(num_films)]
+    user = ["user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token"]
+    user += [f"{n + 1}\t{15 + 2 * n}\t{'FM'[n % 2]}\tother\t{n:05}" for n in range(num_users)]
+    inter = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    for owner in range(num_users):
+        films = generator.permutation(num_films)[: 5 + owner % 7]
+        inter += [f"{owner + 1}\t{film + 1}\t{1 + (film + owner) % 5}\t88" for film in films]
+    return {
+        f"ml-100k.{name}": "\n".join(rows) + "\n"
+        for name, rows in (("inter", inter), ("item", item), ("user", user))
+    }
+
+
+def write_movielens(root: Path, files: dict[str, str] | None = None) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for name, text in (movielens_files() if files is None else files).items():
+        (root / name).write_text(text)
+    return root

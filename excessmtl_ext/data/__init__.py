@@ -13,6 +13,7 @@ from excessmtl_ext.data.label_noise import (
     corrupt_values,
     noise_share,
 )
+from excessmtl_ext.data.movielens import load_movielens
 from excessmtl_ext.data.multimnist import load_multimnist
 from excessmtl_ext.data.multitask_data import (
     IGNORED_CLASS,
@@ -47,6 +48,7 @@ __all__ = [
     "load_diamonds",
     "load_digit_pairs",
     "load_human_ratings",
+    "load_movielens",
     "load_multimnist",
     "load_nyuv2",
     "load_office_home",
