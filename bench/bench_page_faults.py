@@ -29,7 +29,7 @@ from training_step.rows import ROWS
 from training_step.steps import Step
 from training_step.workloads import Problem, Template, Workload, named_workloads, param_sweep
 
-from excessmtl_ext.heap_pin import HeapPin
+from excessmtl_ext.engines.heap_pin import HeapPin
 
 UNPINNED = "exact_unpinned"
 DEFAULT_ROWS = ("uniform", "lower_bound", UNPINNED, "exact", "torchjd_excess_sequential")

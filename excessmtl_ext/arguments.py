@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
@@ -78,3 +79,14 @@ def shortened(sizes: Sequence[object]) -> str:
     """``sizes`` for a message, the first six of many."""
     shown = ", ".join(map(str, sizes[:6]))
     return f"[{shown}, ... ({len(sizes)} in all)]" if len(sizes) > 6 else f"[{shown}]"
+
+
+def stacklevel_of_caller() -> int:
+    """The ``stacklevel`` that makes a warning of the calling function point at the code that uses the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None:
+        module = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if module not in (__name__.partition(".")[0], "torch"):
+            break
+        frame, level = frame.f_back, level + 1
+    return level

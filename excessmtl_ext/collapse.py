@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from excessmtl_ext.arguments import stacklevel_of_caller
+from excessmtl_ext.step import Step
 
 CALLS_PER_LOOK = 50
 """Calls between two looks at the weights. The risk of one mini-batch is noisy, and a look is not free on a GPU."""
@@ -46,6 +50,14 @@ def effective_num_tasks(task_weights: Tensor) -> Tensor:
     return task_weights.sum().square() / task_weights.square().sum()
 
 
+class WatchedRule(Protocol):
+    """What the guard reads of a balancer."""
+
+    num_calls: int
+    task_weights: Tensor
+    relative_excess_risk: Tensor
+
+
 class CollapseGuard:
     """Issues one :class:`TaskCollapseWarning` when weights collapse that the risks do not justify.
 
@@ -59,18 +71,28 @@ class CollapseGuard:
     that is captured in a CUDA graph is not watched, since its replays do not run this code.
 
     Attributes:
-        has_warned: It has, and will not again before :meth:`reset`.
+        has_warned: Whether the warning was issued since the last :meth:`restart`.
     """
+
+    period = CALLS_PER_LOOK
+    wants_gradients = False
 
     def __init__(self) -> None:
         """Starts without evidence."""
-        self.reset()
+        self.restart()
 
-    def reset(self) -> None:
+    def restart(self) -> None:
         """Forgets all evidence, and that it warned."""
         self.has_warned = False
         self._copy_under_way: _CopyUnderWay | None = None
         self._looks: deque[_Look | None] = deque(maxlen=LOOKS_REMEMBERED)
+
+    def on_gradients(self, rule: WatchedRule, step: Step) -> None:
+        """Needs no gradients."""
+
+    def on_end(self, rule: WatchedRule, step: Step, tasks: Sequence[int]) -> None:
+        """Looks at a step whose state is written."""
+        self.look(rule.num_calls, rule.task_weights, rule.relative_excess_risk)
 
     def look(self, num_calls: int, task_weights: Tensor, relative_excess_risk: Tensor) -> None:
         """Looks at the state after call number ``num_calls``; does nothing on most calls.
@@ -120,7 +142,7 @@ class CollapseGuard:
             f"in training with min_weight={0.5 / len(task_weights):.2g}, take a smaller robust_step_size, or start "
             'from ExcessMTL.from_preset("recommended").',
             TaskCollapseWarning,
-            stacklevel=5,  # whoever called backward()
+            stacklevel=stacklevel_of_caller(),
         )
 
 

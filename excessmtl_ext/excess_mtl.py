@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+import inspect
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from excessmtl_ext import cheaper_steps, functional
-from excessmtl_ext.arguments import (
-    check_choice,
-    check_count,
-    check_positive,
-    checked_parameters,
-)
-from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
+from excessmtl_ext import functional
+from excessmtl_ext.arguments import checked_parameters
+from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.collapse import CollapseGuard
-from excessmtl_ext.functional import Fisher, ParamLayout, StepOptions, StepState
-from excessmtl_ext.gradients import Root
-from excessmtl_ext.passes import Batched
+from excessmtl_ext.engines.cheaper import RotationEngine
+from excessmtl_ext.excess_mtl_options import (
+    EstimateFrom,
+    Preset,
+    check_options,
+    choose_engine,
+    preset_options,
+)
+from excessmtl_ext.functional import (
+    MAX_LOG_STEP,
+    Fisher,
+    ParamLayout,
+    StepOptions,
+    StepState,
+    init_state,
+)
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, Targets, WeightScale
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from excessmtl_ext.distributed import Reduce
+    from excessmtl_ext.distributed import DataParallel, Reduce
 
-Preset = Literal["paper", "official", "recommended"]
-
-EstimateFrom: TypeAlias = Literal["parameters", "features"] | Iterable[Tensor]
-"""What risks are estimated from; see :class:`ExcessMTL`."""
-
-_STATE_NAMES = tuple(name for name in StepState._fields if name != "ticket")
 _SIZED_BY_FIRST_STEP = ("sq_grad_sum", "grad_mean")
 
-
-def _is_sharded(parameters: Sequence[Tensor] | None) -> bool:
-    """Whether ``fully_shard`` has cut the parameters; asked without importing torch.distributed."""
-    return any(hasattr(parameter, "device_mesh") for parameter in parameters or ())
+_step_state = attrgetter(*StepState._fields)
+_step_options = attrgetter(*StepOptions._fields)
 
 
 class ExcessMTL(Balancer):
@@ -141,6 +144,8 @@ class ExcessMTL(Balancer):
 
     requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
 
+    transient_state: ClassVar[frozenset[str]] = frozenset({"ticket"})
+
     sq_grad_sum: Tensor
     grad_mean: Tensor
     excess_risk: Tensor
@@ -175,36 +180,19 @@ class ExcessMTL(Balancer):
         reduce: Reduce = "grads",
         model: nn.Module | None = None,
     ) -> None:
-        check_positive("robust_step_size", robust_step_size)
-        check_choice("fisher", fisher, ("sqrt", "linear"))
-        check_positive("eps", eps)
-        if eps < functional.SMALLEST_EPS:
-            raise ValueError(
-                f"Expected `eps` >= {functional.SMALLEST_EPS} (the smallest normal float32), but got {eps}."
-            )
-        check_count("num_warmup_steps", num_warmup_steps, 0)
-        if not 0.0 <= gradient_momentum < 1.0:
-            raise ValueError(
-                f"Expected `gradient_momentum` in [0, 1), but got {gradient_momentum}."
-            )
-        if not isinstance(relative, bool):
-            raise TypeError(
-                f"Expected `relative` to be True or False, but got {type(relative).__name__}."
-            )
-        check_count("update_every", update_every, 1)
-        check_count("num_tasks", num_tasks, 1)
-        if not 0.0 <= min_weight <= 1.0 / num_tasks:
-            raise ValueError(
-                f"Expected `min_weight` between 0 and 1 / num_tasks = {1.0 / num_tasks:g}, but got {min_weight}."
-            )
-        if state_dtype not in (None, torch.bfloat16):
-            raise ValueError(
-                f"Expected `state_dtype` to be None (float32, or float64 for float64 gradients) or torch.bfloat16, but "
-                f"got {state_dtype}."
-            )
-        check_count("rounding_seed", rounding_seed, 0)
-        self.state_dtype = state_dtype
-        self.rounding_seed = rounding_seed
+        given = dict(locals())
+        check_options(given)
+        if shared_parameters is not None:
+            shared_parameters = checked_parameters(shared_parameters)
+        engine = choose_engine(given, shared_parameters)
+        super().__init__(
+            shared_parameters,
+            num_tasks=num_tasks,
+            weight_scale=weight_scale,
+            head_weighting=head_weighting,
+            nonfinite=nonfinite,
+            engine=engine,
+        )
         self.robust_step_size = float(robust_step_size)
         self.fisher: Fisher = fisher
         self.eps = float(eps)
@@ -212,76 +200,23 @@ class ExcessMTL(Balancer):
         self.gradient_momentum = float(gradient_momentum)
         self.relative = relative
         self.update_every = update_every
-        self.min_weight = float(min_weight)
-        self._collapse_guard = CollapseGuard()
-        if tasks_per_step is not None:
-            check_count("tasks_per_step", tasks_per_step, 1)
-            if tasks_per_step > num_tasks:
-                raise ValueError(
-                    f"Expected `tasks_per_step` <= num_tasks = {num_tasks}, but got {tasks_per_step}."
-                )
-        self.tasks_per_step = tasks_per_step
-        if isinstance(feature_dim, bool) or not isinstance(feature_dim, int):
-            raise TypeError(
-                f"Expected `feature_dim` to be an integer, but got {type(feature_dim).__name__}."
-            )
         self.feature_dim = feature_dim
-        check_choice("reduce", reduce, ("grads", "risks"))
-        if shared_parameters is not None:
-            shared_parameters = checked_parameters(shared_parameters)
-        if process_group is not None or model is not None or _is_sharded(shared_parameters):
-            if state_dtype is not None:
-                raise ValueError(
-                    "Expected `state_dtype` to be None with several ranks, each of which keeps its part of the state "
-                    f"in float32, but got {state_dtype}. Leave one of the two out."
-                )
-            from excessmtl_ext.distributed import DataParallel
-
-            self._data_parallel = DataParallel(
-                shared_parameters,
-                num_tasks=num_tasks,
-                process_group=process_group,
-                reduce=reduce,
-                model=model,
-            )
-        super().__init__(
-            shared_parameters,
-            num_tasks=num_tasks,
-            weight_scale=weight_scale,
-            head_weighting=head_weighting,
-            nonfinite=nonfinite,
-            batched=batched,
-        )
-        self._set_estimate(estimate_from)
-
-    def _set_estimate(self, estimate_from: EstimateFrom) -> None:
-        """Settles whose gradients a step looks at, and checks that the other options allow it."""
-        self._rotation: cheaper_steps.TaskRotation | None = None
-        self._estimate_parameters: list[Tensor] = []
-        self._estimate_kind = estimate_from if isinstance(estimate_from, str) else "subset"
-        if not isinstance(estimate_from, str):
-            self._estimate_parameters = cheaper_steps.checked_subset(
-                estimate_from, self.shared_parameters
-            )
-            self._layout = ParamLayout([p.numel() for p in self._estimate_parameters])
-        else:
-            check_choice("estimate_from", estimate_from, ("parameters", "features"))
-        if estimate_from == "features":
-            self._layout = None  # known from the first features on
-        if self.tasks_per_step is not None and self.tasks_per_step < self.num_tasks:
-            self._rotation = cheaper_steps.TaskRotation(self.num_tasks, self.tasks_per_step)
-        if not self._looks_at_all:
-            cheaper_steps.check_supported(self)
-
-    @property
-    def needs_features(self) -> bool:
-        """Whether ``backward`` must be given ``features``: with ``estimate_from="features"``."""
-        return self._estimate_kind == "features"
-
-    @property
-    def _looks_at_all(self) -> bool:
-        """Whether a step that moves the weights takes the whole gradient of every task."""
-        return self._rotation is None and self._estimate_kind == "parameters"
+        self.tasks_per_step = tasks_per_step
+        self.min_weight = float(min_weight)
+        self.state_dtype = state_dtype
+        self.rounding_seed = rounding_seed
+        self.can_stream = engine.stream_obstacle is None
+        self.needs_features = estimate_from == "features"
+        self._rotation = engine if isinstance(engine, RotationEngine) else None
+        self._parallel = cast("DataParallel", engine) if engine.shards_state else None
+        self._collapse_guard = CollapseGuard()
+        self.observers.append(self._collapse_guard)
+        self._subset: list[Tensor] | None = getattr(engine, "subset", None)
+        if self._subset is not None:
+            self.layout = ParamLayout([parameter.numel() for parameter in self._subset])
+        elif self.needs_features:
+            self.layout = None  # known from the first features on
+        self.set_state(self.initial_state(self.task_weights.device))
 
     @classmethod
     def from_preset(
@@ -306,28 +241,12 @@ class ExcessMTL(Balancer):
         Raises:
             ValueError: the preset is unknown, or ``"paper"`` is given no ``num_warmup_steps``.
         """
-        check_choice("preset", preset, tuple(_PRESETS))
-        if preset == "paper" and "num_warmup_steps" not in options:
-            raise ValueError(
-                "Expected `num_warmup_steps` with preset='paper': its baseline is the mean over 3 epochs, so pass "
-                "3 * len(loader)."
-            )
-        return cls(shared_parameters, **{**_PRESETS[preset], **options})
+        return cls(shared_parameters, **preset_options(preset, options))
 
     @property
     def step_options(self) -> StepOptions:
         """The choices as the stateless layer takes them."""
-        return StepOptions(
-            fisher=self.fisher,
-            eps=self.eps,
-            gradient_momentum=self.gradient_momentum,
-            robust_step_size=self.robust_step_size,
-            num_warmup_steps=self.num_warmup_steps,
-            relative=self.relative,
-            min_weight=self.min_weight,
-            weight_total=self.weight_total,
-            rounding_seed=self.rounding_seed,
-        )
+        return StepOptions(*_step_options(self))
 
     @property
     def step_state(self) -> StepState:
@@ -335,11 +254,14 @@ class ExcessMTL(Balancer):
         buffers = self._buffers
         return StepState(*[buffers[name] for name in StepState._fields])  # type: ignore[misc]
 
-    def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        # S and m get their size, type and device from the first gradients: [T, 0] until then. A rank's part of them
-        # is known beforehand, and torch.distributed.checkpoint loads into what is there.
-        parallel = self._data_parallel
-        state = functional.init_state(
+    def initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        """Every state tensor before the first step, by name.
+
+        S and m get their size, type and device from the first gradients: [T, 0] until then. A rank's part of them is
+        known beforehand, and torch.distributed.checkpoint loads into what is there.
+        """
+        parallel = self._parallel
+        state = init_state(
             self.num_tasks,
             ParamLayout([]) if parallel is None else parallel.state_layout,
             dtype=self.state_dtype or torch.float32 if parallel is None else parallel.wire_dtype,
@@ -349,24 +271,20 @@ class ExcessMTL(Balancer):
         )
         return state._asdict()
 
-    def _register_state(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            self.register_buffer(name, tensor, persistent=name in _STATE_NAMES)
-
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        if self._data_parallel is not None:
+        if self._parallel is not None:
             for name in _SIZED_BY_FIRST_STEP:
-                entries = self._data_parallel.exported(name, destination.pop(prefix + name))
+                entries = self._parallel.exported(name, destination.pop(prefix + name))
                 destination.update({prefix + key: value for key, value in entries.items()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if self._data_parallel is not None:
-            state_dict = self._data_parallel.imported(state_dict, prefix)
+        if self._parallel is not None:
+            state_dict = self._parallel.imported(state_dict, prefix)
         else:
             state_dict = self._in_own_type(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -394,13 +312,14 @@ class ExcessMTL(Balancer):
             return name == "sq_grad_sum" or self.gradient_momentum == 0.0 or tensor.shape[1] > 0
         if name == "grad_mean" and self.gradient_momentum == 0.0:
             return False
-        return self._layout is None or saved.shape[1] == self._layout.padded_numel
+        return self.layout is None or saved.shape[1] == self.layout.padded_numel
 
-    def _prepare(self, task_grads: list[Tensor]) -> None:
+    def prepare(self, step: Step) -> tuple[StepState, StepOptions]:
+        """Sizes S and m at the first gradients, and checks the device of all later ones; returns state and options."""
+        task_grads, layout, _ = step.task_grads
         first = next((grad for grad in task_grads if grad.numel() > 0), self.task_weights)
         device = first.device
         if self.sq_grad_sum.shape[1] == 0:
-            layout = self._bound_layout()
             has_float64 = any(
                 grad.dtype == torch.float64 for grad in task_grads if grad.numel() > 0
             )
@@ -425,206 +344,93 @@ class ExcessMTL(Balancer):
                 f"Expected gradients on {self.sq_grad_sum.device}, where the balancer's state is, but got {device}. "
                 f"Call balancer.to({str(device)!r}) after moving the model."
             )
+        return self.step_state, self.step_options
 
-    def _update(
-        self,
-        task_grads: list[Tensor] | None,
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-    ) -> None:
-        assert task_grads is not None
-        functional.fused_step_(
-            task_grads, self._bound_layout(), self.step_state, self.step_options, scale
-        )
+    def update(self, step: Step) -> None:
+        """Moves the weights by one step (He et al. 2024, Eqs. 6, 7 and 9)."""
+        state, options = self.prepare(step)
+        grads = step.task_grads
+        functional.fused_step_(grads.tensors, grads.layout, state, options, step.grad_scale)
 
-    def _combine(
-        self,
-        task_grads: list[Tensor],
-        outputs: list[Tensor],
-        scale: Tensor | None,
-        *,
-        accumulate: bool,
-    ) -> None:
+    def combine(self, step: Step, targets: Targets) -> None:
+        """Writes the weighted sum to ``targets``; after a non-finite step repairs the state and writes NaN."""
+        grads = step.task_grads
         functional.combine_(
-            task_grads,
-            outputs,
-            self._bound_layout(),
+            grads.tensors,
+            targets.outputs,
+            grads.layout,
             self.step_state,
             self.step_options,
-            scale,
-            accumulate=accumulate,
+            step.grad_scale,
+            accumulate=targets.accumulate,
         )
 
-    def _update_and_combine(
-        self,
-        task_grads: list[Tensor],
-        outputs: list[Tensor],
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-        accumulate: bool,
-    ) -> None:
+    def update_and_combine(self, step: Step, targets: Targets) -> None:
+        """:meth:`update` and :meth:`combine` in one op."""
+        state, options = self.prepare(step)
+        grads = step.task_grads
         functional.fused_step_combine_(
-            task_grads,
-            outputs,
-            self._bound_layout(),
-            self.step_state,
-            self.step_options,
-            scale,
-            accumulate=accumulate,
+            grads.tensors,
+            targets.outputs,
+            grads.layout,
+            state,
+            options,
+            step.grad_scale,
+            accumulate=targets.accumulate,
         )
 
-    def _step_from_task_grads(
-        self,
-        roots: list[Root | None],
-        values: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-        features: list[Tensor] | None,
-    ) -> None:
-        if self._looks_at_all:
-            super()._step_from_task_grads(roots, values, tasks, scale, features)
-        elif self._estimate_kind == "features":
-            cheaper_steps.step_from_features(self, roots, tasks, scale, features)
-        elif self._estimate_kind == "subset":
-            cheaper_steps.step_from_subset(self, roots, tasks, scale, features)
-        else:
-            cheaper_steps.step_in_rotation(self, roots, tasks, scale, features)
+    def stream_task(self, step: Step) -> Tensor:
+        """Takes in the gradients of one task; returns its new log-weight, not normalised."""
+        (task,) = step.tasks
+        state, options = self.prepare(step)
+        if not step.moves_weights:
+            return self.log_task_weights[task].clone()
+        grads = step.task_grads
+        functional.estimate_task_risk_(
+            task, grads.tensors, grads.layout, state, options, step.grad_scale
+        )
+        is_past_warmup = (state.num_steps >= self.num_warmup_steps).to(state.log_task_weights.dtype)
+        log_step = self.robust_step_size * state.relative_excess_risk[task]
+        return state.log_task_weights[task] + is_past_warmup * log_step.clamp(max=MAX_LOG_STEP)
 
-    def _live_task_grads(self) -> tuple[float, str]:
-        if self._looks_at_all:
-            return super()._live_task_grads()
-        num_rows = self.num_tasks if self._rotation is None else self._rotation.tasks_per_step
-        num_shared = sum(parameter.numel() for parameter in self._bound_parameters())
-        share = self._bound_layout().num_params / num_shared
-        what = {
-            "parameters": "of the tasks whose turn it is",
-            "subset": "of the subset, one per task",
-            "features": "of the features' adapter, one per task",
-        }[self._estimate_kind]
-        return num_rows * share + 1, f"{what}; then `.grad`"
-
-    def _moves_weights(self) -> bool:
-        return self._num_calls % self.update_every == 0
-
-    def _min_weight(self) -> float:
-        return self.min_weight
-
-    def _after_call(self) -> None:
-        self._collapse_guard.look(self._num_calls, self.task_weights, self.relative_excess_risk)
-
-    def reset(self) -> None:
-        """As for every balancer; the collapse guard may warn again."""
-        if self._estimate_kind == "features":
-            self._layout = None
-        super().reset()
-        self._collapse_guard.reset()
-        if self._rotation is not None:
-            self._rotation.start_round()
+    def stream_finish(self, step: Step) -> None:
+        """Moves the weights (Eq. 9) once the risk of every task of the step is known."""
+        if step.moves_weights:
+            functional.update_task_weights_(step.tasks, self.step_state, self.step_options)
 
     def get_extra_state(self) -> dict[str, Any]:
         """As for every balancer, and whether the collapse guard has warned."""
         return {
             **super().get_extra_state(),
             "has_warned_of_collapse": self._collapse_guard.has_warned,
-            "waiting_tasks": [] if self._rotation is None else list(self._rotation.waiting),
+            "waiting_tasks": []
+            if self._rotation is None
+            else list(self._rotation.rotation.waiting),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """As for every balancer; a run that has been warned is not warned again."""
         super().set_extra_state(state)
-        self._collapse_guard.reset()
+        self._collapse_guard.restart()
         self._collapse_guard.has_warned = state.get("has_warned_of_collapse", False)
         if self._rotation is not None:
-            self._rotation.start_round()
-            self._rotation.waiting = state.get("waiting_tasks") or self._rotation.waiting
+            rotation = self._rotation.rotation
+            rotation.start_round()
+            rotation.waiting = state.get("waiting_tasks") or rotation.waiting
 
-    def _refresh_risk(self, task: int, grads: list[Tensor], scale: Tensor | None) -> None:
-        """Takes in the gradients of one task: S, m, risk and baseline; not finite, they change only its flag."""
-        state, options, layout = self.step_state, self.step_options, self._bound_layout()
-        row = slice(task, task + 1)
-        excess_risk_sum = torch.zeros_like(state.excess_risk)
-        functional.accumulate_excess_risk_(
-            grads,
-            layout,
-            state.sq_grad_sum[row],
-            state.grad_mean[row],
-            excess_risk_sum[row],
-            state.ticket,
-            options,
-            scale,
-            state=state,
-            first_task=task,
-        )
-        functional.update_task_risks_(excess_risk_sum, [task], layout, state, options)
-        functional.repair_(
-            grads,
-            layout,
-            state.sq_grad_sum[row],
-            state.grad_mean[row],
-            state.found_nonfinite[row],
-            options,
-            scale,
-            state=state,
-            first_task=task,
-        )
-
-    def _stream_task(
-        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
-    ) -> Tensor:
-        if not self._moves_weights():
-            return self.log_task_weights[task].clone()
-        self._refresh_risk(task, grads, scale)
-        state = self.step_state
-        is_past_warmup = (state.num_steps >= self.num_warmup_steps).to(state.log_task_weights.dtype)
-        log_step = self.robust_step_size * state.relative_excess_risk[task]
-        return state.log_task_weights[task] + is_past_warmup * log_step.clamp(
-            max=functional.MAX_LOG_STEP
-        )
-
-    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
-        if self._moves_weights():
-            functional.update_task_weights_(tasks, self.step_state, self.step_options)
-
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the constructor that rebuild the balancer, but for those that are objects."""
+        names = [
+            name
+            for name in inspect.signature(ExcessMTL).parameters
+            if name not in ("shared_parameters", "process_group", "reduce", "model")
+        ]
         return {
-            "num_tasks": self.num_tasks,
-            "robust_step_size": self.robust_step_size,
-            "fisher": self.fisher,
-            "eps": self.eps,
-            "num_warmup_steps": self.num_warmup_steps,
-            "weight_scale": self.weight_scale,
-            "head_weighting": self.head_weighting,
-            "gradient_momentum": self.gradient_momentum,
-            "relative": self.relative,
-            "update_every": self.update_every,
-            "estimate_from": self._described_estimate(),
-            "feature_dim": self.feature_dim,
-            "tasks_per_step": self.tasks_per_step,
-            "min_weight": self.min_weight,
-            "state_dtype": self.state_dtype,
-            "rounding_seed": self.rounding_seed,
-            "nonfinite": self.nonfinite,
-            "batched": self.batched,
+            name: self._described_estimate() if name == "estimate_from" else getattr(self, name)
+            for name in names
         }
 
     def _described_estimate(self) -> str:
-        if self._estimate_kind != "subset":
-            return self._estimate_kind
-        num_all = len(self.shared_parameters or ())
-        return f"{len(self._estimate_parameters)} of {num_all} parameters"
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"fisher": "linear", "robust_step_size": 0.01},
-    "official": {
-        "fisher": "sqrt",
-        "eps": 1e-7,
-        "num_warmup_steps": 1,
-        "robust_step_size": 0.01,
-        "weight_scale": "num_tasks",
-        "head_weighting": "task_weights",
-    },
-    "recommended": {"gradient_momentum": 0.98, "fisher": "linear", "robust_step_size": 3.0},
-}
+        if self._subset is not None:
+            return f"{len(self._subset)} of {len(self.shared_parameters or ())} parameters"
+        return "features" if self.needs_features else "parameters"

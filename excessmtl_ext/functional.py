@@ -321,6 +321,52 @@ def repair_(
     )
 
 
+def estimate_task_risk_(
+    task: int,
+    grads: Sequence[Tensor],
+    layout: ParamLayout,
+    state: StepState,
+    options: StepOptions,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Takes in the gradients of one task: S, m, risk and baseline; not finite, they change its flag only.
+
+    Args:
+        task: Index of the task.
+        grads: Its L gradients.
+        layout: Sizes of the L parameters.
+        state: Changed in place, but for the weights.
+        options: The choices.
+        grad_scale: As in :func:`fused_step_`.
+    """
+    row = slice(task, task + 1)
+    excess_risk_sum = torch.zeros_like(state.excess_risk)
+    accumulate_excess_risk_(
+        grads,
+        layout,
+        state.sq_grad_sum[row],
+        state.grad_mean[row],
+        excess_risk_sum[row],
+        state.ticket,
+        options,
+        grad_scale,
+        state=state,
+        first_task=task,
+    )
+    update_task_risks_(excess_risk_sum, [task], layout, state, options)
+    repair_(
+        grads,
+        layout,
+        state.sq_grad_sum[row],
+        state.grad_mean[row],
+        state.found_nonfinite[row],
+        options,
+        grad_scale,
+        state=state,
+        first_task=task,
+    )
+
+
 def fold_(
     task_grads: Sequence[Tensor],
     layout: ParamLayout,
@@ -371,6 +417,7 @@ __all__ = [
     "accumulate_excess_risk_",
     "combine_",
     "cpu_capability",
+    "estimate_task_risk_",
     "fold_",
     "fused_step_",
     "fused_step_combine_",

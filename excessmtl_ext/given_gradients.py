@@ -1,19 +1,84 @@
-"""Gradients that a caller hands over instead of losses: checked, and brought into one form."""
+"""Gradients that are given instead of losses: checked, and brought into the form of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from excessmtl_ext.arguments import shortened
 from excessmtl_ext.functional import ParamLayout
+from excessmtl_ext.passes.per_task import flat_rows
+from excessmtl_ext.step import Step, TaskGrads, WeightingRule
+from excessmtl_ext.step_arguments import as_scale, moves_weights
 
 GivenGrads: TypeAlias = Sequence[Sequence[Tensor | None]] | Tensor
 """T lists of L gradients (None where there is none; an empty list for an absent task), or one tensor [T, P]."""
 
 Row: TypeAlias = list[Tensor | None]
+
+
+def read_given(
+    rule: WeightingRule,
+    task_grads: GivenGrads | None,
+    losses: Sequence[Tensor] | Tensor | None,
+    grad_scale: Tensor | float | None,
+) -> Step:
+    """Checks the arguments of ``update_weights``; what the rule does not require is not looked at.
+
+    Raises:
+        ValueError: what the rule requires is missing, or does not fit.
+    """
+    scale = None if grad_scale is None else as_scale(grad_scale, rule.task_weights.device)
+    for name, given in (("task_grads", task_grads), ("losses", losses)):
+        if given is None and name in rule.requires:
+            raise ValueError(
+                f"Expected `{name}`: {type(rule).__name__} computes its weights from them."
+            )
+    step = Step(
+        roots=[],
+        tasks=list(range(rule.num_tasks)),
+        shared=[],
+        grad_scale=scale,
+        moves_weights=moves_weights(rule),
+    )
+    if losses is not None and "losses" in rule.requires:
+        step.losses = _checked_losses(losses, rule.num_tasks)
+    if task_grads is not None and "task_grads" in rule.requires:
+        step.task_grads, step.tasks = given_task_grads(rule, task_grads)
+    return step
+
+
+def given_task_grads(rule: WeightingRule, task_grads: GivenGrads) -> tuple[TaskGrads, list[int]]:
+    """Given gradients of all tasks as the ops take them, and the tasks that have some.
+
+    A rule that does not know the sizes of its parameters takes them from here.
+
+    Raises:
+        ValueError: the number of tasks, of gradients, or a size is not as expected.
+    """
+    rows, rule.layout = checked_rows(task_grads, rule.num_tasks, rule.layout)
+    tasks = [task for task, row in enumerate(rows) if any(grad is not None for grad in row)]
+    if rule.layout is None:
+        return TaskGrads([], ParamLayout([]), range(rule.num_tasks)), []
+    return TaskGrads(flat_rows(rows), rule.layout, range(rule.num_tasks)), tasks
+
+
+def _checked_losses(losses: Sequence[Tensor] | Tensor, num_tasks: int) -> Tensor:
+    """[T], where and as they were given: on a GPU none is fetched."""
+    if isinstance(losses, Tensor):
+        values = losses.detach()
+    elif len(losses) > 0 and all(
+        isinstance(loss, Tensor) and loss.device == losses[0].device for loss in losses
+    ):
+        values = torch.stack([loss.detach().reshape(()) for loss in losses])
+    else:
+        values = torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+    if values.shape != (num_tasks,):
+        raise ValueError(f"Expected `losses` of shape [{num_tasks}], but got {list(values.shape)}.")
+    return values
 
 
 def checked_rows(

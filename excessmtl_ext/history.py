@@ -1,15 +1,11 @@
-"""What a balancer did, step by step: kept on the device, brought to the host every n steps, written where one likes."""
+"""Records weights and risks step by step on the device and flushes them to the host and to writers."""
 
 from __future__ import annotations
 
-import csv
-import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +16,22 @@ from excessmtl_ext.gradient_statistics import (
     GradientStatistics,
     RunningMean,
 )
+from excessmtl_ext.history_writers import (
+    CSVWriter,
+    HistoryRecords,
+    HistoryWriter,
+    TensorBoardWriter,
+)
+from excessmtl_ext.step import Step
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    from excessmtl_ext.balancer import Balancer
+__all__ = [
+    "STATE_QUANTITIES",
+    "CSVWriter",
+    "History",
+    "HistoryRecords",
+    "HistoryWriter",
+    "TensorBoardWriter",
+]
 
 STATE_QUANTITIES = (
     "task_weights",
@@ -35,135 +42,14 @@ STATE_QUANTITIES = (
 )
 """Attributes of a balancer, [T] each, that are kept where the method has them."""
 
-_COLUMN_NAMES = {"task_weights": "weight", "found_nonfinite": "nonfinite"}
 
+class RecordedRule(Protocol):
+    """What is recorded of a balancer, and what else it has of ``STATE_QUANTITIES``."""
 
-@dataclass(frozen=True)
-class HistoryRecords:
-    """N recorded steps of T tasks, on the CPU.
-
-    Attributes:
-        task_names: T names.
-        steps: [N] int64: which call of the balancer, from 1.
-        is_present: [N, T] bool: whether the task had a loss or a gradient.
-        values: [N, T] float64 by quantity (``STATE_QUANTITIES``, ``GRADIENT_QUANTITIES``); only those that the method
-            has. NaN where a step has none, as the gradient norm of an absent task.
-    """
-
-    task_names: tuple[str, ...]
-    steps: Tensor
-    is_present: Tensor
-    values: dict[str, Tensor]
-
-    @property
-    def is_skipped(self) -> Tensor:
-        """[N] bool: whether a gradient was not finite, so that the step changed no state."""
-        return self.values["found_nonfinite"].any(1)
-
-    def columns(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and [N] values of every curve, named like the columns of a run's metrics.csv."""
-        yield "balancer/skipped", self.is_skipped.double()
-        for task, name in enumerate(self.task_names):
-            yield f"balancer/{name}_present", self.is_present[:, task].double()
-            for quantity, values in self.values.items():
-                yield f"balancer/{name}_{_COLUMN_NAMES.get(quantity, quantity)}", values[:, task]
-
-
-class HistoryWriter(Protocol):
-    """Takes the records of a history, in order, once per flush."""
-
-    def write(self, records: HistoryRecords) -> None:
-        """Takes at least one record."""
-        ...
-
-    def close(self) -> None:
-        """Called once, after the last records."""
-        ...
-
-
-class CSVWriter:
-    """Writes one row per record, with a header; a quantity that a step does not have is ``nan``.
-
-    Args:
-        path: The file; its folder is made.
-        append: Go on with a file that is there, as after resuming a run.
-
-    Raises:
-        FileExistsError: the file is there and ``append`` is False.
-    """
-
-    def __init__(self, path: str | Path, *, append: bool = False) -> None:
-        self.path = Path(path)
-        if self.path.exists() and not append:
-            raise FileExistsError(
-                f"Expected `path` of a new file, but {self.path} is there. Pass append=True to go on with it."
-            )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-
-    def write(self, records: HistoryRecords) -> None:
-        """Appends the records.
-
-        Raises:
-            ValueError: the file was begun with other columns.
-        """
-        names, columns = zip(*records.columns(), strict=True)
-        header = ["step", *names]
-        with self.path.open("r+", newline="") as file:
-            begun = next(csv.reader(file), None)
-            if begun not in (None, header):
-                raise ValueError(
-                    f"Expected {self.path} to have the columns of this history, but it was begun by a balancer with "
-                    "other tasks or quantities. Name another file."
-                )
-            file.seek(0, 2)
-            writer = csv.writer(file, lineterminator="\n")
-            if begun is None:
-                writer.writerow(header)
-            rows = torch.stack(columns, dim=1).tolist()
-            for step, row in zip(records.steps.tolist(), rows, strict=True):
-                writer.writerow([step, *(format(value, ".9g") for value in row)])
-
-    def close(self) -> None:
-        """Does nothing: the file is closed after every flush, so that a killed run has all that was flushed."""
-
-
-class TensorBoardWriter:
-    """Writes every quantity of every task as a scalar ``balancer/TASK_QUANTITY``.
-
-    Args:
-        destination: Folder of the event files, or a ``SummaryWriter``, which its owner closes.
-
-    Raises:
-        ModuleNotFoundError: ``destination`` is a folder and tensorboard is not installed.
-    """
-
-    def __init__(self, destination: str | Path | SummaryWriter) -> None:
-        self._is_owner = isinstance(destination, (str, Path))
-        self._writer: Any = destination
-        if self._is_owner:
-            try:
-                from torch.utils.tensorboard.writer import SummaryWriter
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    "TensorBoardWriter needs tensorboard, which is not installed: pip install tensorboard.",
-                    name=error.name,
-                ) from error
-            self._writer = SummaryWriter(str(destination))
-
-    def write(self, records: HistoryRecords) -> None:
-        """Adds the records; NaN is left out."""
-        steps = records.steps.tolist()
-        for name, values in records.columns():
-            for step, value in zip(steps, values.tolist(), strict=True):
-                if not math.isnan(value):
-                    self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Closes the event file."""
-        if self._is_owner:
-            self._writer.close()
+    num_tasks: int
+    num_calls: int
+    task_weights: Tensor
+    found_nonfinite: Tensor
 
 
 class History:
@@ -181,11 +67,14 @@ class History:
         has_gradients: Whether the gradient statistics are asked for.
         num_steps: Calls since the recording began, recorded or not.
         num_absent_steps: [T] calls in which each task was absent, recorded or not.
+        wants_gradients: Whether the gradients of the next step are to be shown.
     """
+
+    period = 1
 
     def __init__(
         self,
-        balancer: Balancer,
+        rule: RecordedRule,
         *,
         every: int = 1,
         flush_every: int = 100,
@@ -197,7 +86,7 @@ class History:
         check_count("every", every, 1)
         check_count("flush_every", flush_every, 1)
         check_count("keep", keep, 1)
-        num_tasks = balancer.num_tasks
+        num_tasks = rule.num_tasks
         names = tuple(f"task{task}" for task in range(num_tasks))
         if task_names is not None:
             names = tuple(task_names)
@@ -210,9 +99,10 @@ class History:
         self._flush_every = flush_every
         self._writers = tuple(writers)
         self.has_gradients = gradients
+        self.wants_gradients = gradients
         self._gradients = GradientStatistics(num_tasks) if gradients else None
         self._is_closed = False
-        self._quantities = tuple(name for name in STATE_QUANTITIES if hasattr(balancer, name))
+        self._quantities = tuple(name for name in STATE_QUANTITIES if hasattr(rule, name))
         if gradients:
             self._quantities += GRADIENT_QUANTITIES
         self._ring: Tensor | None = None  # [flush_every, quantities, T]
@@ -239,9 +129,8 @@ class History:
         self.close()
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return type(
-            None
-        ), ()  # open files and a device's ring stay with the balancer that is recorded
+        # Open files and the memory on the device stay with the balancer that is recorded.
+        return type(None), ()
 
     @property
     def is_closed(self) -> bool:
@@ -306,6 +195,7 @@ class History:
         for writer in self._writers:
             writer.close()
         self._ring = self._gradients = None
+        self.wants_gradients = False
 
     def restart(self) -> None:
         """Forgets what was kept, after writing it: the balancer begins anew."""
@@ -318,44 +208,28 @@ class History:
         if self._gradients is not None:
             self._gradients = GradientStatistics(len(self.task_names))
 
-    # ---- what the balancer calls
+    # ---- as an observer
 
-    def take_gradients(
-        self,
-        balancer: Balancer,
-        num_calls: int,
-        task_grads: Sequence[Tensor],
-        tasks: Sequence[int],
-        numels: Sequence[int],
-        scale: Tensor | None,
-    ) -> None:
-        """Looks at task gradients of the step under way, before anything overwrites them.
-
-        Args:
-            balancer: Whose step it is.
-            num_calls: Calls before this one.
-            task_grads: Gradients of ``tasks``, task-major; without elements where there is none.
-            tasks: All tasks, or the one that streams in.
-            numels: Sizes of the shared parameters.
-            scale: What the gradients are multiplied by, or None.
-        """
+    def on_gradients(self, rule: RecordedRule, step: Step) -> None:
+        """Takes in the task gradients of the step under way, before anything overwrites them."""
+        grads = step.task_grads
         if (
             self._gradients is None
-            or num_calls % self.every != 0
-            or _is_capturing(task_grads[0] if task_grads else None)
+            or rule.num_calls % self.every != 0
+            or _is_capturing(grads.tensors[0] if grads.tensors else None)
         ):
             return
-        self._gradients.take(task_grads, tasks, numels, scale, keep_mean=not _keeps_mean(balancer))
+        self._gradients.take(
+            grads.tensors,
+            grads.tasks,
+            grads.layout.numels,
+            step.grad_scale,
+            keep_mean=not _keeps_mean(rule),
+        )
 
-    def end_step(self, balancer: Balancer, num_calls: int, tasks: Sequence[int]) -> None:
-        """Records a step whose state is written.
-
-        Args:
-            balancer: Whose step it was.
-            num_calls: Calls so far, this one counted.
-            tasks: Those that were present.
-        """
-        if self._is_closed or _is_capturing(balancer.task_weights):
+    def on_end(self, rule: RecordedRule, step: Step, tasks: Sequence[int]) -> None:
+        """Records a step whose state is written."""
+        if self._is_closed or _is_capturing(rule.task_weights):
             return
         present = [False] * len(self.task_names)
         for task in tasks:
@@ -363,7 +237,7 @@ class History:
         self.num_steps += 1
         for task, was in enumerate(present):
             self.num_absent_steps[task] += not was
-        flags = balancer.found_nonfinite
+        flags = rule.found_nonfinite
         if self._num_nonfinite_steps is None:
             self._num_nonfinite_steps = torch.zeros(
                 len(present), dtype=torch.int64, device=flags.device
@@ -371,28 +245,28 @@ class History:
         elif self._num_nonfinite_steps.device != flags.device:
             self._num_nonfinite_steps = self._num_nonfinite_steps.to(flags.device)
         self._num_nonfinite_steps += flags
-        if (num_calls - 1) % self.every != 0:
+        if (rule.num_calls - 1) % self.every != 0:
             return
-        ring = self._prepared_ring(balancer)
+        ring = self._prepared_ring(rule)
         vectors = [
-            getattr(balancer, name).to(torch.float64)
+            getattr(rule, name).to(torch.float64)
             for name in STATE_QUANTITIES
-            if hasattr(balancer, name)
+            if hasattr(rule, name)
         ]
         if self._gradients is not None:
             assert self._missing is not None
             if self._gradients.has_step:
-                mean = _running_mean(balancer) if _keeps_mean(balancer) else None
-                vectors += self._gradients.end_step(balancer.task_weights, mean)
+                mean = _running_mean(rule) if _keeps_mean(rule) else None
+                vectors += self._gradients.end_step(rule.task_weights, mean)
             else:
                 vectors += [self._missing] * len(GRADIENT_QUANTITIES)
         torch.stack(vectors, out=ring[len(self._pending)])
-        self._pending.append((num_calls, present))
+        self._pending.append((rule.num_calls, present))
         if len(self._pending) == self._flush_every:
             self.flush()
 
-    def _prepared_ring(self, balancer: Balancer) -> Tensor:
-        device = balancer.task_weights.device
+    def _prepared_ring(self, rule: RecordedRule) -> Tensor:
+        device = rule.task_weights.device
         if self._ring is None or self._ring.device != device:
             self.flush()  # from where the balancer was
             shape = (self._flush_every, len(self._quantities), len(self.task_names))
@@ -401,16 +275,16 @@ class History:
         return self._ring
 
 
-def _keeps_mean(balancer: Balancer) -> bool:
+def _keeps_mean(rule: RecordedRule) -> bool:
     """Whether the balancer's own state has a running mean of the gradients (``gradient_momentum`` of ExcessMTL)."""
-    return getattr(balancer, "gradient_momentum", 0.0) > 0.0 and hasattr(balancer, "grad_mean")
+    return getattr(rule, "gradient_momentum", 0.0) > 0.0 and hasattr(rule, "grad_mean")
 
 
-def _running_mean(balancer: Any) -> RunningMean:
+def _running_mean(rule: Any) -> RunningMean:
     return RunningMean(
-        torch.linalg.vector_norm(balancer.grad_mean, dim=1, dtype=torch.float64).square(),
-        balancer.num_task_steps,
-        balancer.gradient_momentum,
+        torch.linalg.vector_norm(rule.grad_mean, dim=1, dtype=torch.float64).square(),
+        rule.num_task_steps,
+        rule.gradient_momentum,
     )
 
 

@@ -1,20 +1,18 @@
-"""What a balancer holds in memory and what a step of it adds, counted by kind, and measured."""
+"""Memory that a balancer holds and that a step of it adds, counted by kind, and measured."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from excessmtl_ext.functional import CUDA_CHUNK_NUMEL
-
-if TYPE_CHECKING:
-    from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.functional import CUDA_CHUNK_NUMEL, ParamLayout
+from excessmtl_ext.step import Engine, WeightingRule
 
 When = Literal["always", "step", "streamed step"]
 
@@ -88,22 +86,33 @@ class MemoryReport:
         return "\n".join(lines)
 
 
+class MeasuredRule(WeightingRule, Protocol):
+    """A rule with its engine and its state."""
+
+    engine: Engine
+    can_stream: bool
+
+    def named_buffers(self, *, recurse: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yields the state tensors."""
+        ...
+
+
 def make_memory_report(
-    balancer: Balancer, step: Callable[[], object] | None = None
+    rule: MeasuredRule, step: Callable[[], object] | None = None
 ) -> MemoryReport:
     """See :meth:`excessmtl_ext.Balancer.memory_report`."""
-    layout = balancer._layout
+    layout = rule.layout
     if layout is None:
         raise ValueError(
             "Expected a balancer that knows its parameters, but this one was made without them and has seen no "
             "gradient. Make the report after the first step."
         )
-    measured_bytes, measured_by = _measured(step, balancer.task_weights.device)
+    measured_bytes, measured_by = _measured(step, rule.task_weights.device)
     # After the measured step: before the first one state has no size and gradients no type.
     return MemoryReport(
-        num_tasks=balancer.num_tasks,
-        num_params=_num_shared(balancer),
-        entries=(*_held(balancer), *_of_step(balancer), *_of_streamed_step(balancer)),
+        num_tasks=rule.num_tasks,
+        num_params=_num_shared(rule),
+        entries=(*_held(rule), *_of_step(rule), *_of_streamed_step(rule)),
         measured_bytes=measured_bytes,
         measured_by=measured_by,
     )
@@ -156,52 +165,57 @@ def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _held(balancer: Balancer) -> list[MemoryEntry]:
+def _held(rule: MeasuredRule) -> list[MemoryEntry]:
     large, small = [], 0
-    for name, tensor in balancer.named_buffers(recurse=False):
+    for name, tensor in rule.named_buffers(recurse=False):
         if tensor.dim() == 2:
             large.append(MemoryEntry(name, tensor.nbytes, "always", _describe(tensor)))
         else:
             small += tensor.nbytes
     held = [*large, MemoryEntry("per task", small, "always", "weights, risks, counters")]
-    if balancer._heap_pin.num_bytes > 0:
+    if rule.engine.num_held_bytes > 0:
         what = "one, so that malloc keeps the memory of the others"
-        held.append(MemoryEntry("gradient", balancer._heap_pin.num_bytes, "always", what))
+        held.append(MemoryEntry("gradient", rule.engine.num_held_bytes, "always", what))
     return held
 
 
-def _num_shared(balancer: Balancer) -> int:
+def _layout(rule: MeasuredRule) -> ParamLayout:
+    assert rule.layout is not None  # make_memory_report has seen to it
+    return rule.layout
+
+
+def _num_shared(rule: MeasuredRule) -> int:
     """P; the state may be that of fewer, or of others (``estimate_from``)."""
-    shared = balancer.shared_parameters
+    shared = rule.shared_parameters
     if shared is None:
-        return balancer._bound_layout().num_params
+        return _layout(rule).num_params
     return sum(parameter.numel() for parameter in shared)
 
 
-def _bytes_per_param(balancer: Balancer) -> int:
+def _bytes_per_param(rule: MeasuredRule) -> int:
     """Of a gradient: that of its parameter where the balancer knows it, else float32."""
-    shared = balancer.shared_parameters
+    shared = rule.shared_parameters
     return shared[0].element_size() if shared else 4
 
 
-def _of_step(balancer: Balancer) -> list[MemoryEntry]:
-    layout = balancer._bound_layout()
-    gradient = _num_shared(balancer) * _bytes_per_param(balancer)
-    num_rows, what = balancer._live_task_grads()
+def _of_step(rule: MeasuredRule) -> list[MemoryEntry]:
+    layout = _layout(rule)
+    gradient = _num_shared(rule) * _bytes_per_param(rule)
+    num_rows, what = rule.engine.live_task_grads(rule)
     entries = [MemoryEntry("gradients", round(num_rows * gradient), "step", what)]
-    if "task_grads" in balancer.requires:
-        chunk = CUDA_CHUNK_NUMEL if balancer.task_weights.is_cuda else CPU_CHUNK_NUMEL
-        partials = balancer.num_tasks * -(-layout.padded_numel // chunk) * _BYTES_OF_PARTIAL
+    if "task_grads" in rule.requires:
+        chunk = CUDA_CHUNK_NUMEL if rule.task_weights.is_cuda else CPU_CHUNK_NUMEL
+        partials = rule.num_tasks * -(-layout.padded_numel // chunk) * _BYTES_OF_PARTIAL
         entries.append(MemoryEntry("temporaries", partials, "step", "partial sums of the risks"))
     return entries
 
 
-def _of_streamed_step(balancer: Balancer) -> list[MemoryEntry]:
-    if not balancer.can_stream or balancer._data_parallel is not None:
+def _of_streamed_step(rule: MeasuredRule) -> list[MemoryEntry]:
+    if not rule.can_stream:
         return []
-    layout = balancer._bound_layout()
-    element = _bytes_per_param(balancer)
-    sums = 2 if balancer._min_weight() > 0 else 1
+    layout = _layout(rule)
+    element = _bytes_per_param(rule)
+    sums = 2 if rule.min_weight > 0 else 1
     wide = max(element, 4)
     return [
         MemoryEntry(

@@ -1,19 +1,18 @@
-"""How each task fares, as a table and in a sentence: which looks noisy or stuck, and on what evidence."""
+"""A table of how each task fares, and a sentence on which task looks noisy or stuck, with the evidence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from excessmtl_ext.gradient_statistics import GRADIENT_QUANTITIES
-from excessmtl_ext.history import HistoryRecords
-
-if TYPE_CHECKING:
-    from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.history import History
+from excessmtl_ext.history_writers import HistoryRecords
+from excessmtl_ext.step import Batched
 
 NOT_RECORDED = "not recorded"
 
@@ -170,24 +169,41 @@ _COLUMNS = (
 assert {name for name, _ in _COLUMNS} < {field.name for field in fields(TaskReport)}
 
 
-def make_report(balancer: Balancer) -> BalancerReport:
+class ReportedRule(Protocol):
+    """What a report reads of a balancer; risks where the method has them."""
+
+    requires: frozenset[str]
+    num_tasks: int
+    batched: Batched
+    history: History | None
+    task_weights: Tensor
+    num_steps: Tensor
+    num_skipped_steps: Tensor
+
+    @property
+    def backward_mode(self) -> str:
+        """How the encoder's passes ran, and why."""
+        ...
+
+
+def make_report(rule: ReportedRule) -> BalancerReport:
     """See :meth:`excessmtl_ext.Balancer.report`."""
-    history = balancer.history
+    history = rule.history
     state = {
-        name: getattr(balancer, attribute).tolist()
+        name: getattr(rule, attribute).tolist()
         for name, attribute in (
             ("weight", "task_weights"),
             ("excess_risk", "excess_risk"),
             ("baseline", "baseline_excess_risk"),
             ("relative_risk", "relative_excess_risk"),
         )
-        if hasattr(balancer, attribute)
+        if hasattr(rule, attribute)
     }
-    num_steps = int(balancer.num_steps)
-    if hasattr(balancer, "num_task_steps"):
-        num_task_steps: Any = balancer.num_task_steps
+    num_steps = int(rule.num_steps)
+    if hasattr(rule, "num_task_steps"):
+        num_task_steps: Any = rule.num_task_steps
         state["absent_steps"] = [num_steps - taken for taken in num_task_steps.tolist()]
-    names: Sequence[str] = [f"task{task}" for task in range(balancer.num_tasks)]
+    names: Sequence[str] = [f"task{task}" for task in range(rule.num_tasks)]
     if history is not None:
         names = history.task_names
         state["skipped_steps"] = history.num_nonfinite_steps()
@@ -199,12 +215,12 @@ def make_report(balancer: Balancer) -> BalancerReport:
         for task, name in enumerate(names)
     )
     return BalancerReport(
-        method=type(balancer).__name__,
+        method=type(rule).__name__,
         num_steps=num_steps,
-        num_skipped_steps=int(balancer.num_skipped_steps),
+        num_skipped_steps=int(rule.num_skipped_steps),
         tasks=tasks,
-        finding=_finding(balancer, tasks),
-        backward_mode=None if balancer.batched is False else balancer.backward_mode,
+        finding=_finding(rule, tasks),
+        backward_mode=None if rule.batched is False else rule.backward_mode,
     )
 
 
@@ -236,7 +252,7 @@ def _gradient_summary(records: HistoryRecords) -> dict[str, list[Any]]:
     return summary
 
 
-def _finding(balancer: Balancer, tasks: Sequence[TaskReport]) -> str:
+def _finding(rule: ReportedRule, tasks: Sequence[TaskReport]) -> str:
     sentences = [_skips(task) for task in tasks if task.skipped_steps]
     noisy = [task for task in tasks if task.is_noisy([other for other in tasks if other != task])]
     stuck = [task for task in tasks if task.is_stuck()]
@@ -255,22 +271,22 @@ def _finding(balancer: Balancer, tasks: Sequence[TaskReport]) -> str:
         for task in stuck
     ]
     if not noisy and not stuck:
-        sentences.append(_why_nothing(balancer, tasks))
+        sentences.append(_why_nothing(rule, tasks))
     return " ".join(sentences)
 
 
-def _why_nothing(balancer: Balancer, tasks: Sequence[TaskReport]) -> str:
+def _why_nothing(rule: ReportedRule, tasks: Sequence[TaskReport]) -> str:
     """What to say where no task stands out: that none does, or what is missing to say it."""
-    history = balancer.history
+    history = rule.history
     num_gradients = min(task.num_gradients for task in tasks)
     if history is None or not history.has_gradients:
         return (
             f"{_heaviest(tasks)}. Whether a task is noisy or stuck needs its gradients, which are {NOT_RECORDED}: call "
             "balancer.record_history(gradients=True) before training."
         )
-    if "task_grads" not in balancer.requires:
+    if "task_grads" not in rule.requires:
         return (
-            f"{_heaviest(tasks)}. Whether a task is noisy or stuck cannot be said: {type(balancer).__name__} never "
+            f"{_heaviest(tasks)}. Whether a task is noisy or stuck cannot be said: {type(rule).__name__} never "
             "sees the gradient of one task alone."
         )
     if num_gradients < FEWEST_STEPS:

@@ -1,11 +1,12 @@
-"""Whether a saved state may be loaded into a balancer: looked at as a whole before anything is copied."""
+"""State of a balancer as buffers of a module, and its checks: a saved state is examined before anything is copied."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from excessmtl_ext.arguments import shortened
 from excessmtl_ext.functional import ParamLayout
@@ -20,6 +21,65 @@ _NEVER_NAN = (
     "grad_mean",
     "baseline_excess_risk",
 )
+
+
+class StateModule(nn.Module):
+    """A module whose buffers are state: they keep their types, and are loaded as a whole or not at all."""
+
+    transient_state: ClassVar[frozenset[str]] = frozenset()
+    """Buffers that are not saved."""
+
+    layout: ParamLayout | None
+    """Sizes of the parameters that the state belongs to, where they are known."""
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces all buffers."""
+        self._buffers.clear()
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor, persistent=name not in self.transient_state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StateModule:
+        # half() or bfloat16() on a model that holds the balancer must not round its state: only the
+        # device follows.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problem = self._problem_with(state_dict, prefix)
+        if problem is not None:  # nothing is copied then: the state stays whole
+            error_msgs.append(problem)
+            return
+        for name, tensor in list(self._buffers.items()):
+            saved = state_dict.get(prefix + name)
+            if tensor is not None and saved is not None and tensor.shape != saved.shape:
+                # A state whose size is known from the first step on: take the size and the type of
+                # the saved one.
+                self._buffers[name] = torch.empty_like(saved, device=tensor.device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _problem_with(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Returns why ``state_dict`` cannot be loaded, or None."""
+        return problem_with(state_dict, prefix, self._buffers, self.layout, self._may_resize)
+
+    def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
+        """Returns whether a buffer that is not yet sized may take the size of a saved one."""
+        return False
 
 
 def problem_with(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.arguments import check_positive
-from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
+from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.baselines.gramian import move_to_gradients
-from excessmtl_ext.passes import Batched
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, WeightScale
 
 RESTORING_FORCE = 1.5
 """The power of the relative inverse training rate: the value of Chen et al. for NYUv2 and of this comparison."""
@@ -86,8 +86,6 @@ class GradNorm(Balancer):
         batched: Batched = False,
     ) -> None:
         check_positive("robust_step_size", robust_step_size)
-        self.robust_step_size = float(robust_step_size)
-        self.last_layer = None if last_layer is None else tuple(last_layer)
         super().__init__(
             shared_parameters,
             num_tasks=num_tasks,
@@ -96,29 +94,26 @@ class GradNorm(Balancer):
             nonfinite=nonfinite,
             batched=batched,
         )
+        self.robust_step_size = float(robust_step_size)
+        self.last_layer = None if last_layer is None else tuple(last_layer)
+        self.set_state(self.initial_state(self.task_weights.device))
         if self.last_layer is not None:
             num_known = None if self.shared_parameters is None else len(self.shared_parameters)
             self._check_last_layer(self.last_layer, num_known)
 
-    def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        state = super()._initial_state(device)
+    def initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        """Adds the first losses, which are not known yet."""
+        state = super().initial_state(device)
         del state["log_task_weights"]  # nothing streams
         # NaN until a task's first step.
         state["initial_losses"] = torch.full_like(state["task_weights"], float("nan"))
         return state
 
-    def _prepare(self, task_grads: list[Tensor]) -> None:
+    def update(self, step: Step) -> None:
+        """Moves the weights by one step of gradient descent."""
+        task_grads, tasks, scale = step.task_grads.tensors, step.tasks, step.grad_scale
         move_to_gradients(self, task_grads)
-
-    def _update(
-        self,
-        task_grads: list[Tensor] | None,
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-    ) -> None:
-        assert task_grads is not None
-        assert losses is not None
+        losses = step.losses_like(self.task_weights)
         # All norms, though only those of the last layer count: a NaN anywhere must be found.
         norms = torch.stack(
             [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in task_grads]
@@ -186,8 +181,9 @@ class GradNorm(Balancer):
                 "Pass None for the last tensor of two dimensions or more and what follows it."
             )
 
-    def _options(self) -> dict[str, Any]:
-        options = super()._options()
+    def options(self) -> dict[str, Any]:
+        """See :class:`excessmtl_ext.Balancer`."""
+        options = super().options()
         return {
             "num_tasks": options.pop("num_tasks"),
             "robust_step_size": self.robust_step_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, WeightScale
 
 Matrix = npt.NDArray[np.float64]
 
@@ -65,8 +66,29 @@ class GramianBalancer(Balancer):
 
     can_stream = False
 
-    def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        state = super()._initial_state(device)
+    def __init__(
+        self,
+        shared_parameters: Iterable[Tensor] | None = None,
+        *,
+        num_tasks: int,
+        weight_scale: WeightScale = "simplex",
+        head_weighting: HeadWeighting = "none",
+        nonfinite: NonFinite = "skip",
+        batched: Batched = False,
+    ) -> None:
+        super().__init__(
+            shared_parameters,
+            num_tasks=num_tasks,
+            weight_scale=weight_scale,
+            head_weighting=head_weighting,
+            nonfinite=nonfinite,
+            batched=batched,
+        )
+        self.set_state(self.initial_state(self.task_weights.device))
+
+    def initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        """Leaves out the log-weights."""
+        state = super().initial_state(device)
         if not self.can_stream:
             del state["log_task_weights"]
         return state
@@ -75,12 +97,11 @@ class GramianBalancer(Balancer):
     def _solve(self, gramian: Matrix) -> Matrix | None:
         """Weights [k] of sum 1 from the Gramian [k, k] of the present tasks; None where it determines none."""
 
-    def _prepare(self, task_grads: list[Tensor]) -> None:
-        move_to_gradients(self, task_grads)
-
-    def _weigh(self, task_grads: list[Tensor], tasks: list[int], scale: Tensor | None) -> bool:
+    def _weigh(self, step: Step) -> bool:
         """Sets the weights from the gradients; returns whether they were finite, and counts a skip if not."""
-        gramian = task_gramian(task_grads, self.num_tasks, scale).cpu().numpy()
+        task_grads, tasks = step.task_grads.tensors, step.tasks
+        move_to_gradients(self, task_grads)
+        gramian = task_gramian(task_grads, self.num_tasks, step.grad_scale).cpu().numpy()
         is_finite = np.isfinite(np.diagonal(gramian))
         self.found_nonfinite.copy_(torch.from_numpy(~is_finite))
         if not is_finite.all():
@@ -93,15 +114,9 @@ class GramianBalancer(Balancer):
             self.task_weights.copy_(self.weight_total * torch.from_numpy(weights))
         return True
 
-    def _update(
-        self,
-        task_grads: list[Tensor] | None,
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-    ) -> None:
-        assert task_grads is not None
-        if self._weigh(task_grads, tasks, scale):
+    def update(self, step: Step) -> None:
+        """Sets the weights from the gradients."""
+        if self._weigh(step):
             self.num_steps += 1
 
 

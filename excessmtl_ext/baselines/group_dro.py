@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.arguments import check_positive
-from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
+from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.step import HeadWeighting, NonFinite, Step, WeightScale
 
 
 class GroupDRO(Balancer):
@@ -52,7 +53,6 @@ class GroupDRO(Balancer):
         nonfinite: NonFinite = "skip",
     ) -> None:
         check_positive("robust_step_size", robust_step_size)
-        self.robust_step_size = float(robust_step_size)
         super().__init__(
             shared_parameters,
             num_tasks=num_tasks,
@@ -60,15 +60,11 @@ class GroupDRO(Balancer):
             head_weighting=head_weighting,
             nonfinite=nonfinite,
         )
+        self.robust_step_size = float(robust_step_size)
 
-    def _update(
-        self,
-        task_grads: list[Tensor] | None,
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-    ) -> None:
-        assert losses is not None
+    def update(self, step: Step) -> None:
+        """Moves the weights by the losses."""
+        losses, tasks = step.losses_like(self.task_weights), step.tasks
         # A slice where all are present: an index made on the host would make a GPU wait.
         everyone = len(tasks) == self.num_tasks
         index = slice(None) if everyone else torch.tensor(tasks, device=losses.device)
@@ -85,22 +81,20 @@ class GroupDRO(Balancer):
         self.num_steps += is_finite
         self.num_skipped_steps += ~is_finite
 
-    def _stream_task(
-        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
-    ) -> Tensor:
-        return self.log_task_weights[task] + self.robust_step_size * loss.to(
-            self.log_task_weights
-        ).reshape(())
+    def stream_task(self, step: Step) -> Tensor:
+        """Returns the task's log-weight after its loss, not normalised."""
+        (task,) = step.tasks
+        loss = step.losses_like(self.log_task_weights).reshape(())
+        return self.log_task_weights[task] + self.robust_step_size * loss
 
-    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
-        values = torch.full_like(self.log_task_weights, float("nan"))
-        for task in tasks:
-            values[task] = losses[task].reshape(())
-        self._update(None, values, tasks, None)
+    def stream_finish(self, step: Step) -> None:
+        """Moves the weights by the losses of the step."""
+        self.update(step)
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """See :class:`excessmtl_ext.Balancer`."""
         return {
             "num_tasks": self.num_tasks,
             "robust_step_size": self.robust_step_size,
-            **super()._options(),
+            **super().options(),
         }

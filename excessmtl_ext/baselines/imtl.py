@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.arguments import check_choice, check_positive
-from excessmtl_ext.balancer import HeadWeighting, NonFinite, WeightScale
-from excessmtl_ext.baselines.gramian import GramianBalancer, Matrix, unit_gramian
-from excessmtl_ext.passes import Batched
+from excessmtl_ext.baselines.gramian import (
+    GramianBalancer,
+    Matrix,
+    move_to_gradients,
+    unit_gramian,
+)
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, WeightScale
 
 Variant = Literal["G", "L", "both"]
 
@@ -86,12 +90,6 @@ class IMTL(GramianBalancer):
     ) -> None:
         check_choice("variant", variant, ("G", "L", "both"))
         check_positive("robust_step_size", robust_step_size)
-        self.variant: Variant = variant
-        self.robust_step_size = float(robust_step_size)
-        self.can_stream = variant == "L"
-        # What is needed decides how many backward passes a step has: one where losses are enough.
-        needs = {"G": {"task_grads"}, "L": {"losses"}, "both": {"task_grads", "losses"}}
-        self.requires = frozenset(needs[variant])  # pyright: ignore[reportAttributeAccessIssue]
         if variant != "L":
             _check_torchjd()
         super().__init__(
@@ -102,37 +100,41 @@ class IMTL(GramianBalancer):
             nonfinite=nonfinite,
             batched=batched,
         )
+        self.variant: Variant = variant
+        self.robust_step_size = float(robust_step_size)
+        self.can_stream = variant == "L"
+        # What is needed decides how many backward passes a step has: one where losses are enough.
+        needs = {"G": {"task_grads"}, "L": {"losses"}, "both": {"task_grads", "losses"}}
+        self.requires = frozenset(needs[variant])  # pyright: ignore[reportAttributeAccessIssue]
+        self.set_state(self.initial_state(self.task_weights.device))
 
-    def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        state = super()._initial_state(device)
+    def initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        """Adds the log-scales of the losses, 0 at first."""
+        state = super().initial_state(device)
         state["log_loss_scales"] = torch.zeros_like(state["task_weights"])
         return state
 
     def _solve(self, gramian: Matrix) -> Matrix | None:
         return equal_projection_weights(gramian)
 
-    def _update(
-        self,
-        task_grads: list[Tensor] | None,
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-    ) -> None:
+    def update(self, step: Step) -> None:
+        """Sets the weights from what the variant needs, and moves the scales of the losses."""
         if self.variant == "G":
-            super()._update(task_grads, losses, tasks, scale)
+            super().update(step)
             return
-        assert losses is not None
+        if self.variant == "both":
+            move_to_gradients(self, step.task_grads.tensors)
+        losses, tasks = step.losses_like(self.task_weights), step.tasks
         everyone = len(tasks) == self.num_tasks
         index = slice(None) if everyone else torch.tensor(tasks, device=losses.device)
         present = losses[index]
         has_bad_loss = torch.zeros_like(self.found_nonfinite)
         has_bad_loss[index] = ~present.isfinite()
         if self.variant == "both":
-            assert task_grads is not None
             if bool(has_bad_loss.any()):
                 self.found_nonfinite.copy_(has_bad_loss)
                 self.num_skipped_steps += 1
-            elif self._weigh(task_grads, tasks, scale):
+            elif self._weigh(step):
                 self.log_loss_scales[index] = self._moved(self.log_loss_scales[index], present)
                 self.num_steps += 1
             return
@@ -157,23 +159,23 @@ class IMTL(GramianBalancer):
         is_past = (optimum - log_scales) * (optimum - moved) < 0  # False for losses of 0 and below
         return torch.where(is_past, optimum, moved)
 
-    def _head_weights(self) -> Tensor:
+    def head_weights(self) -> Tensor:
+        """The scales of the losses, brought to the sum of the weights."""
         return self.weight_total * self.log_loss_scales.softmax(0)
 
-    def _stream_task(
-        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
-    ) -> Tensor:
+    def stream_task(self, step: Step) -> Tensor:
+        """Returns the task's moved log-scale (``"L"`` alone)."""
+        (task,) = step.tasks
         scales = self.log_loss_scales
-        return self._moved(scales[task], loss.to(scales).reshape(()))
+        return self._moved(scales[task], step.losses_like(scales).reshape(()))
 
-    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
-        values = torch.full_like(self.task_weights, float("nan"))
-        for task in tasks:
-            values[task] = losses[task].reshape(())
-        self._update(None, values, tasks, None)
+    def stream_finish(self, step: Step) -> None:
+        """Moves scales and weights by the losses of the step."""
+        self.update(step)
 
-    def _options(self) -> dict[str, Any]:
-        options = super()._options()
+    def options(self) -> dict[str, Any]:
+        """See :class:`excessmtl_ext.Balancer`."""
+        options = super().options()
         return {
             "num_tasks": options.pop("num_tasks"),
             "variant": self.variant,

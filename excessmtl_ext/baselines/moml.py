@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from excessmtl_ext import gradients
 from excessmtl_ext.baselines.gramian import GramianBalancer, Matrix
 from excessmtl_ext.baselines.mgda import min_norm_weights
-from excessmtl_ext.gradients import Losses, Root
+from excessmtl_ext.given_gradients import GivenGrads, given_task_grads
+from excessmtl_ext.passes.per_task import HeadGrads, backward_per_task
+from excessmtl_ext.step import Losses, Step, raise_if_nonfinite
+from excessmtl_ext.step_arguments import as_scale, read_step
 
 
 class MOML(GramianBalancer):
@@ -65,18 +67,14 @@ class MOML(GramianBalancer):
             ValueError: number, shape, device or graph of the losses is not as expected.
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
         """
-        roots = gradients.loss_roots(losses, self.num_tasks)
-        shared = self._bound_parameters()
-        gradients.check_device(roots, shared[0].device)
-        scale = self._as_scale(grad_scale)
-        heads = gradients.HeadGrads(gradients.head_leaves(roots, shared))
-        with gradients.set_aside_grads([*shared, *heads.all_parameters()]):
-            task_grads = gradients.backward_per_task(roots, shared, scale=scale)
-        return self._observe(task_grads, scale)
+        step = read_step(self, losses, grad_scale=grad_scale)
+        heads = HeadGrads.of(step.roots, step.shared)
+        rows, _ = backward_per_task(step.roots, step.shared, scale=step.grad_scale, heads=heads)
+        return self._observe(step, rows)
 
     def update_weights(
         self,
-        task_grads: Sequence[Sequence[Tensor | None]] | Tensor | None = None,
+        task_grads: GivenGrads | None = None,
         losses: Sequence[Tensor] | Tensor | None = None,
         *,
         grad_scale: Tensor | float | None = None,
@@ -98,16 +96,15 @@ class MOML(GramianBalancer):
             raise ValueError(
                 "Expected `task_grads`: MOML computes its weights from the gradients of the validation losses."
             )
-        return self._observe(task_grads, self._as_scale(grad_scale))
+        scale = None if grad_scale is None else as_scale(grad_scale, self.task_weights.device)
+        return self._observe(Step(roots=[], tasks=[], shared=[], grad_scale=scale), task_grads)
 
-    def _observe(
-        self, task_grads: Sequence[Sequence[Tensor | None]] | Tensor, scale: Tensor | None
-    ) -> Tensor:
-        flat, tasks = self._flat_task_grads(task_grads)
-        if tasks:
+    def _observe(self, step: Step, task_grads: GivenGrads) -> Tensor:
+        step.task_grads, step.tasks = given_task_grads(self, task_grads)
+        if step.tasks:
             with torch.no_grad():
-                self._weigh(flat, tasks, scale)
-            self._raise_if_nonfinite()
+                self._weigh(step)
+            raise_if_nonfinite(self)
             self._has_observed = True
         return self.task_weights
 
@@ -125,26 +122,15 @@ class MOML(GramianBalancer):
         super().set_extra_state(state)
         self._has_observed = state["has_observed"]
 
-    def _step(
-        self,
-        roots: list[Root | None],
-        values: Tensor | None,
-        scale: Tensor | None,
-        features: list[Tensor] | None = None,
-    ) -> None:
+    def begin(self, step: Step) -> None:
+        """Raises RuntimeError where validation losses were never observed."""
         if not self._has_observed:
             raise RuntimeError(
                 "Expected observe_validation(losses) before the first backward(): MOML computes its weights from the "
                 "losses of a validation batch. Call it with T losses of held-out data before each step."
             )
-        super()._step(roots, values, scale, features)
 
-    def _update(
-        self,
-        task_grads: list[Tensor] | None,
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-    ) -> None:
+    def update(self, step: Step) -> None:
+        """Counts the step: the weights are those of the validation losses."""
         self.found_nonfinite.zero_()  # the flags are those of the latest call
         self.num_steps += 1

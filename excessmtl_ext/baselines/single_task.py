@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from excessmtl_ext import gradients
 from excessmtl_ext.arguments import check_count
-from excessmtl_ext.balancer import Balancer, HeadWeighting, NonFinite, WeightScale
-from excessmtl_ext.gradients import Root
+from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.step import HeadWeighting, NonFinite, Step, WeightScale
+from excessmtl_ext.step_arguments import check_loss
 
 
 class SingleTask(Balancer):
@@ -54,8 +54,6 @@ class SingleTask(Balancer):
         check_count("task", task, 0)
         if task >= num_tasks:
             raise ValueError(f"Expected `task` between 0 and {num_tasks - 1}, but got {task}.")
-        self.task = task
-        self._has_passed_over = False
         super().__init__(
             shared_parameters,
             num_tasks=num_tasks,
@@ -63,9 +61,13 @@ class SingleTask(Balancer):
             head_weighting=head_weighting,
             nonfinite=nonfinite,
         )
+        self.task = task
+        self._has_passed_over = False
+        self.set_state(self.initial_state(self.task_weights.device))
 
-    def _initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        state = super()._initial_state(device)
+    def initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        """The weights that this task has alone."""
+        state = super().initial_state(device)
         state["task_weights"].zero_()[self.task] = self.weight_total
         state["log_task_weights"].fill_(float("-inf"))[self.task] = 0.0
         return state
@@ -96,7 +98,7 @@ class SingleTask(Balancer):
     ) -> None:
         """See :meth:`excessmtl_ext.Balancer.accumulate`; the losses of other tasks are passed over."""
         if task in range(self.num_tasks) and task != self.task:
-            gradients.check_loss(loss, "loss")
+            check_loss(loss, "loss")
             self._has_passed_over = True
             return
         super().accumulate(task, loss, retain_graph=retain_graph, grad_scale=grad_scale)
@@ -108,33 +110,24 @@ class SingleTask(Balancer):
             return
         super().finish()
 
-    def _step(
-        self,
-        roots: list[Root | None],
-        values: Tensor | None,
-        scale: Tensor | None,
-        features: list[Tensor] | None = None,
-    ) -> None:
-        alone = [root if task == self.task else None for task, root in enumerate(roots)]
-        super()._step(alone, values, scale, features)
+    def begin(self, step: Step) -> None:
+        """Passes over the losses of the other tasks."""
+        step.keep_only(self.task)
 
-    def _update(
-        self,
-        task_grads: list[Tensor] | None,
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-    ) -> None:
+    def update(self, step: Step) -> None:
+        """Counts the step."""
         self.num_steps += 1
 
-    def _stream_task(
-        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
-    ) -> Tensor:
+    def stream_task(self, step: Step) -> Tensor:
+        """Returns the log-weight that never changes."""
+        (task,) = step.tasks
         return self.log_task_weights[task].clone()
 
-    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
+    def stream_finish(self, step: Step) -> None:
+        """Counts the step."""
         self.num_steps += 1
 
-    def _options(self) -> dict[str, Any]:
-        options = super()._options()
+    def options(self) -> dict[str, Any]:
+        """See :class:`excessmtl_ext.Balancer`."""
+        options = super().options()
         return {"num_tasks": options.pop("num_tasks"), "task": self.task, **options}

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.step import Step
 
 
 class Uniform(Balancer):
@@ -21,22 +22,17 @@ class Uniform(Balancer):
 
     requires: ClassVar[frozenset[str]] = frozenset()
 
-    def _update(
-        self,
-        task_grads: list[Tensor] | None,
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-    ) -> None:
+    has_uniform_weights = True
+
+    def update(self, step: Step) -> None:
+        """Counts the step."""
         self.num_steps += 1
 
-    def _has_uniform_weights(self) -> bool:
-        return True
-
-    def _stream_task(
-        self, task: int, grads: list[Tensor], loss: Tensor, scale: Tensor | None
-    ) -> Tensor:
+    def stream_task(self, step: Step) -> Tensor:
+        """Returns the log-weight that never changes."""
+        (task,) = step.tasks
         return self.log_task_weights[task].clone()
 
-    def _stream_finish(self, tasks: list[int], losses: dict[int, Tensor]) -> None:
+    def stream_finish(self, step: Step) -> None:
+        """Counts the step."""
         self.num_steps += 1

@@ -22,6 +22,7 @@ tasks and uneven batches are weighted as in the joined batch.
 from excessmtl_ext.distributed.checkpoints import full_state_dict
 from excessmtl_ext.distributed.collectives import Ranks
 from excessmtl_ext.distributed.data_parallel import DataParallel
-from excessmtl_ext.distributed.partition import NumSamples, Partition, Reduce
+from excessmtl_ext.distributed.partition import Partition, Reduce
+from excessmtl_ext.step import NumSamples
 
 __all__ = ["DataParallel", "NumSamples", "Partition", "Ranks", "Reduce", "full_state_dict"]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from excessmtl_ext.distributed.partition import NumSamples, Partition
+from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement, RankStep
-
-if TYPE_CHECKING:
-    from excessmtl_ext.excess_mtl import ExcessMTL
+from excessmtl_ext.step import FisherRule, NumSamples
+from excessmtl_ext.step_arguments import moves_weights
 
 ABSENT = -1.0
 """Instead of a number of samples: the rank has no loss of that task. 0: it has one that weighs nothing."""
@@ -22,7 +20,7 @@ ABSENT = -1.0
 
 def agree(
     parallel: Partition,
-    balancer: ExcessMTL,
+    rule: FisherRule,
     present: Sequence[bool],
     num_samples: NumSamples | None,
     error: Exception | None = None,
@@ -34,10 +32,10 @@ def agree(
             counts = _counts(parallel.num_tasks, present, num_samples)
         except (TypeError, ValueError) as caught:
             error = caught
-    signature = zlib.crc32(repr((balancer, parallel.layout, parallel.reduce)).encode())
+    signature = zlib.crc32(repr((rule, parallel.layout, parallel.reduce)).encode())
     numbers = [
         float(error is not None),
-        float(balancer._num_calls),
+        float(rule.num_calls),
         float(signature),
         float(parallel.needs_ddp),
         *counts,
@@ -62,7 +60,7 @@ def agree(
         for count, total in zip(counts, totals, strict=True)
     ]
     tasks = [task for task, total in enumerate(totals) if total > 0]
-    averages_shared = balancer._moves_weights() and not any(row[3] for row in rows)
+    averages_shared = moves_weights(rule) and not any(row[3] for row in rows)
     return Agreement(tasks, shares, averages_shared)
 
 

@@ -10,11 +10,12 @@ from excessmtl_ext.distributed.agreement import agree_on_end
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import RankStep, run_pass
 from excessmtl_ext.distributed.weights import repair, update_from_own
+from excessmtl_ext.step import raise_if_nonfinite
 
 
 def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
     """Runs the passes and moves the weights; returns the L shared gradients to add."""
-    balancer, agreed = step.balancer, step.agreed
+    rule, agreed = step.rule, step.agreed
     none = torch.empty(0, dtype=parallel.wire_dtype, device=parallel.device)
     flat: list[Tensor] = []
     for task in range(parallel.num_tasks):
@@ -22,9 +23,9 @@ def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
         flat += [none if grad is None else grad for grad in grads]
     step.reached = agree_on_end(parallel, step)
     with torch.no_grad():
-        update_from_own(parallel, balancer, flat, agreed, step.scale)
-        repair(parallel, balancer, flat, step.scale)
-        balancer._raise_if_nonfinite()
+        update_from_own(parallel, rule, flat, agreed, step.given.grad_scale)
+        repair(parallel, rule, flat, step.given.grad_scale)
+        raise_if_nonfinite(rule)
         outputs = [
             torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             for parameter in parallel.shared
@@ -33,26 +34,26 @@ def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
             flat,
             outputs,
             parallel.layout,
-            balancer.task_weights * parallel.on_device(agreed.shares),
-            found_nonfinite=balancer.found_nonfinite,
+            rule.task_weights * parallel.on_device(agreed.shares),
+            found_nonfinite=rule.found_nonfinite,
         )
         return parallel.averaged(outputs)
 
 
 def weighted_step(parallel: Partition, step: RankStep) -> list[Tensor]:
     """A step that only applies the weights: T passes, and one average of P elements."""
-    balancer, agreed = step.balancer, step.agreed
+    rule, agreed = step.rule, step.agreed
     totals: list[Tensor | None] = [None] * len(parallel.shared)
     for task in agreed.tasks:
         grads = run_pass(parallel, step, task) or [None] * len(parallel.shared)
-        factor = balancer.task_weights[task] * agreed.shares[task]
+        factor = rule.task_weights[task] * agreed.shares[task]
         for index, grad in enumerate(grads):
             if grad is not None:
                 scaled = grad * factor.to(grad.dtype)
                 total = totals[index]
                 totals[index] = scaled if total is None else total.add_(scaled)
     step.reached = agree_on_end(parallel, step)
-    balancer.found_nonfinite.zero_()
+    rule.found_nonfinite.zero_()
     with torch.no_grad():
         return parallel.averaged(
             [

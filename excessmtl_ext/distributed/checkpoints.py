@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from excessmtl_ext import functional
 from excessmtl_ext.distributed.dtensors import local_part
 from excessmtl_ext.distributed.partition import Partition
-
-if TYPE_CHECKING:
-    from excessmtl_ext.excess_mtl import ExcessMTL
+from excessmtl_ext.functional import segments
+from excessmtl_ext.step import Engine
 
 SHARDED_NAMES = ("sq_grad_sum", "grad_mean")
 """State of T * P elements, of which a rank may hold a part."""
@@ -31,7 +29,7 @@ def exported(parallel: Partition, name: str, tensor: Tensor) -> dict[str, Tensor
         return {name: tensor}
     if parallel.is_sharded:
         entries = {}
-        pieces = functional.segments(tensor, parallel.state_layout.param_numels)
+        pieces = segments(tensor, parallel.state_layout.param_numels)
         for index, (parameter, piece) in enumerate(zip(parallel.shared, pieces, strict=True)):
             local = piece.reshape(parallel.num_tasks, *local_part(parameter).shape)
             key = f"{name}.{index}"
@@ -84,7 +82,7 @@ def imported(parallel: Partition, state_dict: dict[str, Any], prefix: str) -> di
         else:
             pieces = _own_pieces(parallel, whole)
         own = pieces[0].new_zeros(parallel.num_tasks, parallel.state_layout.padded_numel)
-        targets = functional.segments(own, parallel.state_layout.param_numels)
+        targets = segments(own, parallel.state_layout.param_numels)
         for target, piece in zip(targets, pieces, strict=True):
             target[:, : piece.shape[1]].copy_(piece)
         state_dict[prefix + name] = own
@@ -100,7 +98,7 @@ def _own_pieces(parallel: Partition, whole: Tensor) -> list[Tensor]:
             return [whole.to_local()]
         whole = whole.full_tensor()
     if whole.shape[1] == parallel.layout.padded_numel:
-        split = list(functional.segments(whole, parallel.layout.param_numels))
+        split = list(segments(whole, parallel.layout.param_numels))
     else:
         split = list(whole.split_with_sizes(list(parallel.layout.numels), dim=1))
     if not parallel.is_sharded:
@@ -124,7 +122,18 @@ def _own_pieces(parallel: Partition, whole: Tensor) -> list[Tensor]:
     return pieces
 
 
-def full_state_dict(balancer: ExcessMTL) -> dict[str, Any]:
+class Saved(Protocol):
+    """What is asked of a balancer to save it."""
+
+    num_tasks: int
+    engine: Engine
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``torch.nn.Module``."""
+        ...
+
+
+def full_state_dict(balancer: Saved) -> dict[str, Any]:
     """The state as a balancer of one process would save it; every rank calls this, and any may write it.
 
     Loads into any balancer with the same options and parameters: of one process, of another number
@@ -133,8 +142,8 @@ def full_state_dict(balancer: ExcessMTL) -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
 
     state = balancer.state_dict()
-    parallel = balancer._data_parallel
-    if parallel is None:
+    parallel = balancer.engine
+    if not isinstance(parallel, Partition):
         return state
     for name in SHARDED_NAMES:
         keys = [f"{name}.{index}" for index in range(len(parallel.shared))]
@@ -149,7 +158,7 @@ def full_state_dict(balancer: ExcessMTL) -> dict[str, Any]:
         else:
             continue
         full = split[0].new_zeros(balancer.num_tasks, parallel.layout.padded_numel)
-        targets = functional.segments(full, parallel.layout.param_numels)
+        targets = segments(full, parallel.layout.param_numels)
         for target, piece in zip(targets, split, strict=True):
             target.copy_(piece)
         state[name] = full

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,63 +16,62 @@ from excessmtl_ext.distributed.deposit import deposit
 from excessmtl_ext.distributed.dtensors import local_part
 from excessmtl_ext.distributed.exact import exact_step, update_from_grads
 from excessmtl_ext.distributed.fully_sharded import fully_sharded_step
-from excessmtl_ext.distributed.partition import NumSamples, Partition
+from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import RankStep, other_leaves
 from excessmtl_ext.distributed.weights import repair, update_from_own
-from excessmtl_ext.gradients import Root
-
-if TYPE_CHECKING:
-    from excessmtl_ext.excess_mtl import ExcessMTL
+from excessmtl_ext.engines.exact import ExactEngine
+from excessmtl_ext.step import Batched, FisherRule, Step, raise_if_nonfinite
 
 
-class DataParallel(Partition):
-    """The data-parallel half of an :class:`excessmtl_ext.ExcessMTL`: what is sent when.
+class DataParallel(Partition, ExactEngine):
+    """The engine of an :class:`excessmtl_ext.ExcessMTL` that shares its steps with other ranks.
 
     Takes the arguments of :class:`Partition`.
     """
 
-    @contextmanager
-    def reporting(self, balancer: ExcessMTL) -> Iterator[None]:
-        """An error in the body is raised here and, at their next step, on the ranks that wait for this one."""
-        try:
-            yield
-        except Exception as error:
-            agree(self, balancer, [], None, error)
-            raise
+    stream_obstacle = (
+        "accumulate() works in one process: with several ranks call backward(losses), which holds two "
+        "gradients and 1 / W of the others at a time."
+    )
+    statistics_obstacle = (
+        "record_history(gradients=True) works in one process: with several ranks no rank holds the whole "
+        "gradient of a task. Weights, risks and skipped steps are recorded with gradients=False."
+    )
 
-    def step(
-        self,
-        balancer: ExcessMTL,
-        roots: list[Root | None],
-        num_samples: NumSamples | None,
-        scale: Tensor | None,
-    ) -> None:
+    shards_state = True
+
+    def __init__(self, *args: Any, batched: Batched = False, **kwargs: Any) -> None:
+        ExactEngine.__init__(self, batched)
+        Partition.__init__(self, *args, **kwargs)
+
+    def refuse(self, rule: FisherRule, error: Exception) -> None:
+        """Raises ``error`` here and, at their next step, an error on the ranks that wait for this one."""
+        agree(self, rule, [], None, error)
+
+    def run(self, rule: FisherRule, step: Step) -> Sequence[int]:
         """One balanced step of all ranks; every rank calls it, with its own losses."""
-        present = [root is not None for root in roots]
-        agreed = agree(self, balancer, present, num_samples)
+        present = [root is not None for root in step.roots]
+        agreed = agree(self, rule, present, step.num_samples)
         if not agreed.tasks:
-            return
-        step = RankStep(balancer, roots, agreed, scale, other_leaves(self, roots))
+            return []
+        rank_step = RankStep(rule, step, agreed, other_leaves(self, step.roots))
         if self.is_sharded:
-            fully_sharded_step(self, step)
-        else:
-            with static_graph_held(roots) as at_start:
-                if not balancer._moves_weights():
-                    shared_grads = weighted_step(self, step)
-                elif self.reduce == "grads":
-                    shared_grads = exact_step(self, step)
-                else:
-                    shared_grads = approximate_step(self, step)
-            deposit(self, step, shared_grads, at_start)
-        balancer._num_calls += 1
-        balancer._after_call()
-        balancer._record_step(agreed.tasks)
+            fully_sharded_step(self, rank_step)
+            return agreed.tasks
+        with static_graph_held(step.roots) as at_start:
+            if not step.moves_weights:
+                shared_grads = weighted_step(self, rank_step)
+            elif self.reduce == "grads":
+                shared_grads = exact_step(self, rank_step)
+            else:
+                shared_grads = approximate_step(self, rank_step)
+        deposit(self, rank_step, shared_grads, at_start)
+        return agreed.tasks
 
-    def update(
-        self, balancer: ExcessMTL, task_grads: list[Tensor], scale: Tensor | None
-    ) -> list[int]:
-        """Moves the weights from T * L gradients of this rank; returns the tasks that took part."""
-        num_tensors = len(self.shared)
+    def update(self, rule: FisherRule, step: Step) -> Sequence[int]:
+        """Moves the weights from T * L gradients of this rank."""
+        rule.prepare(step)
+        task_grads, num_tensors = step.task_grads.tensors, len(self.shared)
         rows = [
             task_grads[task * num_tensors : (task + 1) * num_tensors]
             for task in range(self.num_tasks)
@@ -81,19 +79,19 @@ class DataParallel(Partition):
         present = [any(grad.numel() > 0 for grad in row) for row in rows]
         heads, self.heads = self.heads, self.heads or []  # no head has a part in this
         try:
-            agreed = agree(self, balancer, present, None)
+            agreed = agree(self, rule, present, None)
         finally:
             self.heads = heads
-        if not agreed.tasks or not balancer._moves_weights():
+        if not agreed.tasks or not step.moves_weights:
             return agreed.tasks
         with torch.no_grad():
             if self.is_sharded or self.reduce == "risks":
                 flat = [local_part(grad) for grad in task_grads]
-                update_from_own(self, balancer, flat, agreed, scale)
-                repair(self, balancer, flat, scale)
+                update_from_own(self, rule, flat, agreed, step.grad_scale)
+                repair(self, rule, flat, step.grad_scale)
             else:
-                update_from_grads(self, balancer, rows, agreed, scale)
-            balancer._raise_if_nonfinite()
+                update_from_grads(self, rule, rows, agreed, step.grad_scale)
+            raise_if_nonfinite(rule)
         return agreed.tasks
 
     def exported(self, name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ from torch.autograd.graph import GradientEdge
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from excessmtl_ext import gradients
-from excessmtl_ext.gradients import Root
+from excessmtl_ext.passes.capture import leaves_of, nodes_of
+from excessmtl_ext.step import Root
 
 
 def _ddp_sinks(roots: Sequence[Root | None]) -> list[tuple[Any, DistributedDataParallel]]:
@@ -23,7 +23,7 @@ def _ddp_sinks(roots: Sequence[Root | None]) -> list[tuple[Any, DistributedDataP
     It does so with find_unused_parameters, and with static_graph in the first iteration.
     """
     found = []
-    for node in gradients.nodes_of([root for root in roots if root is not None]):
+    for node in nodes_of([root for root in roots if root is not None]):
         reference = getattr(node, "ddp_weakref", None)
         ddp = None if reference is None else reference()
         if ddp is not None:
@@ -133,7 +133,7 @@ def expected_by_ddp(
     sinks = _ddp_sinks(roots)
     if sinks:
         edges = [GradientEdge(node, 0) for node, _ in sinks]
-        return list(gradients.leaves_of(*edges).values())
+        return list(leaves_of(*edges).values())
     if ddp is None or ddp.find_unused_parameters:
         return []
     ignored = ddp.parameters_to_ignore

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from excessmtl_ext import gradients
 from excessmtl_ext.distributed.ddp import expected_by_ddp
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import RankStep
+from excessmtl_ext.passes.capture import deposit_grads
 
 
 def deposit(
@@ -25,13 +25,13 @@ def deposit(
         averaged = averaged_heads(parallel, heads, sums)
         sums = dict(zip(map(id, heads), averaged, strict=True))
     parameters = {id(parameter): parameter for parameter in (*parallel.shared, *heads)}
-    for parameter in expected_by_ddp(parallel.ddp, step.roots):
+    for parameter in expected_by_ddp(parallel.ddp, step.given.roots):
         parameters.setdefault(id(parameter), parameter)
     sums.update(zip(map(id, parallel.shared), shared_grads, strict=True))
     grads = [sums.get(key) if key in step.reached else None for key in parameters]
     averaged_grads = parallel.averaged_grads if step.agreed.averages_shared else None
     with averaged_grads.known(parallel.shared) if averaged_grads else nullcontext():
-        gradients.deposit_grads(list(parameters.values()), grads, at_start=at_start)
+        deposit_grads(list(parameters.values()), grads, at_start=at_start)
 
 
 def _head_sums(step: RankStep) -> dict[int, Tensor | None]:
@@ -40,8 +40,8 @@ def _head_sums(step: RankStep) -> dict[int, Tensor | None]:
     with torch.no_grad():
         for task, grads in step.head_grads.items():
             factor: Tensor | float = step.agreed.shares[task]
-            if step.balancer.head_weighting == "task_weights":
-                factor = factor * step.balancer._head_weights()[task]
+            if step.rule.head_weighting == "task_weights":
+                factor = factor * step.rule.head_weights()[task]
             for head, grad in zip(step.heads, grads, strict=True):
                 if grad is None:
                     continue

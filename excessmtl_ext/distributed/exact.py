@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -14,14 +12,12 @@ from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement, RankStep, run_pass
 from excessmtl_ext.distributed.weights import repair, update_from_parts
 from excessmtl_ext.functional import ParamLayout
-
-if TYPE_CHECKING:
-    from excessmtl_ext.excess_mtl import ExcessMTL
+from excessmtl_ext.step import FisherRule, raise_if_nonfinite
 
 
 def exact_step(parallel: Partition, step: RankStep) -> list[Tensor]:
     """Runs the passes and moves the weights; returns the L shared gradients to add, averaged if so agreed."""
-    balancer, agreed = step.balancer, step.agreed
+    rule, agreed = step.rule, step.agreed
     pending: dict[int, PendingShard] = {}
     local: dict[int, Tensor] = {}
     previous: list[PendingShard] = []
@@ -35,28 +31,26 @@ def exact_step(parallel: Partition, step: RankStep) -> list[Tensor]:
         if len(previous) > 1:
             previous.pop(0).wait()
     step.reached = agree_on_end(parallel, step)
-    unscale = _times_size(parallel, step.scale)
+    unscale = _times_size(parallel, step.given.grad_scale)
     with torch.no_grad():
         parts = _parts(parallel, pending)
-        update_from_parts(parallel, balancer, parts, agreed, unscale)
-        if balancer.nonfinite == "raise":
-            repair(parallel, balancer, parts, unscale)
-            balancer._raise_if_nonfinite()
+        update_from_parts(parallel, rule, parts, agreed, unscale)
+        if rule.nonfinite == "raise":
+            repair(parallel, rule, parts, unscale)
+            raise_if_nonfinite(rule)
         if not agreed.averages_shared:
-            repair(parallel, balancer, parts, unscale)
-            return _combined_here(parallel, balancer, local)
+            repair(parallel, rule, parts, unscale)
+            return _combined_here(parallel, rule, local)
         own = torch.empty(parallel.shard_numel, dtype=parallel.grad_dtype, device=parallel.device)
-        state = balancer.step_state
+        state = rule.step_state
         state = state._replace(task_weights=state.task_weights / parallel.ranks.size)
-        functional.combine_(
-            parts, [own], parallel.state_layout, state, balancer.step_options, unscale
-        )
+        functional.combine_(parts, [own], parallel.state_layout, state, rule.step_options, unscale)
         return parallel.unpacked(parallel.ranks.all_gather(own))
 
 
 def update_from_grads(
     parallel: Partition,
-    balancer: ExcessMTL,
+    rule: FisherRule,
     rows: list[list[Tensor]],
     agreed: Agreement,
     scale: Tensor | None,
@@ -68,8 +62,8 @@ def update_from_grads(
         pending[task] = parallel.ranks.reduce_scatter(parallel.packed(row, agreed.shares[task]))
     parts = _parts(parallel, pending)
     unscale = _times_size(parallel, scale)
-    update_from_parts(parallel, balancer, parts, agreed, unscale)
-    repair(parallel, balancer, parts, unscale)
+    update_from_parts(parallel, rule, parts, agreed, unscale)
+    repair(parallel, rule, parts, unscale)
 
 
 def _parts(parallel: Partition, pending: dict[int, PendingShard]) -> list[Tensor]:
@@ -85,9 +79,7 @@ def _times_size(parallel: Partition, scale: Tensor | None) -> Tensor:
     return scale * parallel.ranks.size
 
 
-def _combined_here(
-    parallel: Partition, balancer: ExcessMTL, local: dict[int, Tensor]
-) -> list[Tensor]:
+def _combined_here(parallel: Partition, rule: FisherRule, local: dict[int, Tensor]) -> list[Tensor]:
     """This rank's own weighted sum, for DistributedDataParallel to average."""
     none = torch.empty(0, dtype=parallel.wire_dtype, device=parallel.device)
     rows = [local.get(task, none) for task in range(parallel.num_tasks)]
@@ -96,7 +88,7 @@ def _combined_here(
         rows,
         [total],
         ParamLayout([total.numel()]),
-        balancer.task_weights,
-        found_nonfinite=balancer.found_nonfinite,
+        rule.task_weights,
+        found_nonfinite=rule.found_nonfinite,
     )
     return parallel.unpacked(total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,6 @@ from excessmtl_ext.distributed.dtensors import common_mesh, is_dtensor, local_pa
 from excessmtl_ext.functional import ParamLayout
 
 Reduce = Literal["grads", "risks"]
-NumSamples: TypeAlias = float | Sequence[float]
-"""Samples behind each loss of this rank: one number, or T."""
 
 
 class Partition:

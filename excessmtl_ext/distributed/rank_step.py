@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from excessmtl_ext import gradients
 from excessmtl_ext.distributed.partition import Partition
-from excessmtl_ext.gradients import Root
-
-if TYPE_CHECKING:
-    from excessmtl_ext.excess_mtl import ExcessMTL
+from excessmtl_ext.passes.capture import capture_grads, leaves_of
+from excessmtl_ext.passes.per_task import check_reached, start_of
+from excessmtl_ext.step import FisherRule, Root, Step
 
 
 @dataclass(frozen=True)
@@ -38,20 +35,18 @@ class RankStep:
     """What a step starts from on this rank, and what its passes leave.
 
     Attributes:
-        balancer: Whose step it is.
-        roots: One per task, None where it is absent on this rank.
+        rule: Whose step it is.
+        given: The step as it was read on this rank.
         agreed: With the other ranks.
-        scale: Loss scale, or None.
         heads: Every parameter the passes can reach that is not shared.
         head_grads: Their gradients, per task.
         reached: Ids of the parameters that have a gradient.
         error: What ended a pass; the later ones are not run.
     """
 
-    balancer: ExcessMTL
-    roots: Sequence[Root | None]
+    rule: FisherRule
+    given: Step
     agreed: Agreement
-    scale: Tensor | None
     heads: list[Tensor]
     head_grads: dict[int, list[Tensor | None]] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
@@ -61,23 +56,23 @@ class RankStep:
 def other_leaves(parallel: Partition, roots: Sequence[Root | None]) -> list[Tensor]:
     """Every parameter that the passes of this rank can reach and that is not shared."""
     ids = {id(parameter) for parameter in parallel.shared}
-    leaves = gradients.leaves_of(*(root for root in roots if root is not None))
+    leaves = leaves_of(*(root for root in roots if root is not None))
     return [leaf for key, leaf in leaves.items() if key not in ids]
 
 
 def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | None] | None:
     """The shared gradients of one task; None where it weighs nothing, or after an error, which is kept."""
-    root, shares = step.roots[task], step.agreed.shares
+    root, shares = step.given.roots[task], step.agreed.shares
     if root is None or shares[task] == 0.0 or step.error is not None:
         return None
     last = max(index for index, share in enumerate(shares) if share > 0.0)
     targets = [*parallel.shared, *step.heads]
     try:
-        grads = gradients.capture_grads(
-            root, gradients.start_of(root, step.scale), targets, retain_graph=task != last
+        grads = capture_grads(
+            root, start_of(root, step.given.grad_scale), targets, retain_graph=task != last
         )
         shared_grads = grads[: len(parallel.shared)]
-        gradients.check_reached(shared_grads, task)
+        check_reached(shared_grads, task)
     except Exception as error:
         step.error = error  # the other ranks wait in a collective: they are told after the passes
         return None

@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from excessmtl_ext import functional
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement
-
-if TYPE_CHECKING:
-    from excessmtl_ext.excess_mtl import ExcessMTL
+from excessmtl_ext.step import FisherRule
 
 
 def update_from_own(
     parallel: Partition,
-    balancer: ExcessMTL,
+    rule: FisherRule,
     flat: list[Tensor],
     agreed: Agreement,
     scale: Tensor | None,
 ) -> None:
     """Risks of the rank's own gradients: averaged, or summed where each rank has a part of one gradient."""
-    sums = _own_risk_sums(parallel, balancer, flat, scale)
+    sums = _own_risk_sums(parallel, rule, flat, scale)
     if not parallel.is_sharded:
         sums *= parallel.on_device(agreed.shares) / parallel.ranks.size
     parallel.ranks.all_reduce(sums)
-    _update_weights(parallel, balancer, sums, agreed)
+    _update_weights(parallel, rule, sums, agreed)
 
 
 def update_from_parts(
     parallel: Partition,
-    balancer: ExcessMTL,
+    rule: FisherRule,
     parts: list[Tensor],
     agreed: Agreement,
     unscale: Tensor,
 ) -> None:
-    sums = _own_risk_sums(parallel, balancer, parts, unscale)
+    sums = _own_risk_sums(parallel, rule, parts, unscale)
     parallel.ranks.all_reduce(sums)
-    _update_weights(parallel, balancer, sums, agreed)
+    _update_weights(parallel, rule, sums, agreed)
 
 
 def _own_risk_sums(
-    parallel: Partition, balancer: ExcessMTL, flat: list[Tensor], scale: Tensor | None
+    parallel: Partition, rule: FisherRule, flat: list[Tensor], scale: Tensor | None
 ) -> Tensor:
-    state = balancer.step_state
+    state = rule.step_state
     sums = torch.zeros_like(state.excess_risk)
     functional.accumulate_excess_risk_(
         flat,
@@ -54,33 +50,29 @@ def _own_risk_sums(
         state.grad_mean,
         sums,
         state.ticket,
-        balancer.step_options,
+        rule.step_options,
         scale,
     )
     return sums
 
 
-def _update_weights(
-    parallel: Partition, balancer: ExcessMTL, sums: Tensor, agreed: Agreement
-) -> None:
+def _update_weights(parallel: Partition, rule: FisherRule, sums: Tensor, agreed: Agreement) -> None:
     """From here on every rank computes the same from the same bits."""
-    state, options = balancer.step_state, balancer.step_options
+    state, options = rule.step_state, rule.step_options
     state.found_nonfinite.zero_()
     functional.update_task_risks_(sums, agreed.tasks, parallel.layout, state, options)
     functional.update_task_weights_(agreed.tasks, state, options)
 
 
-def repair(
-    parallel: Partition, balancer: ExcessMTL, flat: list[Tensor], scale: Tensor | None
-) -> None:
-    """Takes the step out of the own state again if any rank's part was not finite."""
-    state = balancer.step_state
+def repair(parallel: Partition, rule: FisherRule, flat: list[Tensor], scale: Tensor | None) -> None:
+    """Undoes the step in this rank's state if any rank's part was not finite."""
+    state = rule.step_state
     functional.repair_(
         flat,
         parallel.state_layout,
         state.sq_grad_sum,
         state.grad_mean,
         state.found_nonfinite,
-        balancer.step_options,
+        rule.step_options,
         scale,
     )

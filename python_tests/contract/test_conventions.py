@@ -163,7 +163,7 @@ def test_repr_rebuilds_the_balancer(make):
     classes = (IMTL, MGDA, MOML, GradNorm, SingleTask)
     rebuilt = eval(repr(balancer), {c.__name__: c for c in classes})
     assert repr(rebuilt) == repr(balancer)
-    assert rebuilt._options() == balancer._options()
+    assert rebuilt.options() == balancer.options()
 
 
 @every_method

@@ -149,7 +149,7 @@ def test_repr_rebuilds_the_balancer(make):
     names = {"ExcessMTL": ExcessMTL, "GroupDRO": GroupDRO, "Uniform": Uniform}
     rebuilt = eval(repr(balancer), names)
     assert repr(rebuilt) == repr(balancer)
-    assert rebuilt._options() == balancer._options()
+    assert rebuilt.options() == balancer.options()
 
 
 def test_half_and_to_leave_the_state_in_its_precision():

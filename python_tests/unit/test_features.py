@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from excessmtl_ext import IMTL, MGDA, ExcessMTL, GroupDRO, Uniform
 from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.features import Cut
+from excessmtl_ext.passes.cut import Cut
 
 Forward = Callable[[Problem], tuple[list[Tensor], list[Tensor]]]
 """Features and losses of a problem."""

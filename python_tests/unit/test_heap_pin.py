@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from excessmtl_ext import ExcessMTL, _extension
-from excessmtl_ext.heap_pin import LEAST_NUMEL, HeapPin
+from excessmtl_ext.engines.heap_pin import LEAST_NUMEL, HeapPin
 
 NUM_TASKS = 4
 WIDTH = 1024
@@ -24,7 +24,7 @@ import resource, sys
 import torch
 from torch import nn
 from excessmtl_ext import ExcessMTL
-from excessmtl_ext.heap_pin import HeapPin
+from excessmtl_ext.engines.heap_pin import HeapPin
 
 if sys.argv[1] == "unpinned":
     HeapPin.move = lambda self, task_grads: None
@@ -77,18 +77,18 @@ def stepped(width: int) -> tuple[ExcessMTL, nn.Linear]:
 
 def test_what_is_held_is_one_gradient_and_reported():
     balancer, _ = stepped(WIDTH)
-    assert balancer._heap_pin.num_bytes == 4 * WIDTH * WIDTH
+    assert balancer.engine.num_held_bytes == 4 * WIDTH * WIDTH
     held = {entry.name: entry for entry in balancer.memory_report().entries}
     assert "so that malloc keeps" in str(balancer.memory_report())
     assert held["sq_grad_sum"].num_bytes == 4 * NUM_TASKS * WIDTH * WIDTH
     balancer.reset()
-    assert balancer._heap_pin.num_bytes == 0
+    assert balancer.engine.num_held_bytes == 0
 
 
 def test_small_steps_hold_nothing():
     width = 64
     assert NUM_TASKS * width * width < LEAST_NUMEL
-    assert stepped(width)[0]._heap_pin.num_bytes == 0
+    assert stepped(width)[0].engine.num_held_bytes == 0
 
 
 def test_a_gradient_that_shares_its_storage_is_not_held():
@@ -108,6 +108,6 @@ def test_a_gradient_that_shares_its_storage_is_not_held():
 def test_copies_hold_nothing(copied):
     balancer, _ = stepped(WIDTH)
     twin = copied(balancer)
-    assert balancer._heap_pin.num_bytes > 0
-    assert twin._heap_pin.num_bytes == 0
+    assert balancer.engine.num_held_bytes > 0
+    assert twin.engine.num_held_bytes == 0
     assert torch.equal(twin.sq_grad_sum, balancer.sq_grad_sum)

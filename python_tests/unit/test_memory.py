@@ -46,7 +46,7 @@ def balancer_for(net: Net, **options) -> ExcessMTL:
 
 
 def is_kept(grad: torch.Tensor | None, balancer: Balancer) -> bool:
-    kept = balancer._heap_pin._gradient
+    kept = balancer.engine.heap_pin._gradient
     return grad is not None and kept is not None and kept.data_ptr() == grad.data_ptr()
 
 
@@ -83,7 +83,7 @@ def test_counted_bytes_of_a_step_are_those_that_the_allocator_had(options, strea
     # unless this is the gradient that is kept, which addresses decide.
     assert again.measured_bytes + dropped == pytest.approx(counted, rel=0.05)
     # The gradient that is kept from now on is one of the step's own.
-    made = first.state_bytes - balancer._heap_pin.num_bytes
+    made = first.state_bytes - balancer.engine.num_held_bytes
     assert first.measured_bytes == pytest.approx(counted + made, rel=0.05)
 
 

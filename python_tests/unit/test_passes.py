@@ -12,8 +12,8 @@ from test_features import FORWARDS, MAKES, Forward, one_tensor, own_inputs, trai
 from torch import Tensor, nn
 
 from excessmtl_ext import ExcessMTL, GradNorm
-from excessmtl_ext import passes as passes_module
-from excessmtl_ext.passes import HOPELESS, NUM_TIMED_STEPS, NUM_UNTIMED_STEPS
+from excessmtl_ext.passes import vectorised
+from excessmtl_ext.passes.vectorised import HOPELESS, NUM_TIMED_STEPS, NUM_UNTIMED_STEPS
 
 MEASURED_STEPS = 2 * (NUM_UNTIMED_STEPS + NUM_TIMED_STEPS)
 
@@ -126,16 +126,16 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[bool, float]) -> None:
         self.now = 0.0
         self.ran: list[bool] = []
-        monkeypatch.setattr(passes_module, "_clock", lambda device: self.now)
+        monkeypatch.setattr(vectorised, "_clock", lambda device: self.now)
         for batched, name in ((True, "walk_encoder_batched"), (False, "walk_encoder")):
-            walk = getattr(passes_module.Cut, name)
+            walk = getattr(vectorised.Cut, name)
 
             def timed(cut, *args, walk=walk, batched=batched, **options):
                 self.ran.append(batched)
                 self.now += seconds[batched]
                 return walk(cut, *args, **options)
 
-            monkeypatch.setattr(passes_module.Cut, name, timed)
+            monkeypatch.setattr(vectorised.Cut, name, timed)
 
 
 @pytest.mark.parametrize("faster", [True, False])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import Balancer
+from excessmtl_ext.step import Step
 
 Numerator = Literal["square", "momentum", "consecutive", "debiased"]
 
@@ -65,14 +66,9 @@ class CandidateExcessMTL(Balancer):
         self.relative_excess_risk = torch.zeros(num_tasks, dtype=torch.float64)
         self.baseline: Tensor | None = None
 
-    def _update(
-        self,
-        task_grads: list[Tensor] | None,
-        losses: Tensor | None,
-        tasks: list[int],
-        scale: Tensor | None,
-    ) -> None:
-        assert task_grads is not None
+    def update(self, step: Step) -> None:
+        """Moves the weights from the task gradients."""
+        task_grads = step.task_grads.tensors
         num_tensors = len(task_grads) // self.num_tasks
         grads = torch.stack(
             [
@@ -80,7 +76,7 @@ class CandidateExcessMTL(Balancer):
                 for i in range(0, len(task_grads), num_tensors)
             ]
         ).double()
-        step = int(self.num_steps) + 1
+        count = int(self.num_steps) + 1
         if self.sq_grad_sum is None:
             self.sq_grad_sum = torch.zeros_like(grads)
             self.grad_mean = torch.zeros_like(grads)
@@ -92,20 +88,20 @@ class CandidateExcessMTL(Balancer):
         if self.forgetting is not None:
             self.sq_grad_sum.mul_(self.forgetting)
         self.sq_grad_sum.addcmul_(grads, grads)
-        mean = self.grad_mean / (1 - b**step)
+        mean = self.grad_mean / (1 - b**count)
         if self.numerator == "square":
             numerator = grads.square()
         elif self.numerator == "momentum":
             numerator = mean.square()
         elif self.numerator == "consecutive":
-            numerator = grads * (self.previous if step > 1 else grads)
+            numerator = grads * (self.previous if count > 1 else grads)
         else:
             # Var[mean] = c Var[g] for independent gradients, c = sum of squared weights of the running mean.
-            c = (1 - b) / (1 + b) * (1 - b ** (2 * step)) / (1 - b**step) ** 2
-            second = self.sq_grad_mean / (1 - b**step)
+            c = (1 - b) / (1 + b) * (1 - b ** (2 * count)) / (1 - b**count) ** 2
+            second = self.sq_grad_mean / (1 - b**count)
             numerator = (
                 mean.square() - c / (1 - min(c, 0.999)) * (second - mean.square())
-                if step > 1
+                if count > 1
                 else grads.square()
             )
         self.previous = grads
@@ -114,8 +110,8 @@ class CandidateExcessMTL(Balancer):
         if self.baseline is None:
             self.baseline = risk.clone() if self.relative else torch.full_like(risk, grads.shape[1])
         self.excess_risk, self.relative_excess_risk = risk, risk / self.baseline
-        if step > 1:
-            eta = self.robust_step_size / step**0.5 if self.decay else self.robust_step_size
+        if count > 1:
+            eta = self.robust_step_size / count**0.5 if self.decay else self.robust_step_size
             moved = self.log_task_weights + eta * self.relative_excess_risk
             self.log_task_weights.copy_(moved - moved.logsumexp(0))
             self.task_weights.copy_(self.weight_total * self.log_task_weights.exp())

@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from excessmtl_ext import ExcessMTL, _extension
-from excessmtl_ext.distributed import Ranks, full_state_dict
+from excessmtl_ext.distributed import DataParallel, Ranks, full_state_dict
 
 NUM_STEPS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -489,10 +489,10 @@ def measure(
 
     step()  # the first one opens connections,
     step()  # and before the second DistributedDataParallel arranges its buckets anew
-    assert balancer._data_parallel is not None
-    counted, written = balancer._data_parallel.ranks.num_bytes_sent, written_bytes()
+    assert isinstance(balancer.engine, DataParallel)
+    counted, written = balancer.engine.ranks.num_bytes_sent, written_bytes()
     step()
-    counted = balancer._data_parallel.ranks.num_bytes_sent - counted
+    counted = balancer.engine.ranks.num_bytes_sent - counted
     assert balancer.sq_grad_sum.shape[0] == num_tasks
     return (
         written_bytes() - written,

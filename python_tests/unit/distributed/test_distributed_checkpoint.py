@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from excessmtl_ext import ExcessMTL
-from excessmtl_ext.distributed import full_state_dict
+from excessmtl_ext.distributed import DataParallel, full_state_dict
 
 OPTIONS: dict[str, Any] = {"robust_step_size": 0.3, "gradient_momentum": 0.9}
 
@@ -104,8 +104,8 @@ def count_collectives(rank: int, num_ranks: int) -> list[tuple[str, int]]:
     run = Run(rank, num_ranks, "fsdp")
     run.step()
     seen: list[tuple[str, int]] = []
-    assert run.balancer._data_parallel is not None
-    ranks = run.balancer._data_parallel.ranks
+    assert isinstance(run.balancer.engine, DataParallel)
+    ranks = run.balancer.engine.ranks
     all_reduce, all_gather = ranks.all_reduce, ranks.all_gather
     ranks.all_reduce = lambda t, *a: (seen.append(("all_reduce", t.numel())), all_reduce(t, *a))[1]  # type: ignore[method-assign]
     ranks.all_gather = lambda t: (seen.append(("all_gather", t.numel())), all_gather(t))[1]  # type: ignore[method-assign]

@@ -58,7 +58,7 @@ def test_mtl_backward_trains_as_the_balancers_own_backward(make):
     aggregator = BalancerAggregator(make())
     train(theirs, aggregator, 6)
     balancer = type(make())(
-        ours.encoder.parameters(), **{**make()._options(), "nonfinite": "raise"}
+        ours.encoder.parameters(), **{**make().options(), "nonfinite": "raise"}
     )
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.05)
     for _ in range(6):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from excessmtl_ext import gradients
+from excessmtl_ext.passes.targets import fills_its_storage
 
 LEAST_NUMEL = 1 << 18
 """Elements of all gradients below which nothing is kept: 1 MiB of float32 came back without faults as it was."""
@@ -40,7 +40,7 @@ class HeapPin:
         """Holds the highest of ``task_grads`` [T * L], which are about to be freed, instead of the latest step's."""
         highest = max(task_grads, key=Tensor.data_ptr)
         # A row of a vectorised pass would keep those of all tasks alive.
-        can_hold = highest.device.type == "cpu" and gradients.fills_its_storage(highest)
+        can_hold = highest.device.type == "cpu" and fills_its_storage(highest)
         self._gradient = highest if can_hold else None
 
     def release(self) -> None:

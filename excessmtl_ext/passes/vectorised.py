@@ -1,4 +1,4 @@
-"""The backward passes of one balanced step: cut at the features or not, one by one or as one vectorised pass.
+"""The encoder's passes of a step that is cut at its features: one by one, or as one vectorised pass.
 
 Vectorised, the encoder's T passes share what each of them spends on dispatch, and small matrix
 products become larger ones; but every intermediate gradient lives T times at once, and convolutions
@@ -10,19 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from excessmtl_ext import gradients
-from excessmtl_ext.features import Cut
-from excessmtl_ext.gradients import HeadGrads, Root
-
-Batched: TypeAlias = bool | Literal["auto"]
-"""True: one vectorised pass where it can be had; False: a pass per task; ``"auto"``: what is faster here."""
-
-TaskGrads: TypeAlias = list[list[Tensor | None]]
+from excessmtl_ext.passes.cut import Cut
+from excessmtl_ext.passes.per_task import GradRows
+from excessmtl_ext.step import Batched
 
 NUM_UNTIMED_STEPS = 1
 NUM_TIMED_STEPS = 3
@@ -38,8 +32,8 @@ def check_batched(batched: object) -> None:
         raise ValueError(f"Expected `batched` to be True, False or 'auto', but got {batched!r}.")
 
 
-class Passes:
-    """Runs the passes of a step one way or the other, and knows why.
+class EncoderPasses:
+    """Runs the encoder's passes one way or the other, and knows why.
 
     Args:
         batched: What was asked for.
@@ -55,7 +49,7 @@ class Passes:
         self.forget()
 
     def forget(self) -> None:
-        """As before the first step."""
+        """Returns to the state before the first step."""
         self.is_batched: bool | None = None
         self.reason = "no step so far"
         self._choice: bool | None = None if self.batched == "auto" else bool(self.batched)
@@ -67,97 +61,16 @@ class Passes:
         kind = {None: "none", True: "one vectorised pass", False: "one pass per task"}
         return f"{kind[self.is_batched]} ({self.reason})"
 
-    def task_grads(
-        self,
-        roots: Sequence[Root | None],
-        shared: Sequence[Tensor],
-        features: Sequence[Tensor] | None,
-        scale: Tensor | None,
-        *,
-        keep_heads: bool,
-    ) -> tuple[TaskGrads, HeadGrads | None]:
-        """Runs T passes and returns T rows of L gradients; ``.grad`` of ``shared`` is as before.
-
-        Args:
-            roots: One per task, None where absent.
-            shared: The L shared parameters.
-            features: Where to cut, or None.
-            scale: Factor of every loss, or None.
-            keep_heads: Return the gradients of heads, per task, instead of adding them to ``.grad``.
-
-        Raises:
-            ValueError: a loss does not depend on the shared parameters, or not through ``features``.
-        """
-        cut = self._cut(roots, shared, features)
-        if cut is None:
-            heads = HeadGrads(gradients.head_leaves(roots, shared)) if keep_heads else None
-            others = heads.all_parameters() if heads else ()
-            with gradients.set_aside_grads([*shared, *others]):
-                rows = gradients.backward_per_task(
-                    roots, shared, scale=scale, on_task=heads.take if heads else None
-                )
-            return rows, heads
-        feature_grads, head_grads = cut.walk_heads(roots, gradients.starts_of(roots, scale))
-        with gradients.set_aside_grads(shared):
-            rows = self._walk_encoder(cut, feature_grads)
-        if not keep_heads:
-            cut.deposit_heads(head_grads)
-            return rows, None
-        heads = HeadGrads(cut.heads)
-        heads.grads = dict(enumerate(head_grads))
-        return rows, heads
-
-    def weighted_backward(
-        self,
-        roots: Sequence[Root | None],
-        shared: Sequence[Tensor],
-        features: Sequence[Tensor] | None,
-        task_weights: Tensor,
-        *,
-        scale: Tensor | None,
-        weighted_heads: bool,
-        is_uniform: bool,
-    ) -> None:
-        """As :func:`excessmtl_ext.gradients.weighted_backward`, cut where that saves dividing head gradients."""
-        cut = None
-        if features is not None and not weighted_heads and not is_uniform:
-            cut = self._cut(roots, shared, features)
-        if cut is not None:
-            cut.weighted_backward(roots, task_weights, scale=scale)
-            return
-        gradients.weighted_backward(
-            roots,
-            shared,
-            task_weights,
-            scale=scale,
-            weighted_heads=weighted_heads,
-            is_uniform=is_uniform,
-        )
-
-    def _cut(
-        self,
-        roots: Sequence[Root | None],
-        shared: Sequence[Tensor],
-        features: Sequence[Tensor] | None,
-    ) -> Cut | None:
-        """The step's graphs apart at the features; None where ordinary passes are due."""
-        cut = None if features is None else Cut(roots, features, shared)
-        obstacle = "no features were given" if cut is None else cut.obstacle
-        if obstacle is None:
-            return cut
-        self._note(obstacle)
-        return None
-
-    def _note(self, obstacle: str) -> None:
+    def note(self, obstacle: str) -> None:
+        """Records that a step ran a pass per task because of ``obstacle``."""
         self.is_batched = False
         self.reason = obstacle if self.batched is not False else "batched=False"
 
-    def _walk_encoder(
-        self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]
-    ) -> TaskGrads:
+    def walk(self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
+        """Runs the passes of a step that is cut at its features."""
         obstacle = None if self._choice is False else cut.obstacle_to_batching()
         if obstacle is not None:
-            self._note(obstacle)
+            self.note(obstacle)
             return cut.walk_encoder(feature_grads)
         if self._choice is None:
             return self._measured(cut, feature_grads)
@@ -168,7 +81,7 @@ class Passes:
             self.reason = "batched=False"
         return cut.walk_encoder(feature_grads)
 
-    def _batched(self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> TaskGrads:
+    def _batched(self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
         """The vectorised pass; a pass per task from then on if some layer cannot be batched."""
         if self._has_worked:
             task_grads = cut.walk_encoder_batched(feature_grads, retain_graph=False)
@@ -178,7 +91,7 @@ class Passes:
             except RuntimeError as error:  # what vmap raises for a layer it has no rule for
                 first_line = (str(error).splitlines() or [type(error).__name__])[0]
                 self._choice = False
-                self._note(f"a layer cannot be batched: {first_line}")
+                self.note(f"a layer cannot be batched: {first_line}")
                 return cut.walk_encoder(feature_grads)
             self._has_worked = True
         self.is_batched = True
@@ -186,7 +99,7 @@ class Passes:
             self.reason = "batched=True"
         return task_grads
 
-    def _measured(self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> TaskGrads:
+    def _measured(self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
         """A step of the warm-up, in the way that has had fewer; chooses after the last one."""
         batched = self._num_steps[True] < self._num_steps[False]
         self.is_batched = batched
@@ -213,7 +126,7 @@ class Passes:
         self.reason = f"measured: {min(vectorised) * 1e3:.3g} ms vectorised, {min(per_task) * 1e3:.3g} ms per task"
 
 
-def _per_task(cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> TaskGrads:
+def _per_task(cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
     return cut.walk_encoder(feature_grads)
 
 

@@ -10,55 +10,27 @@ passes, which never need to know where the features are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from excessmtl_ext import gradients
-from excessmtl_ext.gradients import Root
+from excessmtl_ext.passes.capture import capture_batched, capture_grads, deposit_grads
+from excessmtl_ext.passes.per_task import (
+    GradRows,
+    HeadGrads,
+    Pass,
+    check_reached,
+    flat_rows,
+    run_backward,
+    run_passes,
+    starts_of,
+)
+from excessmtl_ext.step import Root, Step
 
-Features: TypeAlias = Tensor | Sequence[Tensor]
-"""What the encoder hands to the heads: one tensor, or several (levels of a pyramid, one per task, ...)."""
-
-
-def checked_features(features: Features, device: torch.device) -> list[Tensor]:
-    """The features as a list.
-
-    Raises:
-        TypeError: ``features`` is neither a tensor nor a list of tensors.
-        ValueError: one of them has no graph, is repeated or lies on another device than ``device``.
-    """
-    if isinstance(features, Tensor):
-        features = [features]
-    if not isinstance(features, (list, tuple)):
-        raise TypeError(
-            f"Expected `features` to be a tensor or a list of tensors, but got {type(features).__name__}."
-        )
-    if not features:
-        raise ValueError(
-            "Expected `features` to hold at least one tensor, but got an empty list. Pass None to leave them out."
-        )
-    edges = set()
-    for index, feature in enumerate(features):
-        name = f"features[{index}]"
-        if not isinstance(feature, Tensor):
-            raise TypeError(f"Expected `{name}` to be a tensor, but got {type(feature).__name__}.")
-        if feature.grad_fn is None:
-            raise ValueError(
-                f"Expected `{name}` to be computed from the shared parameters, but got a tensor without a graph. "
-                "Pass what the encoder returned, not detached and not from torch.no_grad()."
-            )
-        if feature.device != device:
-            raise ValueError(
-                f"Expected `{name}` on {device}, where the shared parameters are, but got {feature.device}."
-            )
-        edge = (feature.grad_fn, feature.output_nr)
-        if edge in edges:
-            raise ValueError(f"Expected every tensor of `features` once, but got `{name}` again.")
-        edges.add(edge)
-    return list(features)
+_backward_hooks_of: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
 
 
 class Cut:
@@ -146,9 +118,9 @@ class Cut:
             )
 
     def _find_obstacle(self) -> str | None:
-        if any(feature._backward_hooks or feature.retains_grad for feature in self.features):
+        if any(_backward_hooks_of(feature) or feature.retains_grad for feature in self.features):
             return "a feature has a hook or retains its gradient"
-        if any(leaf._backward_hooks for leaf in self.all_heads()):
+        if any(_backward_hooks_of(leaf) for leaf in self.all_heads()):
             return "a parameter of a head has a hook"
         stack = list({node: None for node, _ in self._edges if node is not None})
         seen = set(stack)
@@ -170,6 +142,29 @@ class Cut:
         """Every parameter above the features once."""
         return list({id(leaf): leaf for heads in self.heads for leaf in heads}.values())
 
+    def task_grads(
+        self,
+        step: Step,
+        *,
+        keep_heads: bool,
+        walk_encoder: Callable[[Cut, list[list[Tensor | None]]], GradRows] | None = None,
+    ) -> tuple[GradRows, HeadGrads | None]:
+        """Gradients of every task, from the losses to the features and on to the shared parameters.
+
+        Args:
+            step: Gives roots and scale.
+            keep_heads: Return the gradients of heads, per task, instead of adding them to ``.grad``.
+            walk_encoder: Runs the encoder's passes; None for one per task.
+        """
+        feature_grads, head_grads = self.walk_heads(
+            step.roots, starts_of(step.roots, step.grad_scale)
+        )
+        rows = (walk_encoder or Cut.walk_encoder)(self, feature_grads)
+        if not keep_heads:
+            self.deposit_heads(head_grads)
+            return rows, None
+        return rows, HeadGrads(self.heads, dict(enumerate(head_grads)))
+
     def walk_heads(
         self, roots: Sequence[Root | None], starts: Sequence[Tensor | None]
     ) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
@@ -187,7 +182,7 @@ class Cut:
             root, start, reached = roots[task], starts[task], self.reached[task]
             assert root is not None
             assert start is not None
-            grads = gradients.capture_grads(
+            grads = capture_grads(
                 root,
                 start,
                 [*(self.features[index] for index in reached), *self.heads[task]],
@@ -221,11 +216,11 @@ class Cut:
         used = sorted({index for reached in self.reached for index in reached})
         heads = self.all_heads()
         try:
-            grads = gradients.capture_joint(
-                [root for root in roots if root is not None],
-                [start for start in starts if start is not None],
+            grads = torch.autograd.grad(
+                [root for root in roots if root is not None],  # type: ignore[arg-type]
                 [*(self.features[index] for index in used), *heads],
-                retain_graph=False,
+                [start for start in starts if start is not None],
+                allow_unused=True,
             )
         finally:
             for handle in handles:
@@ -253,7 +248,7 @@ class Cut:
                     known = totals.get(id(leaf))
                     totals[id(leaf)] = grad if known is None else known + grad
         reached = [leaf for leaf in self.all_heads() if id(leaf) in totals]
-        gradients.deposit_grads(reached, [totals[id(leaf)] for leaf in reached])
+        deposit_grads(reached, [totals[id(leaf)] for leaf in reached])
 
     def encoder_root(
         self, task: int, feature_grads: Sequence[Tensor | None]
@@ -266,28 +261,21 @@ class Cut:
         ]
         return [feature for feature, _ in pairs], [grad for _, grad in pairs]
 
-    def walk_encoder(
-        self, feature_grads: Sequence[Sequence[Tensor | None]]
-    ) -> list[list[Tensor | None]]:
-        """One pass of the encoder per present task; T rows of L gradients, as ``gradients.backward_per_task``.
-
-        To be called with ``.grad`` of the shared parameters set aside.
-        """
-        present = [task for task, reached in enumerate(self.reached) if reached]
-        task_grads: list[list[Tensor | None]] = [[None] * len(self.shared) for _ in feature_grads]
-        for task in present:
-            roots, starts = self.encoder_root(task, feature_grads[task])
-            gradients.run_backward(roots, starts, retain_graph=task != present[-1])
-            task_grads[task] = gradients.take_grads(self.shared)
-            gradients.check_reached(task_grads[task], task)
-        return task_grads
+    def walk_encoder(self, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
+        """One pass of the encoder per present task, as ``per_task.backward_per_task``."""
+        passes = [
+            Pass(task, *self.encoder_root(task, feature_grads[task]))
+            for task, reached in enumerate(self.reached)
+            if reached
+        ]
+        return run_passes(passes, len(feature_grads), self.shared)
 
     def obstacle_to_batching(self) -> str | None:
         """Why a vectorised pass of the encoder would not equal T passes, or would waste most of its work; or None."""
         present = [set(reached) for reached in self.reached if reached]
         if len(present) < 2:
             return "fewer than two tasks are present"
-        if any(parameter._backward_hooks for parameter in self.shared):
+        if any(_backward_hooks_of(parameter) for parameter in self.shared):
             return "a shared parameter has a hook"
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self.shared):
             return "a shared parameter has a hook"
@@ -297,7 +285,7 @@ class Cut:
 
     def walk_encoder_batched(
         self, feature_grads: Sequence[Sequence[Tensor | None]], *, retain_graph: bool
-    ) -> list[list[Tensor | None]]:
+    ) -> GradRows:
         """:meth:`walk_encoder` in one vectorised pass; touches no ``.grad``.
 
         Raises:
@@ -307,12 +295,12 @@ class Cut:
         used = sorted(set().union(*(self.reached[task] for task in present)))
         features = [self.features[index] for index in used]
         starts = [self._stacked(index, present, feature_grads) for index in used]
-        rows = gradients.capture_batched(features, starts, self.shared, retain_graph=retain_graph)
+        rows = capture_batched(features, starts, self.shared, retain_graph=retain_graph)
         task_grads: list[list[Tensor | None]] = [[None] * len(self.shared) for _ in feature_grads]
         for task, row in zip(present, rows, strict=True):
             task_grads[task] = row
-        gradients.check_reached(rows[0], present[0])
-        return task_grads
+        check_reached(rows[0], present[0])
+        return GradRows(task_grads, flat_rows(task_grads))
 
     def _stacked(
         self,
@@ -331,11 +319,11 @@ class Cut:
     def weighted_backward(
         self, roots: Sequence[Root | None], task_weights: Tensor, *, scale: Tensor | None
     ) -> None:
-        """Like ``gradients.weighted_backward`` with unweighted heads: one pass where heads have no node in common."""
+        """Like ``weighted_backward`` with unweighted heads: one pass where heads have no node in common."""
         if self._heads_are_apart(roots):
             self._one_weighted_pass(roots, task_weights, scale)
             return
-        feature_grads, head_grads = self.walk_heads(roots, gradients.starts_of(roots, scale))
+        feature_grads, head_grads = self.walk_heads(roots, starts_of(roots, scale))
         self.walk_encoder_weighted(feature_grads, task_weights)
         self.deposit_heads(head_grads)
 
@@ -349,9 +337,9 @@ class Cut:
             for entries, weight in zip(self._entries, of_dtype, strict=True)
             for node, positions in entries
         ]
-        starts = gradients.starts_of(roots, scale)
+        starts = starts_of(roots, scale)
         try:
-            gradients.run_backward(
+            run_backward(
                 [root for root in roots if root is not None],
                 [start for start in starts if start is not None],
                 retain_graph=False,
@@ -377,7 +365,7 @@ class Cut:
             )
             for index in used
         ]
-        gradients.run_backward([self.features[index] for index in used], starts, retain_graph=False)
+        run_backward([self.features[index] for index in used], starts, retain_graph=False)
 
 
 def _scaling(

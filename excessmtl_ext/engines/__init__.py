@@ -1,0 +1,1 @@
+"""Ways to run a balanced step, each an :class:`excessmtl_ext.step.Engine`."""

@@ -1,0 +1,354 @@
+"""Steps of ExcessMTL that cost less than one pass through the encoder per task.
+
+Each estimates the risks from less than all gradients of all tasks, moves the weights with the same
+equations, and runs one ordinary pass with them. The estimate comes from, at the cost of:
+
+- a *subset* of the shared parameters: a pass per task that ends where the subset begins;
+- the *features*: the gradients that the heads' passes leave at the encoder's output;
+- *rotation*: the whole gradient of some tasks, the others keep their latest risk.
+
+Rotation may be combined with a subset, and ``update_every`` thins out any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import functional
+from excessmtl_ext.arguments import checked_parameters
+from excessmtl_ext.engines.exact import (
+    ExactEngine,
+    guarded_weights,
+    show_gradients,
+    step_without_task_grads,
+    update_and_combine,
+)
+from excessmtl_ext.functional import StepOptions, StepState
+from excessmtl_ext.given_gradients import given_task_grads
+from excessmtl_ext.passes.capture import capture_grads
+from excessmtl_ext.passes.cut import Cut
+from excessmtl_ext.passes.per_task import (
+    HeadGrads,
+    add_scaled_grads,
+    backward_per_task,
+    check_reached,
+    flat_rows,
+    start_of,
+    starts_of,
+)
+from excessmtl_ext.passes.weighted import apply_weights
+from excessmtl_ext.step import (
+    NO_TARGETS,
+    FisherRule,
+    Step,
+    TaskGrads,
+    WeightingRule,
+    raise_argument_error,
+    raise_if_nonfinite,
+)
+
+
+def checked_subset(chosen: Iterable[Tensor], shared: Sequence[Tensor] | None) -> list[Tensor]:
+    """The parameters that risks are estimated from, in the order given; raises unless all are shared ones."""
+    subset = checked_parameters(chosen, "estimate_from")
+    known = {id(parameter) for parameter in shared or ()}
+    for index, parameter in enumerate(subset):
+        if id(parameter) not in known:
+            raise ValueError(
+                f"Expected `estimate_from[{index}]` to be one of the shared parameters, but it is none of them. Take "
+                "some of those that are given to the balancer, such as model.encoder[-1].parameters()."
+            )
+    return subset
+
+
+class TaskRotation:
+    """Whose turn it is, where a step estimates the risk of some tasks only.
+
+    A round is over when every task has had its turn; then the weights move. A task that is absent
+    from the batch in its turn gets it later in the round; if all that are left are absent, the
+    round ends without them.
+
+    Args:
+        num_tasks: T.
+        tasks_per_step: Turns in a step, fewer than T.
+    """
+
+    def __init__(self, num_tasks: int, tasks_per_step: int) -> None:
+        self.num_tasks = num_tasks
+        self.tasks_per_step = tasks_per_step
+        self.waiting = list(range(num_tasks))
+
+    @property
+    def served(self) -> list[int]:
+        """The tasks that have had their turn in this round."""
+        return [task for task in range(self.num_tasks) if task not in self.waiting]
+
+    def start_round(self) -> None:
+        """Puts every task in line again."""
+        self.waiting = list(range(self.num_tasks))
+
+    def take_turns(self, present: Sequence[int]) -> list[int]:
+        """The tasks of this step, taken out of the line; none if all that wait are absent."""
+        turn = [task for task in self.waiting if task in present][: self.tasks_per_step]
+        self.waiting = [task for task in self.waiting if task not in turn]
+        return turn
+
+
+class CheaperEngine(ExactEngine):
+    """What these engines have in common: no streaming, no encoder passes that could be one, and the latest weights."""
+
+    stream_obstacle = (
+        "ExcessMTL cannot stream: `estimate_from` and `tasks_per_step` are there to save the passes it runs. "
+        "Call backward(losses), or update_weights() with your own gradients."
+    )
+    rows_described = ""
+    """The rows of gradients that live at once, in words."""
+
+    def live_task_grads(self, rule: WeightingRule) -> tuple[float, str]:
+        """The estimate's gradients in units of the shared parameters', and ``.grad``."""
+        assert rule.layout is not None
+        num_shared = sum(parameter.numel() for parameter in rule.shared_parameters or ())
+        share = rule.layout.num_params / num_shared
+        return self.num_rows(rule) * share + 1, f"{self.rows_described}; then `.grad`"
+
+    def num_rows(self, rule: WeightingRule) -> int:
+        """Tasks whose gradients live at once."""
+        return rule.num_tasks
+
+    def run(self, rule: FisherRule, step: Step) -> Sequence[int]:
+        """Estimates the risks, moves the weights and applies them."""
+        if step.tasks and step.moves_weights:
+            self.run_estimate(rule, step)
+        elif step.tasks:
+            step_without_task_grads(rule, step)
+        return step.tasks
+
+    def run_estimate(self, rule: FisherRule, step: Step) -> None:
+        """A step that moves the weights."""
+        raise NotImplementedError
+
+    def take_estimate(self, rule: FisherRule, step: Step, grads: TaskGrads) -> None:
+        """Moves the weights by the risks of the given gradients.
+
+        Raises:
+            FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
+        """
+        step.task_grads = grads
+        show_gradients(rule, step)
+        update_and_combine(rule, step, NO_TARGETS)
+        raise_if_nonfinite(rule)
+
+
+class SubsetEngine(CheaperEngine):
+    """Risks from the gradients of some shared parameters, then one pass of the weighted loss.
+
+    Args:
+        subset: The parameters, as from :func:`checked_subset`.
+    """
+
+    rows_described = "of the subset, one per task"
+
+    def __init__(self, subset: list[Tensor]) -> None:
+        super().__init__()
+        self.subset = subset
+
+    def run_estimate(self, rule: FisherRule, step: Step) -> None:
+        """A step that moves the weights."""
+        rows = subset_rows(step, self.subset, step.tasks)
+        with torch.no_grad():
+            assert rule.layout is not None
+            grads = TaskGrads(flat_rows(rows), rule.layout, range(rule.num_tasks))
+            self.take_estimate(rule, step, grads)
+        apply_weights(
+            step, guarded_weights(rule), weighted_heads=rule.head_weighting == "task_weights"
+        )
+
+
+def subset_rows(
+    step: Step, subset: Sequence[Tensor], tasks: Iterable[int]
+) -> list[list[Tensor | None]]:
+    """A row of gradients of ``subset`` for each of ``tasks``, None for the others; keeps the graphs."""
+    rows: list[list[Tensor | None]] = [[None] * len(subset) for _ in step.roots]
+    for task in tasks:
+        root = step.roots[task]
+        assert root is not None
+        rows[task] = capture_grads(root, start_of(root, step.grad_scale), subset, retain_graph=True)
+        check_reached(rows[task], task)
+    return rows
+
+
+class FeatureEngine(CheaperEngine):
+    """Risks from the gradients of the features, which the heads' passes give, then one pass of the encoder."""
+
+    rows_described = "of the features' adapter, one per task"
+
+    def run_estimate(self, rule: FisherRule, step: Step) -> None:
+        """A step that moves the weights."""
+        cut = _cut_at_features(rule, step)
+        feature_grads, head_grads = cut.walk_heads(
+            step.roots, starts_of(step.roots, step.grad_scale)
+        )
+        with torch.no_grad():
+            rows = _adapter_grads(cut, feature_grads, rule.feature_dim)
+            grads, _ = given_task_grads(rule, rows)
+            self.take_estimate(rule, step, grads)
+            weights = guarded_weights(rule)
+        cut.walk_encoder_weighted(feature_grads, weights)
+        if rule.head_weighting == "none":
+            cut.deposit_heads(head_grads)
+        else:
+            present = {task: grads for task, grads in enumerate(head_grads) if grads}
+            HeadGrads(cut.heads, present).add(weights)
+
+
+class RotationEngine(CheaperEngine):
+    """The risks of the tasks whose turn it is, and one pass for all other tasks.
+
+    Args:
+        rotation: Whose turn it is.
+        subset: Estimate from these parameters only; None: from all shared ones.
+    """
+
+    def __init__(self, rotation: TaskRotation, subset: list[Tensor] | None = None) -> None:
+        super().__init__()
+        self.rotation = rotation
+        self.subset = subset
+        self.rows_described = (
+            "of the tasks whose turn it is" if subset is None else "of the subset, one per task"
+        )
+
+    def num_rows(self, rule: WeightingRule) -> int:
+        """Tasks whose gradients live at once."""
+        return self.rotation.tasks_per_step
+
+    def reset(self) -> None:
+        """Begins a round."""
+        super().reset()
+        self.rotation.start_round()
+
+    def run_estimate(self, rule: FisherRule, step: Step) -> None:
+        """A step that refreshes the risks of some tasks."""
+        turn = self._turn(rule, step.tasks)
+        if self.subset is None:
+            self._run_whole(rule, step, turn)
+            return
+        rows = subset_rows(step, self.subset, turn)
+        with torch.no_grad():
+            self._refresh(rule, step, turn, flat_rows(rows))
+        apply_weights(
+            step, guarded_weights(rule), weighted_heads=rule.head_weighting == "task_weights"
+        )
+
+    def _run_whole(self, rule: FisherRule, step: Step, turn: Sequence[int]) -> None:
+        """Whole gradients of the tasks whose turn it is: what is applied of them needs no second pass."""
+        others = [None if task in turn else root for task, root in enumerate(step.roots)]
+        mine = [root if task in turn else None for task, root in enumerate(step.roots)]
+        left = [task for task in step.tasks if task not in turn]
+        weighted_heads = rule.head_weighting == "task_weights"
+        heads = HeadGrads.of(mine, step.shared) if weighted_heads else None
+        rows, tensors = backward_per_task(
+            mine, step.shared, scale=step.grad_scale, heads=heads, retain_graph=bool(left)
+        )
+        with torch.no_grad():
+            self._refresh(rule, step, turn, tensors)
+            weights = guarded_weights(rule)
+            for task in turn:
+                add_scaled_grads(step.shared, rows[task], weights[task])
+            if heads is not None:
+                heads.add(weights)
+        apply_weights(
+            replace(step, roots=others, tasks=left), weights, weighted_heads=weighted_heads
+        )
+
+    def _refresh(
+        self, rule: FisherRule, step: Step, turn: Sequence[int], tensors: list[Tensor]
+    ) -> None:
+        """Refreshes the risks of the tasks whose turn it is; at the end of a round moves the weights.
+
+        Raises:
+            FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
+        """
+        assert rule.layout is not None
+        layout, num_tensors = rule.layout, len(rule.layout.numels)
+        step.task_grads = TaskGrads(tensors, layout, range(rule.num_tasks))
+        state, options = rule.prepare(step)
+        rule.found_nonfinite.zero_()
+        for task in turn:
+            grads = tensors[task * num_tensors : (task + 1) * num_tensors]
+            step.task_grads = TaskGrads(grads, layout, [task])
+            for observer in rule.observers:
+                if observer.wants_gradients:
+                    observer.on_gradients(rule, step)
+            try:
+                functional.estimate_task_risk_(task, grads, layout, state, options, step.grad_scale)
+            except RuntimeError as error:
+                raise_argument_error(error)
+                raise
+        if self.rotation.waiting:
+            rule.num_skipped_steps += rule.found_nonfinite.any()
+        else:
+            self._end_round(state, options)
+        if rule.nonfinite == "raise":
+            raise_if_nonfinite(rule)
+
+    def _turn(self, rule: FisherRule, tasks: Sequence[int]) -> Sequence[int]:
+        """The tasks whose gradients this step looks at; ends a round that only absent tasks keep open."""
+        turn = self.rotation.take_turns(tasks)
+        if not turn:
+            with torch.no_grad():
+                rule.found_nonfinite.zero_()
+                self._end_round(rule.step_state, rule.step_options)
+            turn = self.rotation.take_turns(tasks)
+        return turn
+
+    def _end_round(self, state: StepState, options: StepOptions) -> None:
+        """Moves the weights of the tasks that had their turn (Eq. 9); not if this step's gradients are not finite."""
+        functional.update_task_weights_(self.rotation.served, state, options)
+        self.rotation.start_round()
+
+
+def _cut_at_features(rule: FisherRule, step: Step) -> Cut:
+    if step.features is None:
+        raise ValueError(
+            "Expected `features` with estimate_from='features': risks are estimated from their gradients. Call "
+            "backward(losses, features=z) with what the encoder returned."
+        )
+    dim = rule.feature_dim
+    for index, z in enumerate(step.features):
+        if not -z.dim() <= dim < z.dim() or z.dim() < 2:
+            raise ValueError(
+                f"Expected `features[{index}]` of shape [samples, ..., channels, ...] with the channels in dimension "
+                f"{dim} (`feature_dim`), but got {list(z.shape)}."
+            )
+    cut = Cut(step.roots, step.features, step.shared)
+    if cut.obstacle is not None:
+        raise ValueError(
+            f"Expected `features` where the passes can be cut, but {cut.obstacle}. Remove that, or estimate risks from "
+            "parameters."
+        )
+    return cut
+
+
+def _adapter_grads(
+    cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]], dim: int
+) -> list[list[Tensor | None]]:
+    """T rows of a gradient [C, C] per feature: with respect to A of a linear adapter z -> A z, at A = I."""
+    samples = [_rows_of_channels(z, dim) for z in cut.features]
+    rows: list[list[Tensor | None]] = []
+    for reached, grads in zip(cut.reached, feature_grads, strict=True):
+        row: list[Tensor | None] = [None] * len(samples)
+        for index, grad in zip(reached, grads, strict=True):
+            if grad is not None:
+                row[index] = _rows_of_channels(grad, dim).T @ samples[index]
+        rows.append(row if reached else [])
+    return rows
+
+
+def _rows_of_channels(tensor: Tensor, dim: int) -> Tensor:
+    """[samples * positions, channels], float32 at least: a sum over samples is no place for bfloat16."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.movedim(dim, -1).flatten(0, -2).to(wide)

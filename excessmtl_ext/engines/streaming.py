@@ -1,0 +1,184 @@
+"""A balanced step task by task: what lives between ``accumulate`` and ``finish``, and how it becomes one step.
+
+The new unnormalised weight of a task needs only its own risk, so its gradient is folded into a
+running sum at once and dropped. The sum is kept relative to the largest log-weight so far, and
+normalised when the last task is in: equal to the plain step in real arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import functional
+from excessmtl_ext.functional import segments
+from excessmtl_ext.passes.per_task import HeadGrads, backward_of_task
+from excessmtl_ext.passes.targets import assign_grads, combine_targets
+from excessmtl_ext.step import (
+    Step,
+    StreamingRule,
+    TaskGrads,
+    raise_argument_error,
+    raise_if_nonfinite,
+)
+from excessmtl_ext.step_arguments import moves_weights, read_task
+
+
+class Stream:
+    """A step under way: at most two buffers of P elements, whatever T is.
+
+    Args:
+        rule: Whose step it is.
+        shared: The L shared parameters.
+    """
+
+    def __init__(self, rule: StreamingRule, shared: list[Tensor]) -> None:
+        assert rule.layout is not None
+        self._shared = shared
+        self._layout = rule.layout
+        is_wide = any(parameter.dtype == torch.float64 for parameter in shared)
+        wide = torch.float64 if is_wide else torch.float32
+        device = shared[0].device
+        # [padded P]: sum of exp(log_weight_i - running_log_max) g_i
+        self._running_sum = torch.zeros(rule.layout.padded_numel, dtype=wide, device=device)
+        # [padded P]: sum of g_i, only where the weights have a floor
+        self._plain_sum = torch.zeros_like(self._running_sum) if rule.min_weight > 0 else None
+        self._running_log_max = torch.full((), float("-inf"), dtype=torch.float64, device=device)
+        self._reached = [False] * len(shared)  # whether any task gave this parameter a gradient
+        self._log_weights: dict[int, Tensor] = {}
+        self._losses: dict[int, Tensor] = {}
+        self._heads: list[HeadGrads] = []
+        rule.found_nonfinite.zero_()
+
+    @property
+    def tasks(self) -> list[int]:
+        """The tasks taken in so far, in order."""
+        return sorted(self._log_weights)
+
+    def __contains__(self, task: int) -> bool:
+        return task in self._log_weights
+
+    def take(
+        self, rule: StreamingRule, step: Step, row: list[Tensor | None], heads: HeadGrads | None
+    ) -> None:
+        """Takes in the gradients of one task: ``step.task_grads``, and the same with None as ``row``."""
+        grads = step.task_grads
+        (task,) = step.tasks
+        try:
+            log_weight = rule.stream_task(step)
+        except RuntimeError as error:
+            raise_argument_error(error)
+            raise
+        functional.fold_(
+            grads.tensors, grads.layout, log_weight, self._running_sum, self._running_log_max
+        )
+        if self._plain_sum is not None:
+            zero = torch.zeros_like(log_weight)
+            functional.fold_(grads.tensors, grads.layout, zero, self._plain_sum, zero.clone())
+        self._reached = [
+            was or grad is not None for was, grad in zip(self._reached, row, strict=True)
+        ]
+        self._log_weights[task] = log_weight
+        if step.losses is not None:
+            self._losses[task] = step.losses
+        if heads is not None:
+            self._heads.append(heads)
+
+    def finish(self, rule: StreamingRule) -> Step:
+        """Moves the weights and adds the weighted sum to ``.grad``, heads included."""
+        step = Step(
+            roots=[],
+            tasks=self.tasks,
+            shared=self._shared,
+            losses=self._all_losses(rule),
+            moves_weights=moves_weights(rule),
+        )
+        with torch.no_grad():
+            rule.stream_finish(step)
+            if rule.nonfinite == "raise":
+                raise_if_nonfinite(rule)
+            self._combine(rule)
+            for heads in self._heads:
+                heads.add(rule.task_weights)
+        return step
+
+    def _all_losses(self, rule: StreamingRule) -> Tensor | None:
+        """[T] in float64, NaN for absent tasks."""
+        if "losses" not in rule.requires:
+            return None
+        values = torch.full_like(rule.task_weights, float("nan"))
+        for task, loss in self._losses.items():
+            values[task] = loss.reshape(())
+        return values
+
+    def _combine(self, rule: StreamingRule) -> None:
+        # Every present task's log-weight moved by one common constant when it was normalised.
+        first = min(self._log_weights)
+        shift = rule.log_task_weights[first] - self._log_weights[first]
+        share = (self._running_log_max + shift - rule.log_task_weights.logsumexp(0)).exp()
+        factors = [rule.weight_total * (1.0 - rule.num_tasks * rule.min_weight) * share]
+        buffers = [self._running_sum]
+        if self._plain_sum is not None:
+            factors.append(torch.full_like(share, rule.weight_total * rule.min_weight))
+            buffers.append(self._plain_sum)
+        sums = [part for each in buffers for part in segments(each, self._layout.param_numels)]
+        flags = rule.found_nonfinite.any().expand(len(factors)).contiguous()
+        row = [
+            torch.empty_like(parameter) if was else None
+            for parameter, was in zip(self._shared, self._reached, strict=True)
+        ]
+        targets = combine_targets(self._shared, [row])
+        functional.weighted_sum_(
+            sums,
+            targets.outputs,
+            self._layout,
+            torch.stack(factors),
+            found_nonfinite=flags,
+            accumulate=targets.accumulate,
+        )
+        assign_grads(self._shared, targets)
+
+
+def accumulate(
+    rule: StreamingRule,
+    stream: Stream | None,
+    task: int,
+    loss: Tensor,
+    *,
+    retain_graph: bool,
+    grad_scale: Tensor | float | None,
+) -> Stream:
+    """Runs the pass of one task and takes its gradient in; begins the stream with its first task."""
+    _check_task(rule, stream, task)
+    step = read_task(rule, task, loss, grad_scale)
+    heads = None
+    if rule.head_weighting == "task_weights":
+        heads = HeadGrads.of(step.roots, step.shared)
+    (row,), tensors = backward_of_task(
+        task, loss, step.shared, scale=step.grad_scale, heads=heads, retain_graph=retain_graph
+    )
+    with torch.no_grad():
+        assert rule.layout is not None
+        step.task_grads = TaskGrads(tensors, rule.layout, [task])
+        for observer in rule.observers:
+            if observer.wants_gradients:
+                observer.on_gradients(rule, step)
+        stream = stream or Stream(rule, step.shared)
+        stream.take(rule, step, row, heads)
+    return stream
+
+
+def _check_task(rule: StreamingRule, stream: Stream | None, task: int) -> None:
+    """Raises unless ``rule`` can take in ``task`` as the next one of a streamed step."""
+    if not rule.can_stream:
+        raise NotImplementedError(
+            rule.engine.stream_obstacle
+            or f"{type(rule).__name__} cannot stream: the weight of one task depends on the gradients of the others, "
+            "so all must live at once. Call backward(losses), or update_weights() with your own gradients."
+        )
+    if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < rule.num_tasks:
+        raise ValueError(f"Expected `task` between 0 and {rule.num_tasks - 1}, but got {task!r}.")
+    if stream is not None and task in stream:
+        raise ValueError(
+            f"Expected each task once per step, but got task {task} again. Call finish() to end the step."
+        )

@@ -1,0 +1,196 @@
+"""The options of ExcessMTL: their checks, which of them go together, and the engine they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext.arguments import check_choice, check_count, check_positive, checked_parameters
+from excessmtl_ext.engines.cheaper import (
+    FeatureEngine,
+    RotationEngine,
+    SubsetEngine,
+    TaskRotation,
+    checked_subset,
+)
+from excessmtl_ext.engines.exact import ExactEngine
+from excessmtl_ext.functional import SMALLEST_EPS
+from excessmtl_ext.step import Engine
+
+if TYPE_CHECKING:
+    from excessmtl_ext.distributed import DataParallel
+
+Preset = Literal["paper", "official", "recommended"]
+
+EstimateFrom: TypeAlias = Literal["parameters", "features"] | Iterable[Tensor]
+"""Source of the risk estimates; see :class:`excessmtl_ext.ExcessMTL`."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"fisher": "linear", "robust_step_size": 0.01},
+    "official": {
+        "fisher": "sqrt",
+        "eps": 1e-7,
+        "num_warmup_steps": 1,
+        "robust_step_size": 0.01,
+        "weight_scale": "num_tasks",
+        "head_weighting": "task_weights",
+    },
+    "recommended": {"gradient_momentum": 0.98, "fisher": "linear", "robust_step_size": 3.0},
+}
+"""Named sets of options; see :meth:`excessmtl_ext.ExcessMTL.from_preset`."""
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Checks each of ExcessMTL's own options by itself.
+
+    Args:
+        given: The arguments of the constructor, by name.
+
+    Raises:
+        ValueError: an option is out of range.
+        TypeError: an option has the wrong type.
+    """
+    check_positive("robust_step_size", given["robust_step_size"])
+    check_choice("fisher", given["fisher"], ("sqrt", "linear"))
+    check_positive("eps", given["eps"])
+    if given["eps"] < SMALLEST_EPS:
+        raise ValueError(
+            f"Expected `eps` >= {SMALLEST_EPS} (the smallest normal float32), but got {given['eps']}."
+        )
+    check_count("num_warmup_steps", given["num_warmup_steps"], 0)
+    if not 0.0 <= given["gradient_momentum"] < 1.0:
+        raise ValueError(
+            f"Expected `gradient_momentum` in [0, 1), but got {given['gradient_momentum']}."
+        )
+    if not isinstance(given["relative"], bool):
+        raise TypeError(
+            f"Expected `relative` to be True or False, but got {type(given['relative']).__name__}."
+        )
+    check_count("update_every", given["update_every"], 1)
+    num_tasks = given["num_tasks"]
+    check_count("num_tasks", num_tasks, 1)
+    if not 0.0 <= given["min_weight"] <= 1.0 / num_tasks:
+        raise ValueError(
+            f"Expected `min_weight` between 0 and 1 / num_tasks = {1.0 / num_tasks:g}, but got {given['min_weight']}."
+        )
+    if given["state_dtype"] not in (None, torch.bfloat16):
+        raise ValueError(
+            f"Expected `state_dtype` to be None (float32, or float64 for float64 gradients) or torch.bfloat16, but "
+            f"got {given['state_dtype']}."
+        )
+    check_count("rounding_seed", given["rounding_seed"], 0)
+    tasks_per_step = given["tasks_per_step"]
+    if tasks_per_step is not None:
+        check_count("tasks_per_step", tasks_per_step, 1)
+        if tasks_per_step > num_tasks:
+            raise ValueError(
+                f"Expected `tasks_per_step` <= num_tasks = {num_tasks}, but got {tasks_per_step}."
+            )
+    feature_dim = given["feature_dim"]
+    if isinstance(feature_dim, bool) or not isinstance(feature_dim, int):
+        raise TypeError(
+            f"Expected `feature_dim` to be an integer, but got {type(feature_dim).__name__}."
+        )
+    check_choice("reduce", given["reduce"], ("grads", "risks"))
+    if isinstance(given["estimate_from"], str):
+        check_choice("estimate_from", given["estimate_from"], ("parameters", "features"))
+
+
+def choose_engine(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> Engine:
+    """The engine that the options ask for, and the one place that knows which options exclude each other.
+
+    Args:
+        given: The arguments of the constructor, by name, each checked by itself.
+        shared: The shared parameters, or None.
+
+    Raises:
+        ValueError: two options exclude each other, or one needs another.
+        NotImplementedError: an option does not work with several ranks.
+    """
+    estimate_from: EstimateFrom = given["estimate_from"]
+    tasks_per_step: int | None = given["tasks_per_step"]
+    rotates = tasks_per_step is not None and tasks_per_step < given["num_tasks"]
+    has_ranks = (
+        given["process_group"] is not None or given["model"] is not None or is_sharded(shared)
+    )
+    data_parallel = _data_parallel(given, shared) if has_ranks else None
+    subset = None if isinstance(estimate_from, str) else checked_subset(estimate_from, shared)
+    if estimate_from == "parameters" and not rotates:
+        return data_parallel or ExactEngine(given["batched"])
+    if shared is None:
+        raise ValueError(
+            "Expected `shared_parameters` with `estimate_from` or `tasks_per_step`: they decide which backward passes "
+            "run. Without them, give update_weights() the gradients that you want risks estimated from."
+        )
+    if rotates and estimate_from == "features":
+        raise ValueError(
+            "Expected no `tasks_per_step` with estimate_from='features': one pass gives the features' gradients of all "
+            "tasks already."
+        )
+    if has_ranks:
+        raise NotImplementedError(
+            "Expected no `process_group` with `estimate_from` or `tasks_per_step`: several ranks exchange the whole "
+            "gradient of every task. Use update_every, which works with ranks."
+        )
+    if given["batched"] is not False:
+        raise ValueError(
+            f"Expected batched=False with `estimate_from` or `tasks_per_step`, but got {given['batched']!r}: their "
+            "steps have no encoder passes of several tasks that could be one."
+        )
+    if rotates:
+        rotation = TaskRotation(given["num_tasks"], cast(int, tasks_per_step))
+        return RotationEngine(rotation, subset)
+    return FeatureEngine() if subset is None else SubsetEngine(subset)
+
+
+def _data_parallel(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> DataParallel:
+    if given["state_dtype"] is not None:
+        raise ValueError(
+            "Expected `state_dtype` to be None with several ranks, each of which keeps its part of the state "
+            f"in float32, but got {given['state_dtype']}. Leave one of the two out."
+        )
+    from excessmtl_ext.distributed import DataParallel
+
+    return DataParallel(
+        shared,
+        num_tasks=given["num_tasks"],
+        process_group=given["process_group"],
+        reduce=given["reduce"],
+        model=given["model"],
+        batched=given["batched"],
+    )
+
+
+def is_sharded(parameters: Sequence[Tensor] | None) -> bool:
+    """Whether ``fully_shard`` has cut the parameters; asked without importing torch.distributed."""
+    return any(hasattr(parameter, "device_mesh") for parameter in parameters or ())
+
+
+def preset_options(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a named set, overridden by ``options``.
+
+    Raises:
+        ValueError: the preset is unknown, or ``"paper"`` is given no ``num_warmup_steps``.
+    """
+    check_choice("preset", preset, tuple(PRESETS))
+    if preset == "paper" and "num_warmup_steps" not in options:
+        raise ValueError(
+            "Expected `num_warmup_steps` with preset='paper': its baseline is the mean over 3 epochs, so pass "
+            "3 * len(loader)."
+        )
+    return {**PRESETS[preset], **options}
+
+
+__all__ = [
+    "PRESETS",
+    "EstimateFrom",
+    "Preset",
+    "check_options",
+    "checked_parameters",
+    "choose_engine",
+    "is_sharded",
+    "preset_options",
+]

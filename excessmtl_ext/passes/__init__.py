@@ -1,0 +1,1 @@
+"""Backward passes: the only modules that call autograd."""

@@ -1,0 +1,301 @@
+"""A backward pass per task: each pass's gradient is taken from ``.grad`` before the next pass begins.
+
+``AccumulateGrad`` puts a gradient into ``.grad``; it is taken from there as it is, without a copy.
+Parameters that are not shared (heads) receive their gradient from the same passes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, compress, repeat
+from operator import attrgetter, is_not
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext.passes.heads import head_leaves
+from excessmtl_ext.step import Root, input_metadata_of
+
+_grad_of = attrgetter("grad")
+_is_sparse = attrgetter("is_sparse")
+_NO_GRAD: dict[torch.device, Tensor] = {}
+
+LEAST_DIVISIBLE_WEIGHT = 1e-12
+"""Weights below this count as this in a single weighted pass, where head gradients are divided by the weight again."""
+
+
+def start_of(root: Root, scale: Tensor | None) -> Tensor:
+    """The gradient a pass starts with: ones, or the scale, in the shape and dtype of the loss."""
+    if isinstance(root, Tensor):
+        one = torch.ones_like(root)
+    else:
+        metadata = input_metadata_of(root.node)[root.output_nr]
+        one = torch.ones(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
+    return one if scale is None else one * scale.to(one)
+
+
+def starts_of(roots: Sequence[Root | None], scale: Tensor | None) -> list[Tensor | None]:
+    """:func:`start_of` for every present task; losses of one shape, dtype and device share one tensor."""
+    known: dict[Any, Tensor] = {}
+    starts: list[Tensor | None] = []
+    for root in roots:
+        if root is None:
+            starts.append(None)
+            continue
+        metadata = (
+            root if isinstance(root, Tensor) else input_metadata_of(root.node)[root.output_nr]
+        )
+        kind = (tuple(metadata.shape), metadata.dtype, metadata.device)
+        if kind not in known:
+            known[kind] = start_of(root, scale)
+        starts.append(known[kind])
+    return starts
+
+
+def run_backward(roots: Sequence[Root], starts: Sequence[Tensor], *, retain_graph: bool) -> None:
+    """One pass of the autograd engine from all ``roots``; adds to ``.grad`` of every leaf."""
+    torch.autograd.backward(roots, grad_tensors=starts, retain_graph=retain_graph)  # type: ignore[arg-type]
+
+
+@contextmanager
+def set_aside_grads(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+    """Empties ``.grad`` of ``parameters`` for the body and gives back what was there, also when the body raises."""
+    saved = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield saved
+    finally:
+        for parameter, grad in zip(parameters, saved, strict=True):
+            parameter.grad = grad
+
+
+def _are_given(grads: Sequence[Tensor | None]) -> Iterator[bool]:
+    return map(is_not, grads, repeat(None))
+
+
+def take_grads(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Takes ``.grad`` away from ``parameters``; sparse gradients become dense.
+
+    Runs T times a step, so what it does per parameter is left to the interpreter's built-ins.
+    """
+    grads = list(map(_grad_of, parameters))
+    deque(map(setattr, parameters, repeat("grad"), repeat(None)), maxlen=0)
+    if any(map(_is_sparse, compress(grads, _are_given(grads)))):
+        return dense(grads)
+    return grads
+
+
+def dense(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Makes sparse gradients dense."""
+    return [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads]
+
+
+def flattened(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Replaces None by a tensor without elements, which is how the ops spell "no gradient"."""
+    if all(_are_given(grads)):
+        return list(grads)  # type: ignore[arg-type]
+    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
+    if device not in _NO_GRAD:
+        _NO_GRAD[device] = torch.empty(0, device=device)
+    return [_NO_GRAD[device] if grad is None else grad for grad in grads]
+
+
+def flat_rows(task_grads: Iterable[Sequence[Tensor | None]]) -> list[Tensor]:
+    """T rows of L gradients as the task-major list of T * L that the ops take."""
+    return list(chain.from_iterable(map(flattened, task_grads)))
+
+
+class HeadGrads:
+    """Keeps the head gradients of each task apart while the passes run, to weight them when the weights are known.
+
+    Args:
+        parameters: Per task, the parameters of its head, as from :func:`head_leaves`.
+        grads: The gradients that are known already, by task.
+
+    Attributes:
+        all_parameters: Every head parameter once.
+        reached_by_several: Whether some parameter outside the shared ones serves more than one task.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Sequence[Tensor]],
+        grads: dict[int, list[Tensor | None]] | None = None,
+    ) -> None:
+        self.parameters = [list(leaves) for leaves in parameters]
+        self.grads = {} if grads is None else grads
+        self.all_parameters = list(
+            {id(leaf): leaf for leaves in self.parameters for leaf in leaves}.values()
+        )
+        self.reached_by_several = len(self.all_parameters) < sum(map(len, self.parameters))
+
+    @classmethod
+    def of(cls, roots: Sequence[Root | None], shared: Sequence[Tensor]) -> HeadGrads:
+        """Those of the parameters that each root reaches and that are not shared."""
+        return cls(head_leaves(roots, shared))
+
+    def take(self, task: int) -> None:
+        """Takes the gradients that the pass of ``task`` has just left."""
+        self.grads[task] = take_grads(self.parameters[task])
+
+    def add(self, factors: Tensor) -> None:
+        """Adds ``factors[task]`` times the gradients of every task to ``.grad``."""
+        of_dtype = {factors.dtype: factors.unbind()}
+        for task, grads in self.grads.items():
+            for parameter, grad in zip(self.parameters[task], grads, strict=True):
+                if grad is None:
+                    continue
+                if grad.dtype not in of_dtype:
+                    of_dtype[grad.dtype] = factors.to(grad.dtype).unbind()
+                scaled = grad * of_dtype[grad.dtype][task]
+                parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
+
+    def divided_backward(
+        self,
+        roots: Sequence[Root],
+        starts: Sequence[Tensor],
+        tasks: Sequence[int],
+        task_weights: Tensor,
+    ) -> None:
+        """One pass of the weighted losses; gradients of heads are divided by the weight again."""
+        divisible = task_weights.clamp(min=LEAST_DIVISIBLE_WEIGHT)
+        with set_aside_grads(self.all_parameters):
+            run_backward(roots, weighted_starts(starts, tasks, divisible), retain_graph=False)
+            for task in tasks:
+                self.take(task)
+        self.add(divisible.reciprocal())
+
+
+class GradRows(NamedTuple):
+    """Gradients of some tasks, in the two forms that a step needs."""
+
+    rows: list[list[Tensor | None]]
+    """A row of L gradients per task; None where a task does not reach a parameter, and for an absent task."""
+    tensors: list[Tensor]
+    """The same, task-major, without None (see :func:`flattened`)."""
+
+
+class Pass(NamedTuple):
+    """One backward pass."""
+
+    task: int
+    roots: Sequence[Root]
+    starts: Sequence[Tensor]
+
+
+def backward_per_task(
+    roots: Sequence[Root | None],
+    shared: Sequence[Tensor],
+    *,
+    scale: Tensor | None,
+    heads: HeadGrads | None = None,
+    retain_graph: bool = False,
+) -> GradRows:
+    """Runs one backward pass per present task and takes the gradients of the shared parameters.
+
+    ``.grad`` of the shared parameters is as before. Heads keep what the passes add to their
+    ``.grad``, unless ``heads`` takes it.
+
+    Args:
+        roots: One per task, None where absent.
+        shared: The L shared parameters.
+        scale: Factor of every loss (a loss scale), or None.
+        heads: Takes the head gradients, whose ``.grad`` is then as before, too.
+        retain_graph: Keep the graphs after the last pass, for another one.
+
+    Returns:
+        T rows.
+
+    Raises:
+        ValueError: a loss does not depend on any shared parameter.
+    """
+    passes = [
+        Pass(task, [root], [start])
+        for task, (root, start) in enumerate(zip(roots, starts_of(roots, scale), strict=True))
+        if root is not None and start is not None
+    ]
+    return run_passes(passes, len(roots), shared, heads=heads, retain_graph=retain_graph)
+
+
+def run_passes(
+    passes: Sequence[Pass],
+    num_tasks: int,
+    shared: Sequence[Tensor],
+    *,
+    heads: HeadGrads | None = None,
+    retain_graph: bool = False,
+) -> GradRows:
+    """:func:`backward_per_task` for passes that start anywhere."""
+    rows: list[list[Tensor | None]] = [[None] * len(shared) for _ in range(num_tasks)]
+    with set_aside_grads([*shared, *heads.all_parameters] if heads else shared):
+        for each in passes:
+            keep = retain_graph or each is not passes[-1]
+            run_backward(each.roots, each.starts, retain_graph=keep)
+            rows[each.task] = take_grads(shared)
+            check_reached(rows[each.task], each.task)
+            if heads is not None:
+                heads.take(each.task)
+    return GradRows(rows, flat_rows(rows))
+
+
+def backward_of_task(
+    task: int,
+    root: Root,
+    shared: Sequence[Tensor],
+    *,
+    scale: Tensor | None,
+    heads: HeadGrads | None = None,
+    retain_graph: bool = False,
+) -> GradRows:
+    """:func:`backward_per_task` for one task alone; returns its row only."""
+    with set_aside_grads([*shared, *heads.all_parameters] if heads else shared):
+        run_backward([root], [start_of(root, scale)], retain_graph=retain_graph)
+        row = take_grads(shared)
+        check_reached(row, task)
+        if heads is not None:
+            heads.take(task)
+    return GradRows([row], flattened(row))
+
+
+def check_reached(grads: Sequence[Tensor | None], task: int) -> None:
+    """Raises ValueError when a task's pass reached no shared parameter."""
+    if not any(_are_given(grads)):
+        raise ValueError(
+            f"Expected `losses[{task}]` to depend on the shared parameters, but none received a gradient. Check "
+            "that the loss is computed from the encoder's output and not from a detached copy, and that the parameters "
+            "given to the balancer are the model's; pass None for a task that is absent from this batch."
+        )
+
+
+def add_scaled_grads(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor | None], factor: Tensor
+) -> None:
+    """Adds ``factor`` [] times ``grads`` to ``.grad``."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if grad is not None:
+            # Not in place: two gradients may be views of one tensor (passes/targets.py).
+            scaled = grad * factor.to(grad.dtype)
+            parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
+
+
+def uniform_backward(
+    roots: Sequence[Root], starts: Sequence[Tensor], shared: Sequence[Tensor], weight: Tensor
+) -> None:
+    """One pass of the losses unweighted, then the shared gradients scaled: heads are right as they come."""
+    with set_aside_grads(shared):
+        run_backward(roots, starts, retain_graph=False)
+        grads = take_grads(shared)
+    add_scaled_grads(shared, grads, weight)
+
+
+def weighted_starts(
+    starts: Sequence[Tensor], tasks: Sequence[int], task_weights: Tensor
+) -> list[Tensor]:
+    """The start of each task's pass times its weight."""
+    dtypes = {start.dtype for start in starts}
+    of_dtype = {dtype: task_weights.to(dtype).unbind() for dtype in dtypes}
+    return [start * of_dtype[start.dtype][task] for task, start in zip(tasks, starts, strict=True)]

@@ -1,0 +1,241 @@
+"""What ``backward`` and ``accumulate`` are given, checked and read into a :class:`excessmtl_ext.step.Step`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from excessmtl_ext.step import (
+    Features,
+    Losses,
+    NumSamples,
+    Root,
+    Step,
+    WeightingRule,
+    input_metadata_of,
+)
+
+
+def read_step(
+    rule: WeightingRule,
+    losses: Losses,
+    *,
+    grad_scale: Tensor | float | None = None,
+    features: Features | None = None,
+    num_samples: NumSamples | None = None,
+) -> Step:
+    """Checks the arguments of ``backward`` and finds where each task's pass starts.
+
+    Raises:
+        TypeError: ``losses`` or ``features`` is neither a tensor nor a list of tensors.
+        ValueError: number, shape, device or graph of losses or features is not as expected.
+    """
+    roots = loss_roots(losses, rule.num_tasks)
+    shared = bound_parameters(rule)
+    check_device(roots, shared[0].device)
+    return Step(
+        roots=roots,
+        tasks=[task for task, root in enumerate(roots) if root is not None],
+        shared=shared,
+        losses=loss_values(losses, rule.task_weights) if "losses" in rule.requires else None,
+        grad_scale=None if grad_scale is None else as_scale(grad_scale, rule.task_weights.device),
+        features=None if features is None else checked_features(features, shared[0].device),
+        num_samples=num_samples,
+        moves_weights=moves_weights(rule),
+    )
+
+
+def read_task(
+    rule: WeightingRule, task: int, loss: Tensor, grad_scale: Tensor | float | None
+) -> Step:
+    """The same for ``accumulate``: a step of one task."""
+    check_loss(loss, "loss")
+    shared = bound_parameters(rule)
+    check_device([loss], shared[0].device)
+    roots: list[Root | None] = [None] * rule.num_tasks
+    roots[task] = loss
+    return Step(
+        roots=roots,
+        tasks=[task],
+        shared=shared,
+        losses=loss.detach(),
+        grad_scale=None if grad_scale is None else as_scale(grad_scale, rule.task_weights.device),
+        moves_weights=moves_weights(rule),
+    )
+
+
+def moves_weights(rule: WeightingRule) -> bool:
+    """Whether the next step moves the weights or only applies them."""
+    return rule.num_calls % rule.update_every == 0
+
+
+def bound_parameters(rule: WeightingRule) -> list[Tensor]:
+    """The shared parameters; raises ValueError where the balancer was made without them."""
+    if rule.shared_parameters is None:
+        raise ValueError(
+            "Expected `shared_parameters`: this balancer was made without them and cannot write gradients. Make "
+            f"it as {type(rule).__name__}(model.encoder.parameters(), num_tasks={rule.num_tasks}), or use "
+            "update_weights()."
+        )
+    return rule.shared_parameters
+
+
+def as_scale(grad_scale: Tensor | float, device: torch.device) -> Tensor:
+    """The scale as a scalar tensor on ``device``, float32, or float64 where it was given so.
+
+    Raises:
+        ValueError: it is not one number.
+    """
+    if isinstance(grad_scale, (int, float)):  # a fill: a GPU would wait for a copy
+        return torch.full((), float(grad_scale), dtype=torch.float32, device=device)
+    scale = torch.as_tensor(grad_scale, device=device).detach()
+    if scale.numel() != 1:
+        raise ValueError(
+            f"Expected `grad_scale` to be one number, but got shape {list(scale.shape)}."
+        )
+    return scale.reshape(()).to(torch.float64 if scale.dtype == torch.float64 else torch.float32)
+
+
+def loss_roots(losses: Losses, num_tasks: int) -> list[Root | None]:
+    """Checks the losses and finds where each task's backward pass starts.
+
+    The elements of a stacked tensor hang together: a pass from one of them would walk the graphs of
+    all (with zeros), T * T graphs a step. So the pass starts at what was stacked.
+
+    Args:
+        losses: T scalar losses.
+        num_tasks: T.
+
+    Returns:
+        A root per task, None for an absent task.
+
+    Raises:
+        TypeError: ``losses`` is neither a tensor nor a list of tensors and None.
+        ValueError: the number of losses, a shape or ``requires_grad`` is not as expected.
+    """
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1 or losses.shape[0] != num_tasks:
+            raise ValueError(
+                f"Expected `losses` of shape [{num_tasks}], one scalar per task, but got {list(losses.shape)}. "
+                "Stack scalars with torch.stack, or pass a list."
+            )
+        if not losses.requires_grad:
+            raise ValueError(
+                "Expected `losses` to require grad, but got a tensor without a graph. "
+                "Compute it outside torch.no_grad() and do not detach it."
+            )
+        return _stacked_roots(losses)
+    if not isinstance(losses, (list, tuple)):
+        raise TypeError(
+            f"Expected `losses` to be a tensor [T] or a list of scalars, but got {type(losses).__name__}."
+        )
+    if len(losses) != num_tasks:
+        raise ValueError(
+            f"Expected `losses` to hold {num_tasks} losses, one per task, but got {len(losses)}. "
+            "Pass None for a task that has no labels in this batch."
+        )
+    roots: list[Root | None] = []
+    for task, loss in enumerate(losses):
+        if loss is None:
+            roots.append(None)
+            continue
+        check_loss(loss, f"losses[{task}]")
+        roots.append(loss)
+    return roots
+
+
+def check_loss(loss: object, name: str) -> None:
+    """Raises unless ``loss`` is a scalar tensor with a graph."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"Expected `{name}` to be a scalar tensor, but got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"Expected `{name}` to be a scalar, but got shape {list(loss.shape)}. Reduce it with mean() or sum()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"Expected `{name}` to require grad, but got a tensor without a graph. Compute it outside torch.no_grad() "
+            "and do not detach it; pass None for a task that has no labels in this batch."
+        )
+
+
+def _stacked_roots(losses: Tensor) -> list[Root | None]:
+    node = losses.grad_fn
+    if node is None or node.name() != "StackBackward0":
+        return list(losses.unbind())
+    roots: list[Root | None] = []
+    for task, (parent, output_nr) in enumerate(node.next_functions):
+        if parent is None:
+            raise ValueError(
+                f"Expected `losses[{task}]` to require grad, but it was stacked from a tensor without a graph. "
+                "Pass a list with None for a task that has no labels in this batch."
+            )
+        roots.append(GradientEdge(parent, output_nr))
+    return roots
+
+
+def loss_values(losses: Losses, like: Tensor) -> Tensor:
+    """The losses as a detached tensor [T] of the dtype and device of ``like``; NaN for an absent task."""
+    if isinstance(losses, Tensor):
+        return losses.detach().to(like)
+    missing = torch.full((), float("nan"), dtype=like.dtype, device=like.device)
+    return torch.stack(
+        [missing if loss is None else loss.detach().reshape(()).to(like) for loss in losses]
+    )
+
+
+def _device_of(root: Root) -> torch.device:
+    if isinstance(root, Tensor):
+        return root.device
+    return input_metadata_of(root.node)[root.output_nr].device
+
+
+def check_device(roots: Iterable[Root | None], device: torch.device) -> None:
+    """Raises ValueError when a loss lies on another device than the shared parameters."""
+    for task, root in enumerate(roots):
+        if root is not None and _device_of(root) != device:
+            raise ValueError(
+                f"Expected `losses[{task}]` on {device}, where the shared parameters are, but got {_device_of(root)}. "
+                "Move the model or the loss."
+            )
+
+
+def checked_features(features: Features, device: torch.device) -> list[Tensor]:
+    """The features as a list.
+
+    Raises:
+        TypeError: ``features`` is neither a tensor nor a list of tensors.
+        ValueError: one of them has no graph, is repeated or lies on another device than ``device``.
+    """
+    if isinstance(features, Tensor):
+        features = [features]
+    if not isinstance(features, (list, tuple)):
+        raise TypeError(
+            f"Expected `features` to be a tensor or a list of tensors, but got {type(features).__name__}."
+        )
+    if not features:
+        raise ValueError(
+            "Expected `features` to hold at least one tensor, but got an empty list. Pass None to leave them out."
+        )
+    edges = set()
+    for index, feature in enumerate(features):
+        name = f"features[{index}]"
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"Expected `{name}` to be a tensor, but got {type(feature).__name__}.")
+        if feature.grad_fn is None:
+            raise ValueError(
+                f"Expected `{name}` to be computed from the shared parameters, but got a tensor without a graph. "
+                "Pass what the encoder returned, not detached and not from torch.no_grad()."
+            )
+        if feature.device != device:
+            raise ValueError(
+                f"Expected `{name}` on {device}, where the shared parameters are, but got {feature.device}."
+            )
+        edge = (feature.grad_fn, feature.output_nr)
+        if edge in edges:
+            raise ValueError(f"Expected every tensor of `features` once, but got `{name}` again.")
+        edges.add(edge)
+    return list(features)
