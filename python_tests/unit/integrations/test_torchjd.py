@@ -57,9 +57,7 @@ def test_mtl_backward_trains_as_the_balancers_own_backward(make):
     theirs, ours = make_problem(), make_problem()
     aggregator = BalancerAggregator(make())
     train(theirs, aggregator, 6)
-    balancer = type(make())(
-        ours.encoder.parameters(), **{**make().options(), "nonfinite": "raise"}
-    )
+    balancer = type(make())(ours.encoder.parameters(), **{**make().options(), "nonfinite": "raise"})
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.05)
     for _ in range(6):
         optimizer.zero_grad()
