@@ -156,3 +156,40 @@ def write_movielens(root: Path, files: dict[str, str] | None = None) -> Path:
     for name, text in (movielens_files() if files is None else files).items():
         (root / name).write_text(text)
     return root
+
+
+QM9_COLUMNS = (
+    "Dipole_debye", "Polarizability_bohr3", "HOMO_au", "LUMO_au", "R2_bohr2", "ZPVE_au", "InternalEnergy_0K_au",
+    "InternalEnergy_298K_au", "Enthalphy_298K_au", "GibbsFreeEnergy_298K_au", "Heatcapacity_Cv_cal_mol_K",
+)  # fmt: skip
+# The first molecule of the public table.
+METHANE = (
+    "0.", "13.21", "-0.3877", "0.1171", "35.3641", "0.044749", "-40.47893", "-40.476062", "-40.475117", "-40.498597",
+    "6.469",
+)  # fmt: skip
+
+
+def qm9_csv(num_molecules: int = 20, seed: int = 0) -> str:
+    generator = np.random.default_rng(seed)
+    lines = ["Index,Elements,XYZ_Ang," + ",".join(QM9_COLUMNS)]
+    for number in range(num_molecules):
+        elements = ["C", *"HHHH"[: 1 + number % 4], *"NOF"[: number % 3]]
+        places = generator.normal(scale=1.5, size=(len(elements), 3)).round(4).tolist()
+        values = METHANE if number == 0 else [f"{value:.4f}" for value in generator.normal(size=11)]
+        if number == 0:
+            elements, places = (
+                list("CHHHH"),
+                [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]],
+            )
+        quoted = ",".join(f"'{element}'" for element in elements)
+        lines.append(f'{number + 1},"[{quoted}]","{places}",' + ",".join(values))
+    return "\n".join(lines) + "\n"
+
+
+def write_qm9(root: Path, parts: dict[str, str] | None = None) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    given = parts or {}
+    for number in (1, 2, 3):
+        name = f"qm9_part{number}.csv"
+        (root / name).write_text(given.get(name, qm9_csv(seed=number)))
+    return root

@@ -27,6 +27,7 @@ from excessmtl_ext.data.multitask_data import (
 from excessmtl_ext.data.nyuv2 import load_nyuv2
 from excessmtl_ext.data.office_home import load_office_home
 from excessmtl_ext.data.own_inputs import OwnInputsSplit
+from excessmtl_ext.data.qm9 import load_qm9
 from excessmtl_ext.data.sarcos import load_sarcos
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "load_multimnist",
     "load_nyuv2",
     "load_office_home",
+    "load_qm9",
     "load_sarcos",
     "noise_share",
 ]

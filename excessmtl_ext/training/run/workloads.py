@@ -17,6 +17,7 @@ from excessmtl_ext.data import (
     load_multimnist,
     load_nyuv2,
     load_office_home,
+    load_qm9,
     load_sarcos,
 )
 from excessmtl_ext.data.human_ratings import NUM_BUCKETS
@@ -147,8 +148,8 @@ def _load_table(load: Callable[..., MultiTaskData]) -> Callable[[TrainConfig], M
 
 
 def _build_perceptron(data: MultiTaskData, config: TrainConfig) -> EncoderHeads:
-    """Builds the perceptron of tables, as wide as `TABLE_HIDDEN`."""
-    (inputs, _) = data.train.batch(torch.arange(1))
+    """Builds a perceptron on the columns of a table."""
+    inputs, _ = data.train.batch(torch.arange(1))
     assert isinstance(inputs, Tensor)
     return mlp(inputs.shape[1:], _num_outputs(data), hidden=TABLE_HIDDEN)
 
@@ -234,6 +235,16 @@ WORKLOADS: dict[str, Workload] = {
         build_model=_build_perceptron,
         needs_data_root=False,
         epochs=15,
+        batch_size=256,
+        lr=1e-3,
+        options=("data_root", "noise_kind"),
+    ),
+    "qm9": Workload(
+        title="QM9",
+        load=_load_table(load_qm9),
+        build_model=_build_perceptron,
+        needs_data_root=False,
+        epochs=20,
         batch_size=256,
         lr=1e-3,
         options=("data_root", "noise_kind"),
