@@ -481,6 +481,7 @@ def test_equal_bits_for_any_number_of_threads(dtype):
         assert_equal_bits(other, results[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_every_cpu_path_passes_this_file(capability, tmp_path):
     """The narrower paths of this machine, each in a process of its own since the choice is made once.

@@ -6,6 +6,7 @@ A fault that survives is a hole in those tests. Faults that only memory ordering
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ import pytest
 from simt import build
 
 pytestmark = pytest.mark.slow
+
+
+CPU_SECONDS = 300
+"""Of a program without a fault: seconds. One that uses so much, on however busy a machine, does not end."""
 
 
 @dataclass(frozen=True)
@@ -438,13 +443,21 @@ def caught_by(fault: Fault, directory: Path) -> str:
     build.compile_cases(program, csrc, threads=fault.threads, only_float32=True)
     try:
         result = subprocess.run(
-            [program, "1" if fault.threads else "2"],
+            [
+                "sh",
+                "-c",
+                f'ulimit -t {CPU_SECONDS}; exec "$0" "$1"',
+                program,
+                "1" if fault.threads else "2",
+            ],
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=1200,  # threads that all sleep use no processor time; without a fault this never decides
         )
     except subprocess.TimeoutExpired:
+        return "does not end"
+    if result.returncode == -signal.SIGXCPU:
         return "does not end"
     if result.returncode == 0:
         return ""

@@ -229,6 +229,7 @@ def test_jit_with_a_broken_compiler_warns_once(package_without_ops, tmp_path):
     assert_falls_back(report, "EXCESSMTL_JIT=1")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
 def test_jit_compiles_once_and_loads_from_the_cache(package_without_ops, tmp_path):
     shutil.copytree(_extension._csrc_dir(), package_without_ops / "csrc")

@@ -27,6 +27,7 @@ def run_bench(*arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"
 )

@@ -37,6 +37,7 @@ def draw(folder: Path, output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.glob("*.png")}
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_a_sweep_draws_the_same_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

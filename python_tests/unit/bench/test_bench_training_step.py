@@ -242,6 +242,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @needs_ops
 def test_a_run_leaves_a_complete_folder_and_goes_on_where_it_stopped(tmp_path, capsys):
     output = tmp_path / "out"

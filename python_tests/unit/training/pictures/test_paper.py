@@ -16,7 +16,14 @@ from excessmtl_ext.training.sweep.results import read_results
 ALL = ["excessmtl-official", "excessmtl-recommended", "uniform", "groupdro", "moml", "single-task"]
 
 
-@pytest.mark.parametrize(("dataset", "number"), [("multimnist", 6), ("sarcos", 9), ("nyuv2", 8)])
+@pytest.mark.parametrize(
+    ("dataset", "number"),
+    [
+        ("sarcos", 9),
+        pytest.param("multimnist", 6, marks=pytest.mark.slow),
+        pytest.param("nyuv2", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_draws_every_figure_that_the_tables_hold(tmp_path: Path, dataset: str, number: int) -> None:
     sweep = read_results(write_sweep(tmp_path / "sweep", dataset, ALL))
     reports = draw_paper_figures([sweep], tmp_path / "figures", draw_toy=Path.touch)
@@ -74,6 +81,7 @@ def test_titles_say_what_the_numbers_stand_on(tmp_path: Path) -> None:
     assert view.describe(["uniform"]) == "1,000 training samples, 2 epochs, 2 seeds"
 
 
+@pytest.mark.slow
 def test_the_command_names_what_it_drew_and_what_is_missing(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep", "sarcos", ALL[:3])
     result = CliRunner().invoke(main, ["figures", str(folder), "--output", str(tmp_path / "f")])

@@ -210,7 +210,7 @@ def test_a_browser_shows_the_page(run: Path, tmp_path: Path) -> None:
 
     def open_page(*more: str) -> subprocess.CompletedProcess[str]:
         command = [browser, *options, *more, path.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True)
 
     dom = open_page("--dump-dom")
     assert "CONSOLE" not in dom.stderr, dom.stderr  # nothing was refused, nothing failed

@@ -87,6 +87,7 @@ def test_uniform_weights_end_at_neither():
     assert risk_share_of_noisy_task("uniform") == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::excessmtl_ext.TaskCollapseWarning")  # from some starts it does
 def test_where_the_published_estimate_ends_depends_on_where_it_began():
     shares = [risk_share_of_noisy_task("official", on_circle(number)) for number in range(4)]

@@ -10,8 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from click.testing import CliRunner
 from excessmtl_ext.data import Task
 from excessmtl_ext.training import TrainConfig, TrainingInterrupted, train
 from excessmtl_ext.training.cli import main
+from excessmtl_ext.training.sweep import jobs
 from excessmtl_ext.training.sweep.cells import Cell, SweepConfig, grid_cells
 from excessmtl_ext.training.sweep.jobs import SweepStatus
 from excessmtl_ext.training.sweep.scheduler import SweepOutcome, best_step_size, run_sweep
@@ -48,14 +48,6 @@ def sweep_config(**values: Any) -> SweepConfig:
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return value
 
 
 def test_the_grid_has_every_cell_once_and_a_clean_task_alone_no_noise() -> None:
@@ -101,6 +93,7 @@ def test_bad_values_are_explained(values: dict[str, Any], message: str) -> None:
         sweep_config(**values)
 
 
+@pytest.mark.slow
 def test_a_sweep_fills_its_tables_and_a_larger_one_skips_what_is_finished(tmp_path: Path) -> None:
     arguments = ["sweep", "digits", *OPTIONS, "--noise", "0.8", "--seeds", "1", "--epochs", "2"]
     arguments += ["--output", str(tmp_path), "--jobs", "2", "--methods"]
@@ -140,6 +133,7 @@ def test_a_sweep_fills_its_tables_and_a_larger_one_skips_what_is_finished(tmp_pa
     assert "`lr` is 0.001 instead of 0.5" in other.output
 
 
+@pytest.mark.slow
 def test_the_grid_uses_the_step_size_that_the_tuning_chose(tmp_path: Path) -> None:
     lines: list[str] = []
     config = sweep_config(
@@ -164,6 +158,7 @@ def test_the_grid_uses_the_step_size_that_the_tuning_chose(tmp_path: Path) -> No
     assert run_sweep(config, tmp_path) == dataclasses.replace(outcome, num_skipped=4)
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
     config = sweep_config(methods=("uniform", "groupdro"), jobs=1)
     train(train_config("uniform", epochs=1), tmp_path / "runs/uniform_noise0.8_seed0")
@@ -186,6 +181,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
     assert str(failed.log) in again.output
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
     config = sweep_config(epochs=100)
     started: list[SweepStatus] = []
@@ -204,49 +200,88 @@ def test_a_stopped_sweep_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
     assert len(json.loads((folder / "environment.json").read_text())["sessions"]) == 2
 
 
+# After its first checkpoint each worker waits to be asked to stop; Uniform's says before, once, in which process it is.
+WAIT_IN_WORKERS = """
+import os
+from pathlib import Path
+from excessmtl_ext.training.sweep import worker
+
+note = Path({note!r})
+ordinary_report = worker._Channel.report
+
+def report_and_wait(self, progress):
+    ordinary_report(self, progress)
+    if progress.step == 7 and note.exists():
+        if "/uniform_" in os.readlink("/proc/self/fd/2"):
+            note.write_text(str(os.getpid()))
+        self._stop.wait()
+
+worker._Channel.report = report_and_wait
+main()
+"""
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/fd").is_dir(), reason="no /proc to tell a worker by its log"
+)
+
+
+def start_of_waiting_workers(note: Path) -> str:
+    """What the sweep starts its workers with; ``note`` becomes a named pipe."""
+    os.mkfifo(note)
+    start, call = jobs._START_WORKER.rsplit("; ", 1)
+    assert call == "main()"
+    return f"{start}\n{WAIT_IN_WORKERS.format(note=str(note))}"
+
+
+@needs_proc
 @pytest.mark.slow
-def test_a_worker_that_someone_else_stops_is_not_passed_over_in_silence(tmp_path: Path) -> None:
-    config = sweep_config(methods=("uniform",), epochs=200)
+def test_a_worker_that_someone_else_stops_is_not_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, note = sweep_config(methods=("uniform",), epochs=3), tmp_path / "note"
     said: list[str] = []
-    folder = tmp_path / "runs/uniform_noise0.8_seed0"
 
-    def stop_the_worker(status: object) -> None:
-        if (folder / "checkpoint.pt").is_file() and not said:
-            os.kill(worker_of(os.getpid(), folder), signal.SIGINT)
-            said.append("sent")
+    def stop_the_worker() -> None:
+        os.kill(int(note.read_text()), signal.SIGINT)
 
-    outcome = run_sweep(config, tmp_path, report=stop_the_worker, announce=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "_START_WORKER", start_of_waiting_workers(note))
+        threading.Thread(target=stop_the_worker, daemon=True).start()
+        outcome = run_sweep(config, tmp_path / "sweep", announce=said.append)
     assert outcome.num_finished == 0
     assert "asked to stop and has saved its checkpoint" in outcome.failed[0].reason
     assert "FAILED" in said[-1]
-    assert run_sweep(config, tmp_path, announce=print).num_finished == 1
+    assert run_sweep(config, tmp_path / "sweep", announce=print).num_finished == 1
 
 
+@needs_proc
 @pytest.mark.slow
 def test_a_killed_worker_and_a_killed_sweep_lose_no_number(tmp_path: Path) -> None:
-    undisturbed, output = tmp_path / "undisturbed", tmp_path / "sweep"
-    train(train_config("uniform", epochs=100), undisturbed)
-    code = "import sys; sys.path[:] = sys.argv.pop(1).split(':'); "
+    undisturbed, output, note = tmp_path / "undisturbed", tmp_path / "sweep", tmp_path / "note"
+    train(train_config("uniform", epochs=3), undisturbed)
+    code = "import sys; sys.path[:] = sys.argv.pop(1).split(':')\n"
+    code += "from excessmtl_ext.training.sweep import jobs\n"
+    code += f"jobs._START_WORKER = {start_of_waiting_workers(note)!r}\n"
     code += "from excessmtl_ext.training.cli import main; main()"
     command = [sys.executable, "-c", code, ":".join(sys.path), "sweep", "digits", *OPTIONS]
     command += ["--noise", "0.8", "--seeds", "1", "--methods", "uniform,groupdro", "--jobs", "2"]
-    command += ["--epochs", "100", "--output", str(output)]
+    command += ["--epochs", "3", "--output", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    folder = output / "runs/uniform_noise0.8_seed0"
-    wait_for(lambda: (folder / "checkpoint.pt").is_file())
-    os.kill(worker_of(process.pid, folder), signal.SIGKILL)
+    os.kill(int(note.read_text()), signal.SIGKILL)
     assert process.stdout is not None
     assert "FAILED: the process was killed (SIGKILL" in process.stdout.readline()
     process.kill()
     process.wait()
     process.stdout.close()
+    folder = output / "runs/uniform_noise0.8_seed0"
+    assert (folder / "checkpoint.pt").is_file()
     assert not (folder / "metrics.json").exists()
 
     # The other worker notices that its sweep is gone, saves a checkpoint and frees the folder.
+    note.unlink()
     outcome = run_sweep(
-        sweep_config(methods=("uniform", "groupdro"), epochs=100), output, announce=print
+        sweep_config(methods=("uniform", "groupdro"), epochs=3), output, announce=print
     )
-    assert outcome == SweepOutcome(2, outcome.num_skipped, (), {})
+    assert outcome == SweepOutcome(2, 0, (), {})
     for name in ("metrics.csv", "task_weights.csv", "metrics.json"):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
 
@@ -408,14 +443,3 @@ def train_config(method: str, epochs: int) -> TrainConfig:
         lr=1e-3,
         num_train=300,
     )
-
-
-def worker_of(sweep: int, folder: Path) -> int:
-    """The process that a sweep has started and that logs into a folder."""
-    log = str(folder / "log.txt")
-    children = Path(f"/proc/{sweep}/task/{sweep}/children")
-    if not children.is_file():
-        pytest.skip("no /proc to find the worker in")
-    pids = [int(pid) for pid in children.read_text().split()]
-    (worker,) = [pid for pid in pids if os.readlink(f"/proc/{pid}/fd/2") == log]
-    return worker
