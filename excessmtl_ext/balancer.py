@@ -20,10 +20,10 @@ from excessmtl_ext.collapse import effective_num_tasks
 from excessmtl_ext.engines import streaming
 from excessmtl_ext.engines.balanced_loss import balanced_loss
 from excessmtl_ext.engines.exact import ExactEngine
-from excessmtl_ext.functional import MAX_TASKS, ParamLayout, init_state
 from excessmtl_ext.given_gradients import GivenGrads, read_given
 from excessmtl_ext.insight import Insight
 from excessmtl_ext.saved_state import STATE_VERSION, StateModule
+from excessmtl_ext.state import MAX_TASKS, ParamLayout, init_state
 from excessmtl_ext.step import (
     Batched,
     Engine,

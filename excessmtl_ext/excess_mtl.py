@@ -22,7 +22,7 @@ from excessmtl_ext.excess_mtl_options import (
     choose_engine,
     preset_options,
 )
-from excessmtl_ext.functional import (
+from excessmtl_ext.state import (
     MAX_LOG_STEP,
     Fisher,
     ParamLayout,

@@ -17,7 +17,7 @@ from excessmtl_ext.engines.cheaper import (
     checked_subset,
 )
 from excessmtl_ext.engines.exact import ExactEngine
-from excessmtl_ext.functional import SMALLEST_EPS
+from excessmtl_ext.state import SMALLEST_EPS
 from excessmtl_ext.step import Engine
 
 if TYPE_CHECKING:

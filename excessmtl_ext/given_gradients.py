@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.arguments import shortened
-from excessmtl_ext.functional import ParamLayout
 from excessmtl_ext.passes.per_task import flat_rows
+from excessmtl_ext.state import ParamLayout
 from excessmtl_ext.step import Step, TaskGrads, WeightingRule
 from excessmtl_ext.step_arguments import as_scale, moves_weights
 

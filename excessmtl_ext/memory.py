@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from excessmtl_ext.functional import CUDA_CHUNK_NUMEL, ParamLayout
+from excessmtl_ext.state import CUDA_CHUNK_NUMEL, ParamLayout
 from excessmtl_ext.step import Engine, WeightingRule
 
 When = Literal["always", "step", "streamed step"]

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from excessmtl_ext.functional import ParamLayout, StepOptions, StepState
+from excessmtl_ext.state import ParamLayout, StepOptions, StepState
 
 WeightScale = Literal["simplex", "num_tasks"]
 HeadWeighting = Literal["none", "task_weights"]

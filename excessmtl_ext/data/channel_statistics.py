@@ -14,13 +14,13 @@ MIN_STD = 1 / 25_600
 
 
 class ChannelStatistics(NamedTuple):
-    """Mean and standard deviation of each colour channel, float32 [C, 1, 1]."""
+    """What standardises an image: mean and standard deviation of each channel, float32 [C, 1, 1]."""
 
     mean: Tensor
     std: Tensor
 
     def standardise(self, images: Tensor) -> Tensor:
-        """Subtracts the means of images [..., C, H, W] and divides by the deviations."""
+        """Returns images [..., C, H, W] with these statistics taken out."""
         return (images - self.mean) / self.std
 
 

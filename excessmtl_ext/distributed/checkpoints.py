@@ -9,7 +9,7 @@ from torch import Tensor
 
 from excessmtl_ext.distributed.dtensors import local_part
 from excessmtl_ext.distributed.partition import Partition
-from excessmtl_ext.functional import segments
+from excessmtl_ext.state import segments
 from excessmtl_ext.step import Engine
 
 SHARDED_NAMES = ("sq_grad_sum", "grad_mean")

@@ -11,7 +11,7 @@ from excessmtl_ext.distributed.collectives import PendingShard
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement, RankStep, run_pass
 from excessmtl_ext.distributed.weights import repair, update_from_parts
-from excessmtl_ext.functional import ParamLayout
+from excessmtl_ext.state import ParamLayout
 from excessmtl_ext.step import FisherRule, raise_if_nonfinite
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from excessmtl_ext.distributed.collectives import Ranks
 from excessmtl_ext.distributed.ddp import AveragedGrads, register_averaged_grads
 from excessmtl_ext.distributed.dtensors import common_mesh, is_dtensor, local_part
-from excessmtl_ext.functional import ParamLayout
+from excessmtl_ext.state import ParamLayout
 
 Reduce = Literal["grads", "risks"]
 

@@ -27,7 +27,6 @@ from excessmtl_ext.engines.exact import (
     step_without_task_grads,
     update_and_combine,
 )
-from excessmtl_ext.functional import StepOptions, StepState
 from excessmtl_ext.given_gradients import given_task_grads
 from excessmtl_ext.passes.capture import capture_grads
 from excessmtl_ext.passes.cut import Cut
@@ -41,6 +40,7 @@ from excessmtl_ext.passes.per_task import (
     starts_of,
 )
 from excessmtl_ext.passes.weighted import apply_weights
+from excessmtl_ext.state import StepOptions, StepState
 from excessmtl_ext.step import (
     NO_TARGETS,
     FisherRule,

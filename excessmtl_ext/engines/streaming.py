@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import functional
-from excessmtl_ext.functional import segments
 from excessmtl_ext.passes.per_task import HeadGrads, backward_of_task
 from excessmtl_ext.passes.targets import assign_grads, combine_targets
+from excessmtl_ext.state import segments
 from excessmtl_ext.step import (
     Step,
     StreamingRule,
