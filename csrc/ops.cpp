@@ -6,67 +6,118 @@
 // first_task, say how.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+namespace {
+
+// How the gradients lie, what CUDA launches, and by what a GradScaler multiplied them.
+const std::string kPlan = "Tensor param_numels, Tensor chunk_map, Tensor? grad_scale, ";
+
+// StepTensors and StepChoices in step_state.h.
+const std::string kState = R"(
+  Tensor(a!) sq_grad_sum,
+  Tensor(b!) grad_mean,
+  Tensor(c!) excess_risk,
+  Tensor(d!) relative_excess_risk,
+  Tensor(e!) baseline_excess_risk,
+  Tensor(f!) log_task_weights,
+  Tensor(g!) task_weights,
+  Tensor(h!) num_steps,
+  Tensor(i!) num_task_steps,
+  Tensor(j!) num_skipped_steps,
+  Tensor(k!) found_nonfinite,
+  Tensor(l!) ticket)";
+const std::string kChoices = R"(
+  bool sqrt_fisher,
+  float eps,
+  float gradient_momentum,
+  float robust_step_size,
+  int num_warmup_steps,
+  bool relative,
+  float min_weight,
+  float weight_total)";
+const std::string kLateChoices = R"(
+  int rounding_seed=0)";
+
+// Of state that is given without the step it belongs to; only bfloat16 needs them.
+const std::string kRounding = R"(
+  Tensor? num_steps=None,
+  Tensor? num_skipped_steps=None,
+  int rounding_seed=0,
+  int first_task=0)";
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+
   // One step: S += g * g, excess risks, baseline, weights. One launch on CUDA.
-  m.def(
-      "fused_step_(Tensor[] task_grads, Tensor param_numels, Tensor chunk_map, Tensor? grad_scale, "
-      "Tensor(a!) sq_grad_sum, Tensor(b!) grad_mean, Tensor(c!) excess_risk, Tensor(d!) "
-      "relative_excess_risk, "
-      "Tensor(e!) baseline_excess_risk, Tensor(f!) log_task_weights, Tensor(g!) task_weights, "
-      "Tensor(h!) num_steps, "
-      "Tensor(i!) num_task_steps, Tensor(j!) num_skipped_steps, Tensor(k!) found_nonfinite, "
-      "Tensor(l!) ticket, *, "
-      "bool sqrt_fisher, float eps, float gradient_momentum, float robust_step_size, int "
-      "num_warmup_steps, "
-      "bool relative, float min_weight, float weight_total, int rounding_seed=0) -> ()");
+  define("fused_step_(Tensor[] task_grads, " + kPlan + kState + ", *, " + kChoices + ", " +
+         kLateChoices + ") -> ()");
+
   // fused_step_, then combine_ with its weights: one launch of both on CUDA where the gradients stay in the L2 cache.
-  m.def(
-      "fused_step_combine_(Tensor[] task_grads, Tensor(m!)[] outputs, Tensor param_numels, Tensor "
-      "chunk_map, Tensor? grad_scale, "
-      "Tensor(a!) sq_grad_sum, Tensor(b!) grad_mean, Tensor(c!) excess_risk, Tensor(d!) "
-      "relative_excess_risk, "
-      "Tensor(e!) baseline_excess_risk, Tensor(f!) log_task_weights, Tensor(g!) task_weights, "
-      "Tensor(h!) num_steps, "
-      "Tensor(i!) num_task_steps, Tensor(j!) num_skipped_steps, Tensor(k!) found_nonfinite, "
-      "Tensor(l!) ticket, *, "
-      "bool sqrt_fisher, float eps, float gradient_momentum, float robust_step_size, int "
-      "num_warmup_steps, "
-      "bool relative, float min_weight, float weight_total, bool accumulate, int rounding_seed=0) "
-      "-> ()");
+  define("fused_step_combine_(Tensor[] task_grads, Tensor(m!)[] outputs, " + kPlan + kState +
+         ", *, " + kChoices + ", bool accumulate, " + kLateChoices + ") -> ()");
+
   // The three parts of fused_step_, for streaming and for sums over ranks in between.
-  m.def(
-      "accumulate_excess_risk_(Tensor[] task_grads, Tensor param_numels, Tensor chunk_map, Tensor? "
-      "grad_scale, "
-      "Tensor(a!) sq_grad_sum, Tensor(b!) grad_mean, Tensor(c!) excess_risk_sum, Tensor(d!) "
-      "ticket, *, "
-      "bool sqrt_fisher, float eps, float gradient_momentum, Tensor? num_steps=None, Tensor? "
-      "num_skipped_steps=None, int rounding_seed=0, int first_task=0) -> ()");
-  m.def(
-      "update_task_risks_(Tensor excess_risk_sum, int[] tasks, Tensor(a!) excess_risk, "
-      "Tensor(b!) relative_excess_risk, Tensor(c!) baseline_excess_risk, Tensor num_steps, "
-      "Tensor(d!) num_task_steps, "
-      "Tensor(e!) found_nonfinite, *, float gradient_momentum, int num_warmup_steps, bool "
-      "relative, "
-      "float raw_risk_scale) -> ()");
-  m.def(
-      "update_task_weights_(int[] tasks, Tensor relative_excess_risk, Tensor(a!) log_task_weights, "
-      "Tensor(b!) task_weights, Tensor(c!) num_steps, Tensor(d!) num_skipped_steps, Tensor "
-      "found_nonfinite, *, "
-      "float robust_step_size, int num_warmup_steps, float min_weight, float weight_total) -> ()");
+  define("accumulate_excess_risk_(Tensor[] task_grads, " + kPlan + R"(
+      Tensor(a!) sq_grad_sum,
+      Tensor(b!) grad_mean,
+      Tensor(c!) excess_risk_sum,
+      Tensor(d!) ticket,
+      *,
+      bool sqrt_fisher,
+      float eps,
+      float gradient_momentum, )" +
+         kRounding + ") -> ()");
+  define(R"(update_task_risks_(
+      Tensor excess_risk_sum,
+      int[] tasks,
+      Tensor(a!) excess_risk,
+      Tensor(b!) relative_excess_risk,
+      Tensor(c!) baseline_excess_risk,
+      Tensor num_steps,
+      Tensor(d!) num_task_steps,
+      Tensor(e!) found_nonfinite,
+      *,
+      float gradient_momentum,
+      int num_warmup_steps,
+      bool relative,
+      float raw_risk_scale) -> ())");
+  define(R"(update_task_weights_(
+      int[] tasks,
+      Tensor relative_excess_risk,
+      Tensor(a!) log_task_weights,
+      Tensor(b!) task_weights,
+      Tensor(c!) num_steps,
+      Tensor(d!) num_skipped_steps,
+      Tensor found_nonfinite,
+      *,
+      float robust_step_size,
+      int num_warmup_steps,
+      float min_weight,
+      float weight_total) -> ())");
+
   // outputs (+)= sum_i task_weights_i * task_grads_i; after a non-finite step: repairs the state, fills outputs with NaN.
-  m.def(
-      "combine_(Tensor[] task_grads, Tensor(a!)[] outputs, Tensor param_numels, Tensor chunk_map, "
-      "Tensor? grad_scale, "
-      "Tensor task_weights, Tensor found_nonfinite, Tensor(b!) sq_grad_sum, Tensor(c!) grad_mean, "
-      "*, "
-      "float gradient_momentum, bool accumulate, Tensor? num_steps=None, Tensor? "
-      "num_skipped_steps=None, "
-      "int rounding_seed=0, int first_task=0) -> ()");
+  define("combine_(Tensor[] task_grads, Tensor(a!)[] outputs, " + kPlan + R"(
+      Tensor task_weights,
+      Tensor found_nonfinite,
+      Tensor(b!) sq_grad_sum,
+      Tensor(c!) grad_mean,
+      *,
+      float gradient_momentum,
+      bool accumulate, )" +
+         kRounding + ") -> ()");
+
   // Streaming: running_sum (+)= exp(log_weight) * task_grads of one task, kept relative to the largest log-weight so far.
-  m.def(
-      "fold_(Tensor[] task_grads, Tensor param_numels, Tensor chunk_map, Tensor log_weight, "
-      "Tensor(a!) running_sum, "
-      "Tensor(b!) running_log_max) -> ()");
+  define(R"(fold_(
+      Tensor[] task_grads,
+      Tensor param_numels,
+      Tensor chunk_map,
+      Tensor log_weight,
+      Tensor(a!) running_sum,
+      Tensor(b!) running_log_max) -> ())");
+
   // Which of the CPU code paths this machine runs: "avx512", "avx2" or "default".
-  m.def("cpu_capability() -> str");
+  define("cpu_capability() -> str");
 }

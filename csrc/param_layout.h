@@ -96,7 +96,7 @@ struct TaskGrads {
   }
 };
 
-// acc_type: the type of the state, or Undefined where there is none. `like`: a tensor on the device of the step.
+// `like`: a tensor on the device of the step.
 inline TaskGrads read_task_grads(std::vector<Tensor> task_grads, const ParamLayout& layout,
                                  int64_t num_tasks, const Tensor& like) {
   const int64_t num_tensors = layout.num_tensors();

@@ -1,5 +1,4 @@
 // The state and the choices of a step as the ops receive them: what the schemas of fused_step_ and fused_step_combine_ share.
-// Both backends read their arguments through here.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +9,7 @@
 #include "checks.h"
 #include "excess_risk_math.h"
 #include "param_layout.h"
+#include "task_state.h"
 
 namespace excessmtl {
 
@@ -55,8 +55,6 @@ struct StepTensors {
   int64_t num_tasks() const { return sq_grad_sum.size(0); }
   RoundingSource rounding(int64_t seed) const { return {seed, num_steps, num_skipped_steps, 0}; }
 
-  // Each backend's struct of pointers to the vectors and counters.
-  template <class TaskState>
   TaskState task_state() const {
     TaskState state = {};
     state.excess_risk = excess_risk.mutable_data_ptr<double>();
@@ -72,6 +70,7 @@ struct StepTensors {
   }
 };
 
+// In the order of the schemas, where rounding_seed stands apart.
 struct StepChoices {
   bool sqrt_fisher;
   double eps;
@@ -90,6 +89,16 @@ struct StepChoices {
             robust_step_size,  min_weight,       weight_total};
   }
 };
+
+template <class... T>
+struct TypeList {};
+
+// The members' types, for the ops' signatures; a choice that is new comes with a default, at the end of the schemas.
+using StepTensorTypes = TypeList<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                 Tensor, Tensor, Tensor, Tensor>;
+using StepChoiceTypes = TypeList<bool, double, double, double, int64_t, bool, double,
+                                 double>;   // sqrt_fisher to weight_total
+using LateChoiceTypes = TypeList<int64_t>;  // rounding_seed
 
 inline void check_step(const StepTensors& state, const StepChoices& choices,
                        const ParamLayout& layout) {

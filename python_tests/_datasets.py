@@ -132,3 +132,64 @@ def write_diamonds(root: Path, content: str | None = None) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "diamonds.csv").write_text(diamonds_csv() if content is None else content)
     return root
+
+
+def movielens_files(num_users: int = 30, num_films: int = 25, seed: int = 0) -> dict[str, str]:
+    generator = np.random.default_rng(seed)
+    genres = ["Drama", "Comedy", "Drama Romance", "Film-Noir Thriller", "Drama Comedy"]
+    item = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
+    item += [f"{n + 1}\tFilm {n}\t{1990 + n % 8}\t{genres[n % 5]}" for n in range(num_films)]
+    user = ["user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token"]
+    user += [f"{n + 1}\t{15 + 2 * n}\t{'FM'[n % 2]}\tother\t{n:05}" for n in range(num_users)]
+    inter = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    for owner in range(num_users):
+        films = generator.permutation(num_films)[: 5 + owner % 7]
+        inter += [f"{owner + 1}\t{film + 1}\t{1 + (film + owner) % 5}\t88" for film in films]
+    return {
+        f"ml-100k.{name}": "\n".join(rows) + "\n"
+        for name, rows in (("inter", inter), ("item", item), ("user", user))
+    }
+
+
+def write_movielens(root: Path, files: dict[str, str] | None = None) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for name, text in (movielens_files() if files is None else files).items():
+        (root / name).write_text(text)
+    return root
+
+
+QM9_COLUMNS = (
+    "Dipole_debye", "Polarizability_bohr3", "HOMO_au", "LUMO_au", "R2_bohr2", "ZPVE_au", "InternalEnergy_0K_au",
+    "InternalEnergy_298K_au", "Enthalphy_298K_au", "GibbsFreeEnergy_298K_au", "Heatcapacity_Cv_cal_mol_K",
+)  # fmt: skip
+# The first molecule of the public table.
+METHANE = (
+    "0.", "13.21", "-0.3877", "0.1171", "35.3641", "0.044749", "-40.47893", "-40.476062", "-40.475117", "-40.498597",
+    "6.469",
+)  # fmt: skip
+
+
+def qm9_csv(num_molecules: int = 20, seed: int = 0) -> str:
+    generator = np.random.default_rng(seed)
+    lines = ["Index,Elements,XYZ_Ang," + ",".join(QM9_COLUMNS)]
+    for number in range(num_molecules):
+        elements = ["C", *"HHHH"[: 1 + number % 4], *"NOF"[: number % 3]]
+        places = generator.normal(scale=1.5, size=(len(elements), 3)).round(4).tolist()
+        values = METHANE if number == 0 else [f"{value:.4f}" for value in generator.normal(size=11)]
+        if number == 0:
+            elements, places = (
+                list("CHHHH"),
+                [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]],
+            )
+        quoted = ",".join(f"'{element}'" for element in elements)
+        lines.append(f'{number + 1},"[{quoted}]","{places}",' + ",".join(values))
+    return "\n".join(lines) + "\n"
+
+
+def write_qm9(root: Path, parts: dict[str, str] | None = None) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    given = parts or {}
+    for number in (1, 2, 3):
+        name = f"qm9_part{number}.csv"
+        (root / name).write_text(given.get(name, qm9_csv(seed=number)))
+    return root

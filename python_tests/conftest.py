@@ -44,9 +44,10 @@ class PassedTests:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.cache is not None and not config.option.collectonly:
-        before = config.cache.get(PASSED, []) if config.getoption("rest") else []
-        config.pluginmanager.register(PassedTests(config.cache, before))
+    cache = getattr(config, "cache", None)  # None: -p no:cacheprovider
+    if cache is not None and not config.option.collectonly:
+        before = cache.get(PASSED, []) if config.getoption("rest") else []
+        config.pluginmanager.register(PassedTests(cache, before))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -1,9 +1,8 @@
 // How the CPU ops split their work: fixed chunks of the padded parameters, whatever the number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 
 #include "../param_layout.h"
 #include "element_loops.h"
@@ -53,38 +52,6 @@ void for_each_slice(const ParamLayout& layout, int64_t chunk, const F& f) {
 
 inline const void* advanced(const void* data, GradType type, int64_t count) {
   return static_cast<const char*>(data) + count * kGradBytes[type];
-}
-
-// The widest instruction set this machine has. EXCESSMTL_CPU_CAPABILITY=avx2 or =default lowers it (for tests and measurements).
-inline const Capability& capability() {
-  static const Capability* const chosen = [] {
-    const Capability* candidates[] = {avx512_capability(), avx2_capability(), default_capability()};
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool supported[] = {
-        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("fma"),
-        // GCC 12 cannot ask for F16C, but every processor with AVX2 has it.
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true};
-#else
-    const bool supported[] = {false, false, true};
-#endif
-    const char* wanted = std::getenv("EXCESSMTL_CPU_CAPABILITY");
-    int first = 0;
-    for (int k = 0; wanted != nullptr && k < 3; ++k) {
-      if (candidates[k] != nullptr && std::strcmp(wanted, candidates[k]->name) == 0) {
-        first = k;
-      }
-    }
-    for (int k = first; k < 3; ++k) {
-      if (candidates[k] != nullptr && supported[k]) {
-        return candidates[k];
-      }
-    }
-    return default_capability();
-  }();
-  return *chosen;
 }
 
 template <typename state_t>

@@ -1,19 +1,18 @@
-// combine_ and fold_ on the CPU.
+// combine_ on the CPU.
 //
-// Work:     item = chunk of kChunkNumel padded parameters (combine_, fold_) or (task, chunk) (the repair).
+// Work:     item = chunk of kChunkNumel padded parameters, or (task, chunk) for the repair.
 // Traffic:  every gradient read once, every output written once; the sum over tasks stays in a tile in the first-level cache.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <optional>
-#include <utility>
 #include <vector>
 
+#include "../op_arguments.h"
 #include "../param_layout.h"
-#include "../step_arguments.h"
 #include "chunks.h"
 #include "grad_scale.h"
+#include "state_rows.h"
 #include "step_phases.h"
 
 namespace excessmtl::cpu {
@@ -82,9 +81,9 @@ void write_tile(const acc_t* tile, void* output, GradType type, int64_t count, b
 // ---- the two phases ---------------------------------------------------------------------------------------------------
 
 template <typename acc_t>
-void combine(const TaskGrads& grads, const ParamLayout& layout,
-             const std::vector<void*>& output_data, const std::vector<GradType>& output_types,
-             const double* task_weights, bool accumulate) {
+void weighted_sum(const TaskGrads& grads, const ParamLayout& layout,
+                  const std::vector<void*>& output_data, const std::vector<GradType>& output_types,
+                  const double* task_weights, bool accumulate) {
   const FoldLoops<acc_t>& loops = fold_loops<acc_t>();
   for_each_item(
       num_chunks(layout), grads.num_tasks() * std::min(layout.padded_numel(), kChunkNumel),
@@ -121,18 +120,17 @@ void combine(const TaskGrads& grads, const ParamLayout& layout,
 }
 
 template <typename state_t>
-void repair(const TaskGrads& grads, const ParamLayout& layout, const Tensor& sq_grad_sum,
-            const Tensor& grad_mean, const ElementOptions<Accumulation<state_t>>& options,
-            const StepRounding& rounding) {
+void repair(const TaskGrads& grads, const ParamLayout& layout, const StepRows& rows,
+            const ElementOptions<Accumulation<state_t>>& options) {
   const StateLoops<state_t>& loops = state_loops<state_t>();
   const bool has_momentum = options.momentum > 0;
   const int64_t stride = layout.padded_numel();
   const int64_t chunks = num_chunks(layout);
-  state_t* sums = rows_of<state_t>(sq_grad_sum);
-  state_t* means = has_momentum ? rows_of<state_t>(grad_mean) : nullptr;
+  state_t* sums = rows_of<state_t>(rows.sq_grad_sum);
+  state_t* means = has_momentum ? rows_of<state_t>(rows.grad_mean) : nullptr;
   for_each_item(grads.num_tasks() * chunks, std::min(stride, kChunkNumel), [&](int64_t item) {
     const int64_t task = item / chunks;
-    const RoundingKey key = row_key(rounding, task, RoundingUse::kRepair);
+    const RoundingKey key = row_key(rows.rounding, task, RoundingUse::kRepair);
     for_each_slice(layout, item % chunks,
                    [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
                      const int64_t k = task * layout.num_tensors() + segment;
@@ -147,76 +145,24 @@ void repair(const TaskGrads& grads, const ParamLayout& layout, const Tensor& sq_
   });
 }
 
-void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels,
-                Tensor chunk_map, std::optional<Tensor> grad_scale, Tensor task_weights,
-                Tensor found_nonfinite, Tensor sq_grad_sum, Tensor grad_mean,
-                double gradient_momentum, bool accumulate, std::optional<Tensor> num_steps,
-                std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
-                int64_t first_task) {
-  const ParamLayout layout = read_param_layout(param_numels);
-  const RoundingSource rounding = {rounding_seed, std::move(num_steps),
-                                   std::move(num_skipped_steps), first_task};
-  const double scale = read_grad_scale(grad_scale);
-  const TaskGrads grads =
-      read_combination(std::move(task_grads), outputs, layout, chunk_map, grad_scale, task_weights,
-                       found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum, rounding);
-  run_combine(grads, layout, scale,
-              {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum,
-               sq_grad_sum.numel() > 0 ? read_rounding(rounding, sq_grad_sum) : StepRounding{}},
-              outputs, accumulate);
-}
-
-template <typename acc_t>
-void fold(const TaskGrads& grads, const ParamLayout& layout, Tensor& running_sum,
-          const FoldFactors& factors) {
-  const FoldLoops<acc_t>& loops = fold_loops<acc_t>();
-  acc_t* sums = running_sum.mutable_data_ptr<acc_t>();
-  const acc_t keep = static_cast<acc_t>(factors.keep);
-  const acc_t add = static_cast<acc_t>(factors.add);
-  for_each_item(
-      num_chunks(layout), std::min(layout.padded_numel(), kChunkNumel), [&](int64_t chunk) {
-        for_each_slice(layout, chunk,
-                       [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
-                         if (grads.data[segment] != nullptr) {
-                           loops.fold[grads.types[segment]](
-                               advanced(grads.data[segment], grads.types[segment], in_segment),
-                               keep, add, sums + position, count);
-                         } else {
-                           std::transform(sums + position, sums + position + count, sums + position,
-                                          [keep](acc_t v) { return v * keep; });
-                         }
-                       });
-      });
-}
-
-void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_map,
-             Tensor log_weight, Tensor running_sum, Tensor running_log_max) {
-  const ParamLayout layout = read_param_layout(param_numels);
-  const TaskGrads grads =
-      read_fold(std::move(task_grads), layout, chunk_map, log_weight, running_sum, running_log_max);
-  double& log_max = *running_log_max.mutable_data_ptr<double>();
-  const FoldFactors factors = fold_factors(*log_weight.const_data_ptr<double>(), log_max);
-  if (running_sum.scalar_type() == ScalarType::Double) {
-    fold<double>(grads, layout, running_sum, factors);
-  } else {
-    fold<float>(grads, layout, running_sum, factors);
-  }
-  log_max = factors.log_max;
-}
+void combine(const CombineCall& call) { run_combine(call, read_grad_scale(call.grad_scale)); }
 
 }  // namespace
 
-void run_combine(const TaskGrads& grads, const ParamLayout& layout, double grad_scale,
-                 const CombineState& state, const std::vector<Tensor>& outputs, bool accumulate) {
+void run_combine(const CombineCall& call, double grad_scale) {
+  const TaskGrads& grads = call.grads;
+  const CombineState& state = call.state;
+  const std::vector<Tensor>& outputs = call.outputs;
   const bool* flags = state.found_nonfinite.const_data_ptr<bool>();
   if (std::find(flags, flags + grads.num_tasks(), true) != flags + grads.num_tasks()) {
-    if (state.sq_grad_sum.numel() > 0) {
+    if (state.has_rows()) {
       with_state_type(state.sq_grad_sum, [&](auto zero) {
         using state_t = decltype(zero);
         repair<state_t>(
-            grads, layout, state.sq_grad_sum, state.grad_mean,
-            make_element_options<Accumulation<state_t>>(1.0, state.gradient_momentum, grad_scale),
-            state.rounding);
+            grads, call.layout,
+            {state.sq_grad_sum, state.grad_mean, state.gradient_momentum,
+             read_rounding(state.rounding, state.sq_grad_sum)},
+            make_element_options<Accumulation<state_t>>(1.0, state.gradient_momentum, grad_scale));
       });
     }
     for (const Tensor& output : outputs) {
@@ -242,15 +188,14 @@ void run_combine(const TaskGrads& grads, const ParamLayout& layout, double grad_
   }
   const double* weights = state.task_weights.const_data_ptr<double>();
   if (needs_double) {
-    combine<double>(grads, layout, output_data, output_types, weights, accumulate);
+    weighted_sum<double>(grads, call.layout, output_data, output_types, weights, call.accumulate);
   } else {
-    combine<float>(grads, layout, output_data, output_types, weights, accumulate);
+    weighted_sum<float>(grads, call.layout, output_data, output_types, weights, call.accumulate);
   }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CPU, m) {
-  m.impl("combine_", TORCH_BOX(&combine_op));
-  m.impl("fold_", TORCH_BOX(&fold_op));
+  m.impl("combine_", TORCH_BOX(&combine_entry<&combine>));
 }
 
 }  // namespace excessmtl::cpu

@@ -52,4 +52,7 @@ const Capability* avx512_capability();
 const Capability* avx2_capability();
 const Capability* default_capability();
 
+// The widest instruction set this machine has. EXCESSMTL_CPU_CAPABILITY=avx2 or =default lowers it (for tests and measurements).
+const Capability& capability();
+
 }  // namespace excessmtl::cpu

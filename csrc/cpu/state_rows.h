@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "../op_arguments.h"
 #include "../param_layout.h"
-#include "../step_state.h"
 #include "element_loops.h"
 
 namespace excessmtl::cpu {
@@ -25,6 +25,19 @@ inline StepRounding read_rounding(const RoundingSource& source, const Tensor& sq
           *source.num_steps->const_data_ptr<int64_t>() +
               *source.num_skipped_steps->const_data_ptr<int64_t>(),
           source.first_task};
+}
+
+// Rows of the state in one step.
+struct StepRows {
+  const Tensor& sq_grad_sum;  // [R, padded P]
+  const Tensor& grad_mean;    // [R, padded P], or [R, 0] without momentum
+  double gradient_momentum;
+  StepRounding rounding;
+};
+
+inline StepRows rows_of_step(const StepCall& call) {
+  return {call.state.sq_grad_sum, call.state.grad_mean, call.choices.gradient_momentum,
+          read_rounding(call.rounding(), call.state.sq_grad_sum)};
 }
 
 inline RoundingKey row_key(const StepRounding& rounding, int64_t row, RoundingUse use) {

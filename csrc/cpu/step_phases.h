@@ -1,30 +1,20 @@
-// The two phases of a step on the CPU, on arguments that have been read and checked: one op each, and one op that runs both.
+// The phases of a step on the CPU, on arguments that have been read and checked: one op each, and one op that runs all.
 #pragma once
 
-#include <vector>
-
-#include "../param_layout.h"
-#include "../step_state.h"
+#include "../op_arguments.h"
 #include "state_rows.h"
 
 namespace excessmtl::cpu {
 
-// fused_step_. grad_scale: 1 where there is none.
-void run_fused_step(const TaskGrads& grads, const ParamLayout& layout, double grad_scale,
-                    const StepTensors& tensors, const StepChoices& choices);
+// accumulate_excess_risk_: adds every present task's gradients to the state and writes the raw sums of those tasks to
+// excess_risk_sum [R]. grad_scale: 1 where there is none.
+void run_accumulate(const TaskGrads& grads, const ParamLayout& layout, double grad_scale,
+                    const StepRows& rows, bool sqrt_fisher, double eps, double* excess_risk_sum);
 
-// What combine_ works on besides gradients and outputs.
-struct CombineState {
-  Tensor task_weights;     // [T] float64
-  Tensor found_nonfinite;  // [T] bool
-  Tensor sq_grad_sum;      // [T, padded P], or no elements: nothing to repair
-  Tensor grad_mean;
-  double gradient_momentum;
-  StepRounding rounding;  // of the repair
-};
+// fused_step_.
+void run_fused_step(const StepCall& call, double grad_scale);
 
 // combine_, or the repair.
-void run_combine(const TaskGrads& grads, const ParamLayout& layout, double grad_scale,
-                 const CombineState& state, const std::vector<Tensor>& outputs, bool accumulate);
+void run_combine(const CombineCall& call, double grad_scale);
 
 }  // namespace excessmtl::cpu

@@ -5,21 +5,9 @@
 #include <vector>
 
 #include "../excess_risk_math.h"
+#include "../task_state.h"
 
 namespace excessmtl::cpu {
-
-// Pointers into the [T] state vectors.
-struct TaskState {
-  double* excess_risk;
-  double* relative_excess_risk;
-  double* baseline_excess_risk;
-  double* log_task_weights;
-  double* task_weights;
-  int64_t* num_steps;
-  int64_t* num_task_steps;
-  int64_t* num_skipped_steps;
-  bool* found_nonfinite;
-};
 
 // Commits the risks of the given tasks, or only flags the tasks whose sum is not finite. True when all are finite.
 bool update_task_risks(const double* excess_risk_sum, const std::vector<int64_t>& tasks,

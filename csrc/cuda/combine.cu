@@ -4,12 +4,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
-#include <optional>
 #include <utility>
 #include <vector>
 
+#include "../op_arguments.h"
 #include "../param_layout.h"
-#include "../step_arguments.h"
 #include "combine.cuh"
 #include "launch.cuh"
 #include "launch_scope.h"
@@ -27,28 +26,14 @@ cudaError_t launch_combine(const CombineArgs<state_t>& args, const TensorPointer
       grid_of(args.chunks.num_chunks, 1, scope.num_sms), scope.stream, args, tensors);
 }
 
-void combine_op(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, Tensor param_numels,
-                Tensor chunk_map, std::optional<Tensor> grad_scale, Tensor task_weights,
-                Tensor found_nonfinite, Tensor sq_grad_sum, Tensor grad_mean,
-                double gradient_momentum, bool accumulate, std::optional<Tensor> num_steps,
-                std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
-                int64_t first_task) {
-  const ParamLayout layout = read_param_layout(param_numels);
-  const RoundingSource rounding = {rounding_seed, std::move(num_steps),
-                                   std::move(num_skipped_steps), first_task};
-  TaskGrads grads =
-      read_combination(std::move(task_grads), outputs, layout, chunk_map, grad_scale, task_weights,
-                       found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum, rounding);
-  const LaunchScope scope(task_weights);
-  run_combine(grads, {layout, chunk_map, grad_scale, scope},
-              {task_weights, found_nonfinite, sq_grad_sum, grad_mean, gradient_momentum, rounding},
-              outputs, accumulate);
-}
+void combine(CombineCall& call) { run_combine(call, LaunchScope(call.state.task_weights)); }
 
 }  // namespace
 
-void run_combine(TaskGrads& grads, const StepPlan& plan, const CombineState& state,
-                 const std::vector<Tensor>& outputs, bool accumulate) {
+void run_combine(CombineCall& call, const LaunchScope& scope) {
+  const CombineState& state = call.state;
+  const std::vector<Tensor>& outputs = call.outputs;
+  TaskGrads& grads = call.grads;
   CommonType common;
   if (state.has_rows()) {
     common.add_state(state.sq_grad_sum.scalar_type());
@@ -65,14 +50,15 @@ void run_combine(TaskGrads& grads, const StepPlan& plan, const CombineState& sta
   }
   if (exceeds_state) {
     // float64 outputs beside narrower state: no kernel has both types, so the repair and the sum are a launch each.
-    const Tensor no_state = torch::stable::new_empty(state.task_weights, {grads.num_tasks(), 0});
-    run_combine(grads, plan, state, {}, accumulate);
-    run_combine(grads, plan,
-                {state.task_weights, state.found_nonfinite, no_state, no_state, 0.0, {}}, outputs,
-                accumulate);
+    CombineCall repair = call;
+    repair.outputs.clear();
+    run_combine(repair, scope);
+    const Tensor no_rows = torch::stable::new_empty(state.task_weights, {grads.num_tasks(), 0});
+    call.state = {state.task_weights, state.found_nonfinite, no_rows, no_rows, 0.0, {}};
+    run_combine(call, scope);
     return;
   }
-  if (plan.layout.padded_numel() == 0 || (outputs.empty() && !state.has_rows())) {
+  if (call.layout.padded_numel() == 0 || (outputs.empty() && !state.has_rows())) {
     return;
   }
   const bool is_rounded =
@@ -89,13 +75,12 @@ void run_combine(TaskGrads& grads, const StepPlan& plan, const CombineState& sta
     }
     pointers.push_back(target.numel() > 0 ? target.mutable_data_ptr() : nullptr);
   }
-  const LaunchScope& scope = plan.scope;
   const DevicePointers tensors(std::move(pointers), state.task_weights, scope);
   const auto launch_as = [&](auto grad, auto element_of_state) {
     using state_t = decltype(element_of_state);
     return launch_combine<decltype(grad)>(
-        make_combine_args<state_t>(plan, state, !outputs.empty(), accumulate), tensors.get(),
-        scope);
+        make_combine_args<state_t>(plan_of(call, scope), state, !outputs.empty(), call.accumulate),
+        tensors.get(), scope);
   };
   cudaError_t status = cudaSuccess;
   switch (type) {
@@ -122,6 +107,8 @@ void run_combine(TaskGrads& grads, const StepPlan& plan, const CombineState& sta
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) { m.impl("combine_", TORCH_BOX(&combine_op)); }
+STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) {
+  m.impl("combine_", TORCH_BOX(&combine_entry<&combine>));
+}
 
 }  // namespace excessmtl::cuda

@@ -3,11 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
-#include <utility>
-#include <vector>
 
+#include "../op_arguments.h"
 #include "../param_layout.h"
-#include "../step_arguments.h"
 #include "fold.cuh"
 #include "launch.cuh"
 #include "launch_scope.h"
@@ -28,18 +26,18 @@ cudaError_t launch_fold(const ParamChunks& chunks, const Tensor& log_weight, Ten
                            grid_of(chunks.num_chunks, 1, scope.num_sms), scope.stream, args, grads);
 }
 
-void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_map,
-             Tensor log_weight, Tensor running_sum, Tensor running_log_max) {
-  const ParamLayout layout = read_param_layout(param_numels);
-  TaskGrads grads =
-      read_fold(std::move(task_grads), layout, chunk_map, log_weight, running_sum, running_log_max);
+void fold(FoldCall& call) {
+  const Tensor& log_weight = call.log_weight;
+  Tensor& running_sum = call.running_sum;
+  const Tensor& running_log_max = call.running_log_max;
+  TaskGrads& grads = call.grads;
   check_state_alignment(running_sum, "running_sum");
   const LaunchScope scope(running_sum);
   CommonType common;
   common.add_state(running_sum.scalar_type());
   add_types(common, grads);
   convert_grads(grads, common.get());
-  const ParamChunks chunks = read_chunk_map(chunk_map, layout, running_sum);
+  const ParamChunks chunks = read_chunk_map(call.chunk_map, call.layout, running_sum);
   if (chunks.num_chunks > 0) {
     const DevicePointers pointers(grads.data, running_sum, scope);
     const auto launch_as = [&](auto launch) {
@@ -69,6 +67,8 @@ void fold_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_m
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) { m.impl("fold_", TORCH_BOX(&fold_op)); }
+STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) {
+  m.impl("fold_", TORCH_BOX(&fold_entry<&fold>));
+}
 
 }  // namespace excessmtl::cuda

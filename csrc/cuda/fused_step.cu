@@ -1,4 +1,4 @@
-// fused_step_ and accumulate_excess_risk_ on CUDA: arguments in, one launch out. Never waits for the device.
+// fused_step_ on CUDA: arguments in, one launch out. Never waits for the device.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -6,10 +6,9 @@
 #include <cstdint>
 #include <optional>
 #include <utility>
-#include <vector>
 
+#include "../op_arguments.h"
 #include "../param_layout.h"
-#include "../step_arguments.h"
 #include "fused_step_launch.cuh"
 #include "launch_scope.h"
 #include "launch_tensors.h"
@@ -22,12 +21,11 @@ static_assert(kMaxTasks == excessmtl::kMaxTasks,
 
 namespace {
 
-// One launch for all present tasks. excess_risk_sum nullptr: the whole step, on `state`.
 template <typename state_t>
-void launch_step(TaskGrads& grads, const StepPlan& plan, const Tensor& sq_grad_sum,
-                 const Tensor& grad_mean, const RoundingSource& rounding, const Tensor& ticket,
-                 double* excess_risk_sum, const TaskState& state, const TaskOptions& task_options,
-                 bool sqrt_fisher, double eps) {
+void launch_step_as(TaskGrads& grads, const StepPlan& plan, const Tensor& sq_grad_sum,
+                    const Tensor& grad_mean, const RoundingSource& rounding, const Tensor& ticket,
+                    double* excess_risk_sum, const TaskState& state,
+                    const TaskOptions& task_options, bool sqrt_fisher, double eps) {
   const bool has_momentum = task_options.momentum > 0.0;
   CommonType common;
   common.add_state(sq_grad_sum.scalar_type());
@@ -59,65 +57,9 @@ void launch_step(TaskGrads& grads, const StepPlan& plan, const Tensor& sq_grad_s
   check_step_launch(status, args.ticket, scope, "The launch of the fused step");
 }
 
-template <class... Args>
-void launch_step_for_state(TaskGrads& grads, const StepPlan& plan, const Tensor& sq_grad_sum,
-                           Args&&... args) {
-  switch (sq_grad_sum.scalar_type()) {
-    case ScalarType::Double:
-      return launch_step<double>(grads, plan, sq_grad_sum, std::forward<Args>(args)...);
-    case ScalarType::BFloat16:
-      return launch_step<BFloat16Bits>(grads, plan, sq_grad_sum, std::forward<Args>(args)...);
-    default:
-      return launch_step<float>(grads, plan, sq_grad_sum, std::forward<Args>(args)...);
-  }
-}
-
-void accumulate_excess_risk_op(std::vector<Tensor> task_grads, Tensor param_numels,
-                               Tensor chunk_map, std::optional<Tensor> grad_scale,
-                               Tensor sq_grad_sum, Tensor grad_mean, Tensor excess_risk_sum,
-                               Tensor ticket, bool sqrt_fisher, double eps,
-                               double gradient_momentum, std::optional<Tensor> num_steps,
-                               std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
-                               int64_t first_task) {
-  const ParamLayout layout = read_param_layout(param_numels);
-  const RoundingSource rounding = {rounding_seed, std::move(num_steps),
-                                   std::move(num_skipped_steps), first_task};
-  TaskGrads grads =
-      read_accumulation(std::move(task_grads), layout, chunk_map, grad_scale, sq_grad_sum,
-                        grad_mean, excess_risk_sum, ticket, eps, gradient_momentum, rounding);
-  check_state_for_launch(sq_grad_sum, grad_mean);
-  const LaunchScope scope(sq_grad_sum);
-  if (!grads.any_present()) {
-    return;
-  }
-  TaskOptions task_options = {};
-  task_options.momentum = gradient_momentum;
-  launch_step_for_state(grads, {layout, chunk_map, grad_scale, scope}, sq_grad_sum, grad_mean,
-                        rounding, ticket, excess_risk_sum.mutable_data_ptr<double>(), TaskState{},
-                        task_options, sqrt_fisher, eps);
-}
-
-void fused_step_op(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_map,
-                   std::optional<Tensor> grad_scale, Tensor sq_grad_sum, Tensor grad_mean,
-                   Tensor excess_risk, Tensor relative_excess_risk, Tensor baseline_excess_risk,
-                   Tensor log_task_weights, Tensor task_weights, Tensor num_steps,
-                   Tensor num_task_steps, Tensor num_skipped_steps, Tensor found_nonfinite,
-                   Tensor ticket, bool sqrt_fisher, double eps, double gradient_momentum,
-                   double robust_step_size, int64_t num_warmup_steps, bool relative,
-                   double min_weight, double weight_total, int64_t rounding_seed) {
-  const ParamLayout layout = read_param_layout(param_numels);
-  const StepTensors state = {
-      sq_grad_sum,          grad_mean,         excess_risk,     relative_excess_risk,
-      baseline_excess_risk, log_task_weights,  task_weights,    num_steps,
-      num_task_steps,       num_skipped_steps, found_nonfinite, ticket};
-  const StepChoices choices = {sqrt_fisher,      eps,      gradient_momentum, robust_step_size,
-                               num_warmup_steps, relative, min_weight,        weight_total,
-                               rounding_seed};
-  TaskGrads grads =
-      read_step(std::move(task_grads), {}, layout, chunk_map, grad_scale, state, choices);
-  check_state_for_launch(sq_grad_sum, grad_mean);
-  const LaunchScope scope(sq_grad_sum);
-  run_fused_step(grads, {layout, chunk_map, grad_scale, scope}, state, choices);
+void fused_step(StepCall& call) {
+  check_state_for_launch(call.state.sq_grad_sum, call.state.grad_mean);
+  run_fused_step(call, LaunchScope(call.state.sq_grad_sum));
 }
 
 }  // namespace
@@ -127,24 +69,41 @@ void check_state_for_launch(const Tensor& sq_grad_sum, const Tensor& grad_mean) 
   check_state_alignment(grad_mean, "grad_mean");
 }
 
-void run_fused_step(TaskGrads& grads, const StepPlan& plan, const StepTensors& state,
-                    const StepChoices& choices) {
-  const auto task_state = state.task_state<TaskState>();
-  if (!grads.any_present()) {
+void launch_step(TaskGrads& grads, const StepPlan& plan, const Tensor& sq_grad_sum,
+                 const Tensor& grad_mean, const RoundingSource& rounding, const Tensor& ticket,
+                 double* excess_risk_sum, const TaskState& state, const TaskOptions& task_options,
+                 bool sqrt_fisher, double eps) {
+  const auto launch_as = [&](auto launch) {
+    launch(grads, plan, sq_grad_sum, grad_mean, rounding, ticket, excess_risk_sum, state,
+           task_options, sqrt_fisher, eps);
+  };
+  switch (sq_grad_sum.scalar_type()) {
+    case ScalarType::Double:
+      return launch_as(launch_step_as<double>);
+    case ScalarType::BFloat16:
+      return launch_as(launch_step_as<BFloat16Bits>);
+    default:
+      return launch_as(launch_step_as<float>);
+  }
+}
+
+void run_fused_step(StepCall& call, const LaunchScope& scope) {
+  const StepTensors& state = call.state;
+  const TaskState task_state = state.task_state();
+  if (!call.grads.any_present()) {
     // Nothing happened, so nothing was found; no kernel for that.
-    check_cuda(cudaMemsetAsync(task_state.found_nonfinite, 0, grads.num_tasks() * sizeof(bool),
-                               plan.scope.stream),
+    check_cuda(cudaMemsetAsync(task_state.found_nonfinite, 0, call.grads.num_tasks() * sizeof(bool),
+                               scope.stream),
                "cudaMemsetAsync");
     return;
   }
-  launch_step_for_state(grads, plan, state.sq_grad_sum, state.grad_mean,
-                        state.rounding(choices.rounding_seed), state.ticket, nullptr, task_state,
-                        choices.task_options(plan.layout), choices.sqrt_fisher, choices.eps);
+  launch_step(call.grads, plan_of(call, scope), state.sq_grad_sum, state.grad_mean, call.rounding(),
+              state.ticket, nullptr, task_state, call.choices.task_options(call.layout),
+              call.choices.sqrt_fisher, call.choices.eps);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) {
-  m.impl("fused_step_", TORCH_BOX(&fused_step_op));
-  m.impl("accumulate_excess_risk_", TORCH_BOX(&accumulate_excess_risk_op));
+  m.impl("fused_step_", TORCH_BOX(&StepEntry<&fused_step>::fused_step));
 }
 
 }  // namespace excessmtl::cuda

@@ -13,7 +13,7 @@
 #include "param_chunks.cuh"
 #include "pointer_table.cuh"
 #include "state_access.cuh"
-#include "task_update.cuh"
+#include "task_updates.cuh"
 
 namespace excessmtl::cuda {
 

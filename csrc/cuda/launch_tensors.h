@@ -15,7 +15,7 @@
 #include "launch.cuh"
 #include "launch_scope.h"
 #include "param_chunks.cuh"
-#include "task_update.cuh"
+#include "task_updates.cuh"
 
 namespace excessmtl::cuda {
 

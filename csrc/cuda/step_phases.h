@@ -1,4 +1,4 @@
-// The two phases of a step on CUDA, on arguments that have been read and checked: one op each, and one op that runs both.
+// The phases of a step on CUDA, on arguments that have been read and checked: one op each, and one op that runs both.
 //
 // Gradients of another type than a phase's launch are converted in `grads`.
 #pragma once
@@ -9,10 +9,9 @@
 
 #include <cstdint>
 #include <optional>
-#include <vector>
 
+#include "../op_arguments.h"
 #include "../param_layout.h"
-#include "../step_state.h"
 #include "combine.cuh"
 #include "fused_step.cuh"
 #include "launch_scope.h"
@@ -28,28 +27,25 @@ struct StepPlan {
   const LaunchScope& scope;
 };
 
-// What CUDA asks of the state beyond read_step().
+template <class Call>
+StepPlan plan_of(const Call& call, const LaunchScope& scope) {
+  return {call.layout, call.chunk_map, call.grad_scale, scope};
+}
+
+// What CUDA asks of the state beyond the checks of op_arguments.h.
 void check_state_for_launch(const Tensor& sq_grad_sum, const Tensor& grad_mean);
 
+// One launch for all present tasks. excess_risk_sum nullptr: the whole step, on `state`.
+void launch_step(TaskGrads& grads, const StepPlan& plan, const Tensor& sq_grad_sum,
+                 const Tensor& grad_mean, const RoundingSource& rounding, const Tensor& ticket,
+                 double* excess_risk_sum, const TaskState& state, const TaskOptions& task_options,
+                 bool sqrt_fisher, double eps);
+
 // fused_step_: one launch, or none where no task is present.
-void run_fused_step(TaskGrads& grads, const StepPlan& plan, const StepTensors& state,
-                    const StepChoices& choices);
-
-// What combine_ works on besides gradients and outputs.
-struct CombineState {
-  Tensor task_weights;     // [T] float64
-  Tensor found_nonfinite;  // [T] bool
-  Tensor sq_grad_sum;      // [T, padded P], or no elements: nothing to repair
-  Tensor grad_mean;
-  double gradient_momentum;
-  RoundingSource rounding;  // of the repair
-
-  bool has_rows() const { return sq_grad_sum.numel() > 0; }
-};
+void run_fused_step(StepCall& call, const LaunchScope& scope);
 
 // combine_, or the repair: one launch as a rule.
-void run_combine(TaskGrads& grads, const StepPlan& plan, const CombineState& state,
-                 const std::vector<Tensor>& outputs, bool accumulate);
+void run_combine(CombineCall& call, const LaunchScope& scope);
 
 // Addresses: the kernels read the number of the step.
 inline void set_rounding(NoRounding& /*rounding*/, const RoundingSource& /*source*/) {}

@@ -1,4 +1,4 @@
-// The kernels of update_task_risks_ and update_task_weights_: the end of a step on its own, for streaming and for sums over ranks.
+// The kernel of update_task_weights_: the end of a step on its own, for streaming and for sums over ranks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,22 +6,9 @@
 #include "../excess_risk_math.h"
 #include "block_shared.cuh"
 #include "launch_config.cuh"
-#include "task_update.cuh"
+#include "task_updates.cuh"
 
 namespace excessmtl::cuda {
-
-// Launch bounds (kThreads, 1) below: one block runs alone, so it may use every register; without the 1 the compiler spills some.
-
-// Commits the risks of the given tasks, or only flags those whose sum is not finite.
-//
-// Grid: one block. Traffic: a few numbers per task. Determinism: tasks do not meet.
-__global__ void __launch_bounds__(kThreads, 1)
-    update_task_risks_kernel(const double* excess_risk_sum, const __grid_constant__ TaskSet tasks,
-                             int num_tasks, const __grid_constant__ TaskState state,
-                             const __grid_constant__ TaskOptions options) {
-  const auto sum_of = [&](int task) { return excess_risk_sum[task]; };
-  update_task_risks(sum_of, tasks, num_tasks, false, state, options);
-}
 
 struct WeightsShared {
   double warp_values[kWarps];
@@ -29,7 +16,7 @@ struct WeightsShared {
 
 // Moves the weights of the given tasks and counts the step; counts it as skipped where one of them is flagged.
 //
-// Grid: one block. Traffic: a few numbers per task. Determinism: sums over tasks in a fixed order.
+// Grid: one block, which may use every register (the bound of 1; without it the compiler spills some). Traffic: a few numbers per task. Determinism: sums over tasks in a fixed order.
 __global__ void __launch_bounds__(kThreads, 1)
     update_task_weights_kernel(const __grid_constant__ TaskSet tasks, int num_tasks,
                                const __grid_constant__ TaskState state,

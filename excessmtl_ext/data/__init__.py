@@ -13,6 +13,7 @@ from excessmtl_ext.data.label_noise import (
     corrupt_values,
     noise_share,
 )
+from excessmtl_ext.data.movielens import load_movielens
 from excessmtl_ext.data.multimnist import load_multimnist
 from excessmtl_ext.data.multitask_data import (
     IGNORED_CLASS,
@@ -26,6 +27,7 @@ from excessmtl_ext.data.multitask_data import (
 from excessmtl_ext.data.nyuv2 import load_nyuv2
 from excessmtl_ext.data.office_home import load_office_home
 from excessmtl_ext.data.own_inputs import OwnInputsSplit
+from excessmtl_ext.data.qm9 import load_qm9
 from excessmtl_ext.data.sarcos import load_sarcos
 
 __all__ = [
@@ -47,9 +49,11 @@ __all__ = [
     "load_diamonds",
     "load_digit_pairs",
     "load_human_ratings",
+    "load_movielens",
     "load_multimnist",
     "load_nyuv2",
     "load_office_home",
+    "load_qm9",
     "load_sarcos",
     "noise_share",
 ]

@@ -14,13 +14,13 @@ MIN_STD = 1 / 25_600
 
 
 class ChannelStatistics(NamedTuple):
-    """What standardises an image: mean and standard deviation of each channel, float32 [C, 1, 1]."""
+    """Mean and standard deviation of each colour channel, float32 [C, 1, 1]."""
 
     mean: Tensor
     std: Tensor
 
     def standardise(self, images: Tensor) -> Tensor:
-        """Returns images [..., C, H, W] with these statistics taken out."""
+        """Subtracts the means of images [..., C, H, W] and divides by the deviations."""
         return (images - self.mean) / self.std
 
 

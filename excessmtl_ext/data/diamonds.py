@@ -104,7 +104,7 @@ def _read_table(path: Path, state: int) -> Table:
                     raise ValueError(f"a price of {price:g}")
                 prices.append(math.log(price))
                 for name, order in GRADES.items():
-                    grades[name].append(order.index(row[name]))
+                    grades[name].append(_grade(row[name], name, order))
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise ValueError(
                 f"Expected line {reader.line_num} of {path} to be a diamond with {', '.join(INPUTS)}, price, "
@@ -129,6 +129,12 @@ def _read_table(path: Path, state: int) -> Table:
         groups=rows.unique(dim=0, return_inverse=True)[1],
         noise_kinds={"classification": "instance"},
     )
+
+
+def _grade(text: str, name: str, order: tuple[str, ...]) -> int:
+    if text not in order:
+        raise ValueError(f"{name} = {text!r}")
+    return order.index(text)
 
 
 def _number(text: str, name: str) -> float:

@@ -31,7 +31,7 @@ class DigitPairs(NamedTuple):
 
 
 class PairGeometry(NamedTuple):
-    """Where two digits lie: the first at (0, 0), the second at (``offset``, ``offset``) of a square canvas.
+    """Positions of two digits: the first at (0, 0), the second at (``offset``, ``offset``) of a square canvas.
 
     Attributes:
         offset: Shift of the second digit in pixels, right and down.
@@ -50,7 +50,7 @@ def overlay(top_left: Tensor, bottom_right: Tensor, geometry: PairGeometry) -> T
     Args:
         top_left: uint8 [N, H, W].
         bottom_right: uint8 [N, H, W].
-        geometry: Where they lie.
+        geometry: Their positions.
 
     Shape:
         Returns uint8 [N, 1, size, size].
@@ -80,13 +80,13 @@ def pair_digits(
 ) -> DigitPairs:
     """Makes ``num_pairs`` images of two random digits.
 
-    Both sides walk through permutations of their own, so that on each side no digit appears twice before all have
-    appeared once.
+    The digits of each side are those of independent permutations, so that on each side no digit appears twice before
+    all have appeared once.
 
     Args:
         digits: The digits to pair.
         num_pairs: N, may exceed the number of digits.
-        geometry: Where the two lie.
+        geometry: The positions of the two.
         generator: Decides the pairing.
     """
     num_digits = len(digits.labels)

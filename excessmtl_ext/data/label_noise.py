@@ -79,7 +79,8 @@ def corrupt_classes(
             is unknown, or ``inputs`` are missing or not one per label.
 
     Example:
-        >>> noisy = corrupt_classes(torch.zeros(10, dtype=torch.int64), num_classes=3, fraction=0.4, seed=0)
+        >>> labels = torch.zeros(10, dtype=torch.int64)
+        >>> noisy = corrupt_classes(labels, num_classes=3, fraction=0.4, seed=0)
         >>> len(noisy.corrupted)
         4
     """

@@ -48,8 +48,8 @@ def load_sarcos(
     standardised with mean and deviation of the clean training rows. Only the first two torques carry noise, each on
     samples of its own and only in training.
 
-    The public training file contains nearly all rows of the public test file (4,446 of 4,449): a model that has
-    learned them by heart looks good. ``disjoint`` takes them out of the training data; otherwise they stay, as in
+    The public training file contains nearly all rows of the public test file (4,446 of 4,449): a model that
+    memorises them has a low test error. ``disjoint`` removes them from the training data; otherwise they stay, as in
     published results, with a warning.
 
     Args:

@@ -6,10 +6,10 @@ import torch
 
 
 def seeded_generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """Returns a CPU generator that depends on the seed and on what it is for, and on nothing else.
+    """Returns a CPU generator that depends on the seed and on its purpose only.
 
     A stream per purpose keeps choices apart: another noise level does not change the pairing, another number of
-    epochs does not change the corrupted samples, and the batch order of epoch 7 can be had without epochs 1 to 6.
+    epochs does not change the corrupted samples, and the batch order of epoch 7 does not depend on epochs 1 to 6.
 
     Args:
         seed: The seed of the run.

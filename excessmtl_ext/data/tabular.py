@@ -119,21 +119,24 @@ def make_tabular_data(
         raise ValueError(f"Expected `num_train` in [1, {len(train)}], but got {num_train}.")
     train = train[:num_train]
 
-    inputs = table.inputs
-    if standardise_inputs:
-        inputs = _standardised(inputs.double(), train).clamp(-INPUT_LIMIT, INPUT_LIMIT)
-    inputs = inputs.float()
+    scale = _Scale.of(table.inputs[train]) if standardise_inputs else None
+
+    def inputs_of(rows: Tensor) -> Tensor:
+        # Not of the whole table at once: it may be mapped from a file.
+        part = table.inputs[rows]
+        return part.float() if scale is None else scale(part).clamp(-INPUT_LIMIT, INPUT_LIMIT)
+
     targets = [
-        _standardised(target.double(), train).float() if task.kind == "regression" else target
+        _Scale.of(target[train])(target) if task.kind == "regression" else target
         for task, target in zip(table.tasks, table.targets, strict=True)
     ]
 
-    def corrupted(rows: Tensor, part: str) -> dict[str, CorruptedLabels]:
+    def corrupted(rows: Tensor, inputs: Tensor, part: str) -> dict[str, CorruptedLabels]:
         return {
             task.name: _corrupt(
                 target[rows],
                 task,
-                inputs[rows],
+                inputs,
                 fraction=noise,
                 kind=kinds[task.kind],
                 seed=seed,
@@ -143,40 +146,50 @@ def make_tabular_data(
             if task.is_noisy
         }
 
-    noisy = {part: corrupted(rows, part) for part, rows in (("", train), ("/val", validation))}
-
-    def split(rows: Tensor, part: str | None = None) -> TensorSplit:
-        labels = noisy.get(part, {}) if part is not None else {}
+    def split(rows: Tensor, inputs: Tensor, noisy: Mapping[str, CorruptedLabels]) -> TensorSplit:
         return TensorSplit(
-            inputs[rows].contiguous(),
+            inputs,
             tuple(
-                labels[task.name].labels if task.name in labels else target[rows]
+                noisy[task.name].labels if task.name in noisy else target[rows]
                 for task, target in zip(table.tasks, targets, strict=True)
             ),
         )
 
-    clean = split(train)
+    own, held_out = inputs_of(train), inputs_of(validation)
+    noisy = corrupted(train, own, "")
     return MultiTaskData(
         tasks=table.tasks,
-        train=TensorSplit(clean.inputs, split(train, "").targets),
-        validation=split(validation),
-        test=split(test),
-        clean_train=clean,
-        corrupted={name: labels.corrupted for name, labels in noisy[""].items()},
-        observed_validation=split(validation, "/val"),
+        train=split(train, own, noisy),
+        validation=split(validation, held_out, {}),
+        test=split(test, inputs_of(test), {}),
+        clean_train=split(train, own, {}),
+        corrupted={name: labels.corrupted for name, labels in noisy.items()},
+        observed_validation=split(validation, held_out, corrupted(validation, held_out, "/val")),
         noise_shares={
-            task.name: noise_share(noisy[""][task.name].labels, target[train])
+            task.name: noise_share(noisy[task.name].labels, target[train])
             for task, target in zip(table.tasks, targets, strict=True)
             if task.is_noisy
         },
     )
 
 
-def _standardised(values: Tensor, train: Tensor) -> Tensor:
-    """Returns columns with mean 0 and deviation 1 over the training rows; 0 where a column never changes there."""
-    part = values[train]
-    std = part.std(0, correction=0)
-    return (values - part.mean(0)) / torch.where(std > 0, std, torch.ones_like(std))
+@dataclass(frozen=True)
+class _Scale:
+    """Mean and deviation of columns."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> _Scale:
+        """Takes them from these rows; a column that never changes has deviation 1."""
+        wide = values.double()
+        std = wide.std(0, correction=0)
+        return cls(wide.mean(0), torch.where(std > 0, std, torch.ones_like(std)))
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Returns standardised values, float32."""
+        return ((values.double() - self.mean) / self.std).float()
 
 
 def _noise_kinds(table: Table, noise_kind: str | None) -> dict[str, str]:

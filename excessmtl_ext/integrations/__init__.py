@@ -1,8 +1,7 @@
-"""Thin adapters to other projects' training loops; each imports its project, so nothing here is imported before use.
+"""Thin adapters to the training loops of other projects: torchjd, LibMTL, Lightning, Accelerate and transformers.
 
-``excessmtl_ext.integrations.torchjd``, ``.libmtl``, ``.lightning``, ``.accelerate`` and
-``.transformers``. Every one takes any :class:`excessmtl_ext.Balancer` whose weights come from what
-that project hands over.
+Each module imports its project when it is imported itself. It accepts every
+:class:`excessmtl_ext.Balancer` whose weights depend only on what the project provides.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ __all__ = ["missing_package"]
 def missing_package(
     package: str,
     error: ModuleNotFoundError,
-    install: str = "pip install 'excessmtl-ext[integrations]'",
+    install: str = "pip install '.[integrations]' in a clone of this package, or the package itself",
 ) -> ImportError:
-    """What to raise when ``package`` cannot be imported: the module that is missing, and how to get it."""
+    """Makes the error for a ``package`` that cannot be imported: the missing module, and how to install it."""
     return ImportError(
         f"Expected {package} to be installed, but there is no module {error.name!r}. Install it: {install}"
     )

@@ -1,8 +1,7 @@
-"""Hugging Face Accelerate: a balancer beside a prepared model.
+"""Hugging Face Accelerate: a balancer for a prepared model.
 
-The step needs no adapter: ``accelerator.backward(balancer(losses))``, also under
-``accelerator.accumulate`` and mixed precision, whose factors are undone before the weights are
-computed.
+The step needs no adapter: ``accelerator.backward(balancer(losses))``. The factors of
+``accelerator.accumulate`` and mixed precision are divided out before the weights are computed.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ BalancerT = TypeVar("BalancerT", bound=Balancer)
 
 
 def prepare_balancer(accelerator: Accelerator, balancer: BalancerT) -> BalancerT:
-    """Puts a balancer under the accelerator's care; call it after ``accelerator.prepare(model, ...)``.
+    """Moves a balancer to the accelerator's device and registers it for checkpointing.
 
-    Its state moves to the accelerator's device, and ``save_state`` and ``load_state`` take it along.
-    (``accelerator.prepare`` is for models: it would wrap the balancer and hide its verbs.)
+    Call it after ``accelerator.prepare(model, ...)``. ``save_state`` and ``load_state`` then include the
+    balancer. ``accelerator.prepare`` itself would wrap the balancer as a model and hide its methods.
 
     Returns:
         ``balancer`` itself.
@@ -43,15 +42,15 @@ def log_task_weights(
     step: int | None = None,
     task_names: Sequence[str] | None = None,
 ) -> None:
-    """Gives ``task_weight/NAME`` of every task and ``effective_num_tasks`` to the accelerator's trackers.
+    """Logs ``task_weight/NAME`` of every task and ``effective_num_tasks`` to the accelerator's trackers.
 
-    Waits for the device once, as trackers take numbers.
+    Waits for the device once, since trackers take numbers.
 
     Args:
-        accelerator: Made with ``log_with=...``, its trackers initialised.
-        balancer: Whose weights.
+        accelerator: Made with ``log_with=...``, with initialised trackers.
+        balancer: The balancer whose weights are logged.
         step: Number of the step for the trackers.
-        task_names: T names; None for their numbers.
+        task_names: T names; None for the numbers of the tasks.
 
     Raises:
         ValueError: ``task_names`` does not fit.

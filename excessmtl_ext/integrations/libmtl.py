@@ -1,7 +1,8 @@
 """Any balancer as a weighting that LibMTL's Trainer accepts by name.
 
-For LibMTL as it is on GitHub and the copy in the ExcessMTL authors' repository. The package on
-PyPI (1.1.5) is older and does not import with a torchvision from 0.13 on.
+Supports LibMTL from GitHub and the copy in the ExcessMTL authors' repository. The package on
+PyPI (1.1.5) is older and does not import with torchvision 0.13 or later. LibMTL's Trainer always
+uses the device ``cuda:0``.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ except ModuleNotFoundError as error:
         "LibMTL",
         error,
         "pip install git+https://github.com/median-research-group/LibMTL, "
-        "with torch_geometric, cvxpy and qpsolvers beside it",
+        "with torch_geometric, cvxpy, qpsolvers and scipy, which it does not list",
     ) from error
 
 _NAME = "excessmtl_ext:{}"
 
 
 class BalancerWeighting(AbsWeighting):  # pyright: ignore[reportUntypedBaseClass]
-    """What :func:`weighting` makes a subclass of: LibMTL mixes it into its model, whose decoders and encoder it sees.
+    """Base of the classes that :func:`weighting` registers; LibMTL makes it a base class of its model.
 
-    The balancer is a submodule of LibMTL's model: it moves with the model, and its state is in what
-    the Trainer saves (``save_path``) and loads (``load_path``).
+    The balancer is a submodule of LibMTL's model: it moves with the model, and the Trainer saves
+    (``save_path``) and loads (``load_path``) its state.
     """
 
     make_balancer: Callable[..., Balancer]
@@ -44,25 +45,25 @@ class BalancerWeighting(AbsWeighting):  # pyright: ignore[reportUntypedBaseClass
     task_num: int
 
     def init_param(self) -> None:
-        """Called by LibMTL once the model is there: makes the balancer.
+        """Makes the balancer; called by LibMTL when the model exists.
 
         Raises:
-            ValueError: ``rep_grad`` is set.
+            ValueError: ``rep_grad`` is True.
         """
         if self.rep_grad:
             raise ValueError(
                 "Expected `rep_grad=False`, but got True: the risk is estimated from gradients of the shared "
-                "parameters. Take rep_grad=False and, where that costs too much, update_every > 1."
+                "parameters. Set rep_grad=False and, if that is too slow, update_every > 1."
             )
         self.balancer = self.make_balancer(self.get_share_params(), num_tasks=self.task_num)
 
     def backward(self, losses: Tensor, **weight_args: Any) -> npt.NDArray[np.float64]:
-        """One balanced step.
+        """Runs one balanced step.
 
         Args:
             losses: [T], as the Trainer computes them.
-            **weight_args: The Trainer's ``weight_args``. Options belong to the balancer; one that
-                is repeated here, as LibMTL's ``prepare_args`` does, must have the same value.
+            **weight_args: The Trainer's ``weight_args``. An option of the balancer that is repeated
+                here, as LibMTL's ``prepare_args`` does, must have the balancer's value.
 
         Returns:
             The weights [T] on the CPU, which the Trainer records.
@@ -82,14 +83,14 @@ class BalancerWeighting(AbsWeighting):  # pyright: ignore[reportUntypedBaseClass
 
 
 def weighting(make_balancer: Callable[..., Balancer]) -> str:
-    """Registers a balancing method with LibMTL and returns its name, for ``Trainer(weighting=...)``.
+    """Registers a balancing method with LibMTL and returns its name for ``Trainer(weighting=...)``.
 
     Args:
-        make_balancer: Called as ``make_balancer(shared_parameters, num_tasks=T)`` once per Trainer: a
-            class as ``ExcessMTL``, or ``functools.partial(ExcessMTL.from_preset, "official")``.
+        make_balancer: A class such as ``ExcessMTL``, or ``functools.partial(ExcessMTL.from_preset,
+            "official")``; called as ``make_balancer(shared_parameters, num_tasks=T)`` once per Trainer.
 
     Returns:
-        A name that no other weighting has.
+        A unique name.
 
     Raises:
         TypeError: ``make_balancer`` is a balancer, or cannot be called.
@@ -104,5 +105,5 @@ def weighting(make_balancer: Callable[..., Balancer]) -> str:
     method = type(
         "RegisteredWeighting", (BalancerWeighting,), {"make_balancer": staticmethod(make_balancer)}
     )
-    setattr(libmtl_weightings, name, method)  # where the Trainer looks a name up
+    setattr(libmtl_weightings, name, method)  # the Trainer looks names up here
     return name

@@ -1,8 +1,9 @@
 """PyTorch Lightning: a callback that logs the task weights.
 
-The step needs no adapter. Automatic optimization: ``return self.balancer(losses)`` from
-``training_step``. Manual: ``self.manual_backward(self.balancer(losses))``. A balancer that is an
-attribute of the LightningModule moves and is checkpointed with it.
+The step needs no adapter. With automatic optimization ``training_step`` returns
+``self.balancer(losses)``; with manual optimization it calls
+``self.manual_backward(self.balancer(losses))``. A balancer that is an attribute of the
+LightningModule moves and is checkpointed with it.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ except ModuleNotFoundError as error:
 
 
 class TaskWeightLogger(Callback):
-    """Gives ``task_weight/NAME`` of every task and ``effective_num_tasks`` to the Trainer's loggers.
+    """Logs ``task_weight/NAME`` of every task and ``effective_num_tasks`` to the Trainer's loggers.
 
-    On every ``log_every_n_steps``-th optimizer step of the Trainer, under the step number that
-    Lightning gives its own rows. Waits for the device once per logged step.
+    Logs on every ``log_every_n_steps``-th optimizer step, with the step number of Lightning's own
+    rows. Waits for the device once per logged step.
 
     Args:
-        task_names: T names; None for their numbers.
+        task_names: T names; None for the numbers of the tasks.
 
     Raises:
-        ValueError: at the start of the fit: the module does not have exactly one balancer among its
-            submodules, or has another number of tasks than ``task_names``.
+        ValueError: at the start of the fit, if the module does not have exactly one balancer among
+            its submodules, or ``task_names`` does not have one name per task.
     """
 
     def __init__(self, task_names: Sequence[str] | None = None) -> None:
@@ -43,7 +44,7 @@ class TaskWeightLogger(Callback):
         self._logged_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the balancer, before anything is trained."""
+        """Finds the balancer before the first step."""
         found = [module for module in pl_module.modules() if isinstance(module, Balancer)]
         if len(found) != 1:
             raise ValueError(
@@ -57,7 +58,7 @@ class TaskWeightLogger(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs, where this batch ended in an optimizer step that is due."""
+        """Logs the weights if this batch ended in an optimizer step that is to be logged."""
         step = trainer.global_step
         # log_dict would repeat the values of the last call in the rows between two calls.
         every = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]  # set by its logger connector

@@ -21,19 +21,19 @@ class BalancerWeighting(Weighting[Matrix], Stateful):
     The balancer is a submodule: ``state_dict``, ``load_state_dict`` and ``to`` reach its state.
 
     Args:
-        balancer: Made without parameters, as ``ExcessMTL(num_tasks=3)``: it is given Jacobians
-            only, and the heads' gradients are torchjd's.
+        balancer: Made without parameters, as ``ExcessMTL(num_tasks=3)``, since it receives Jacobians
+            only; torchjd computes the gradients of the heads.
 
     Shape:
         matrix [T, P], one row per task. Returns [T] of its dtype, on its device.
 
     Raises:
-        TypeError: ``balancer`` is no Balancer.
-        ValueError: its weights need losses, which torchjd does not hand to a Weighting, or it
+        TypeError: ``balancer`` is not a Balancer.
+        ValueError: its weights depend on losses, which torchjd does not pass to a Weighting, or it
             weights heads, which are not in the matrix.
 
-    After a non-finite row all weights are NaN and so is the whole combined gradient, as after
-    ``Balancer.backward``; the state is as before the step, which is counted in
+    After a non-finite row all weights are NaN, and so is the combined gradient, as after
+    ``Balancer.backward``. The state is as before the step, which is counted in
     ``num_skipped_steps``.
     """
 
@@ -58,7 +58,7 @@ class BalancerWeighting(Weighting[Matrix], Stateful):
         self.balancer = balancer
 
     def forward(self, stat: Tensor, /) -> Tensor:
-        """The weights [T] of this step, a copy."""
+        """Runs one step and returns a copy of the weights [T]."""
         balancer = self.balancer
         if balancer.task_weights.device != stat.device:
             balancer.to(stat.device)  # torchjd's own state follows the matrix too
@@ -67,7 +67,7 @@ class BalancerWeighting(Weighting[Matrix], Stateful):
         return weights.where(~balancer.found_nonfinite.any(), nan).to(stat.dtype)
 
     def reset(self) -> None:
-        """Forgets everything: the next call is a first step, of any size."""
+        """Resets the balancer: the next call is a first step, with a matrix of any size."""
         self.balancer.reset()
 
 
@@ -94,12 +94,12 @@ class BalancerAggregator(WeightedAggregator, Stateful):
 
     @property
     def balancer(self) -> Balancer:
-        """Whose weights these are."""
+        """The balancer that computes the weights."""
         assert isinstance(self.weighting, BalancerWeighting)
         return self.weighting.balancer
 
     def reset(self) -> None:
-        """Forgets everything: the next call is a first step, of any size."""
+        """Resets the balancer: the next call is a first step, with a matrix of any size."""
         self.balancer.reset()
 
     def __repr__(self) -> str:

@@ -24,11 +24,20 @@ STATE_FILE = "balancer.pt"
 """Name of the balancer's state in a checkpoint folder."""
 
 
-class _SaveBalancer(TrainerCallback):
-    """Adds the balancer's state to every checkpoint that the Trainer has just written."""
+class _BalancerCallback(TrainerCallback):
+    """Adds the balancer's state to every checkpoint, and skips steps with a non-finite gradient."""
 
     def __init__(self, balancer: Balancer) -> None:
         self.balancer = balancer
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, *, model: torch.nn.Module, **kwargs: Any
+    ) -> None:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        # The Trainer has clipped by now, which spreads a NaN to all gradients. Without gradients the
+        # optimizer changes nothing; a loss scaler has recorded the overflow before.
+        if grads and not torch.nn.utils.get_total_norm(grads).isfinite():
+            model.zero_grad()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -42,20 +51,21 @@ class BalancedTrainer(Trainer):
     The model's ``forward`` returns a dict (or ``ModelOutput``) with ``losses``: T scalars, None for
     a task without labels in this batch, or one tensor [T]. Each backward pass is one step of the
     balancer: with ``gradient_accumulation_steps=k`` the weights move k times per optimizer step.
-    Evaluation reports the plain mean of the losses, which can be compared across weights.
+    The optimizer skips a step with a NaN or infinite gradient, under every method.
+    Evaluation reports the plain mean of the losses, which is comparable across weights.
 
     Args:
         *args: As for ``transformers.Trainer``.
-        balancer: Made with the parameters of the model that is trained. Not a submodule of the
-            model, which is saved without it: its state goes to ``balancer.pt`` in each checkpoint
-            and comes back with ``train(resume_from_checkpoint=...)``.
-        task_names: T names for the log, ``task_weight/NAME``; None for their numbers.
-        losses_key: Where the losses are in the model's output.
+        balancer: Made with the parameters of the model that is trained, and not a submodule of it.
+            Each checkpoint has its state in ``balancer.pt``, and
+            ``train(resume_from_checkpoint=...)`` restores it.
+        task_names: T names for the log, ``task_weight/NAME``; None for the numbers of the tasks.
+        losses_key: The key of the losses in the model's output.
         **kwargs: As for ``transformers.Trainer``.
 
     Raises:
-        ValueError: ``model_init`` is given, whose models the balancer would not know; several GPUs
-            in one process; ``task_names`` does not fit; or the model's output has no losses.
+        ValueError: ``model_init`` is given, which makes models without the balancer's parameters; there are
+            several GPUs in one process; ``task_names`` does not fit; or the model's output has no losses.
     """
 
     def __init__(
@@ -79,9 +89,9 @@ class BalancedTrainer(Trainer):
             )
         self.balancer = balancer.to(self.args.device)
         self.losses_key = losses_key
-        # compute_loss gives a per-batch value, which the Trainer divides by the accumulation steps.
+        # compute_loss returns a value per batch, which the Trainer divides by the accumulation steps.
         self.loss_is_scaled_for_ga = False
-        self.add_callback(_SaveBalancer(self.balancer))
+        self.add_callback(_BalancerCallback(self.balancer))
 
     def compute_loss(
         self,
@@ -90,7 +100,7 @@ class BalancedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The balanced loss in training, the mean of the losses elsewhere; called by the Trainer."""
+        """Returns the balanced loss in training and the mean of the losses elsewhere; called by the Trainer."""
         outputs = model(**inputs)
         if self.losses_key not in outputs:
             raise ValueError(
@@ -105,11 +115,11 @@ class BalancedTrainer(Trainer):
             loss = torch.stack(present).mean()
         if not return_outputs:
             return loss
-        # What is left is what the Trainer gathers as predictions.
+        # The Trainer gathers the rest as predictions.
         return loss, {name: value for name, value in outputs.items() if name != self.losses_key}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; adds the task weights to the rows of training."""
+        """Logs like the Trainer, with the task weights in the rows of training."""
         if "loss" in logs:
             named = named_task_weights(self.balancer, self.task_names)
             logs = {**logs, **{name: value.item() for name, value in named.items()}}
@@ -118,7 +128,7 @@ class BalancedTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the Trainer's; a resumed run takes the balancer's state from the checkpoint, too.
+        """Trains like the Trainer; a resumed run restores the balancer's state from the checkpoint.
 
         Raises:
             FileNotFoundError: the checkpoint has no ``balancer.pt``.

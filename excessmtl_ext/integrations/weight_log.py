@@ -1,4 +1,4 @@
-"""The task weights under names that loggers take."""
+"""Task weights by name, for loggers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from excessmtl_ext.balancer import Balancer
 
 
 def checked_task_names(balancer: Balancer, task_names: Sequence[str] | None) -> list[str]:
-    """The names of the tasks, by default their numbers.
+    """Returns the names of the tasks, by default their numbers.
 
     Raises:
         ValueError: there is not one name per task, or a name occurs twice.
@@ -28,15 +28,14 @@ def checked_task_names(balancer: Balancer, task_names: Sequence[str] | None) -> 
 def named_task_weights(
     balancer: Balancer, task_names: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """Every task's weight as ``task_weight/NAME``, and ``effective_num_tasks``.
+    """Returns the weight of every task as ``task_weight/NAME``, and ``effective_num_tasks``.
 
     Args:
-        balancer: Whose weights.
-        task_names: T names; None for their numbers.
+        balancer: The balancer whose weights are returned.
+        task_names: T names; None for the numbers of the tasks.
 
     Returns:
-        Scalars [] in float64 on the balancer's device: copies, which the next step leaves as they
-        are. Nothing waits for the device.
+        Copies as scalars [] in float64 on the balancer's device. Does not wait for the device.
 
     Raises:
         ValueError: ``task_names`` does not fit.

@@ -23,6 +23,8 @@ from _datasets import write_nyuv2, write_office_home
 from _inputs import make_problem
 from _paths import ROOT
 from _ranks import CONTEXT
+from _sweeps import write_sweep
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.io import savemat
 from scipy.sparse import eye_array
@@ -34,6 +36,7 @@ from excessmtl_ext.data.office_home import load_office_home, read_image
 from excessmtl_ext.data.sarcos import load_sarcos
 from excessmtl_ext.training import METHODS, TrainConfig, TrainingInterrupted, train
 from excessmtl_ext.training.pictures import report
+from excessmtl_ext.training.pictures.paper import draw_paper_figures
 from excessmtl_ext.training.pictures.report import read_content, render
 from excessmtl_ext.training.pictures.runs import read_run
 from excessmtl_ext.training.run import loop
@@ -451,20 +454,47 @@ def test_a_damaged_table_says_after_which_line(tmp_path: Path) -> None:
             read_table(path)
 
 
-@pytest.mark.parametrize("file", ["sweep.json", "results.csv", "epochs.csv"])
+SWEEP_FILES = ("sweep.json", "results.csv", "epochs.csv")
+
+
+@pytest.mark.parametrize("file", SWEEP_FILES)
 def test_a_damaged_file_of_a_sweep_is_an_error_that_names_it(tmp_path: Path, file: str) -> None:
-    (tmp_path / "sweep.json").write_text(json.dumps({"dataset": "digits"}))
-    for name in ("results.csv", "epochs.csv"):
-        (tmp_path / name).write_text("dataset,method,task,noise,seed\ndigits,uniform,,0,0\n")
-    read_results(tmp_path)
-    content = (tmp_path / file).read_text()
+    folder = write_sweep(tmp_path / "sweep", "multimnist", ["uniform"])
+    read_results(folder)
+    content = (folder / file).read_text()
     for damaged in (
         content[: len(content) // 2 + 3] + "\0,",
         content + "digits,uniform,,zero,,,,0\n{",
+        "",
     ):
-        (tmp_path / file).write_text(damaged)
-        with pytest.raises(ValueError, match=f"Expected {tmp_path / file} to be"):
-            read_results(tmp_path)
+        (folder / file).write_text(damaged)
+        with pytest.raises(ValueError, match=f"Expected {folder / file} to be"):
+            read_results(folder)
+
+
+@pytest.mark.parametrize("file", SWEEP_FILES)
+def test_a_value_of_another_kind_in_a_file_of_a_sweep_is_drawn_or_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr(
+        Figure, "savefig", lambda *_, **__: None
+    )  # the drawing itself takes a second
+    methods = ["uniform", "excessmtl-official", "single-task"]
+    whole = write_sweep(tmp_path / "whole", "multimnist", methods, num_seeds=1)
+    num_errors = 0
+    for number, damaged in enumerate(damaged_copies(whole / file, NUM_MUTATIONS)):
+        folder = Path(shutil.copytree(whole, tmp_path / str(number)))
+        (folder / file).write_text(damaged)
+
+        def draw(folder: Path) -> None:
+            draw_paper_figures(
+                [read_results(folder)], folder / "figures", draw_toy=lambda path: None
+            )
+
+        error = error_of(draw, folder)
+        num_errors += error is not None
+        assert error is None or str(folder / file) in error or "epochs.csv" in error, error
+    assert num_errors > NUM_MUTATIONS // 6
 
 
 # ---- the state of a balancer

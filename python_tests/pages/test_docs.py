@@ -15,6 +15,7 @@ from _site import build_site
 from _snippets import blocks, run_blocks
 
 import excessmtl_ext
+from excessmtl_ext.training.run.workloads import WORKLOADS
 
 DOCS = ROOT / "docs"
 # Pages that walk through a program of examples/, which test_examples.py runs.
@@ -126,6 +127,11 @@ def test_commands_of_a_page_name_files_modules_and_subcommands_that_exist(page):
             )
         if "-m" in words and words[words.index("-m") + 1].startswith("excessmtl_ext"):
             assert importlib.util.find_spec(words[words.index("-m") + 1]), " ".join(words)
+
+
+def test_every_data_set_of_the_command_is_on_its_page():
+    page = (DOCS / "training_runs.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([\w-]+)` \|", page, flags=re.MULTILINE) == list(WORKLOADS)
 
 
 @pytest.mark.parametrize("name", excessmtl_ext.__all__)

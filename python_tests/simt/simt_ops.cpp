@@ -10,10 +10,12 @@
 // From here on the dispatch key of the registrations; torch's own headers are behind us.
 #define CUDA CPU
 
+#include "../../csrc/cuda/accumulate_excess_risk.cu"
 #include "../../csrc/cuda/combine.cu"
 #include "../../csrc/cuda/fold.cu"
 #include "../../csrc/cuda/fused_step.cu"
 #include "../../csrc/cuda/fused_step_combine.cu"
+#include "../../csrc/cuda/update_task_risks.cu"
 #include "../../csrc/cuda/update_task_weights.cu"
 #include "../../csrc/ops.cpp"
 

@@ -216,34 +216,34 @@ FAULTS = [
         "visit(slice, Workers<kThreads>{static_cast<int>(threadIdx.x)});",
         "visit(slice, Workers<kThreads>{lane});",
     ),
-    # task_update.cuh
+    # task_updates.cuh
     Fault(
         "flag of an absent task survives",
-        "task_update.cuh",
+        "task_updates.cuh",
         "      state.found_nonfinite[task] = false;\n",
         "",
     ),
     Fault(
         "a thread decides on its own task alone",
-        "task_update.cuh",
+        "task_updates.cuh",
         "if (__syncthreads_or(found) != 0)",
         "if (found)",
     ),
     Fault(
         "tasks past the first 256 left out",
-        "task_update.cuh",
+        "task_updates.cuh",
         "    state.task_weights[task] =\n        scaled",
         "    if (task < kThreads) state.task_weights[task] =\n        scaled",
     ),
     Fault(
         "absent tasks lose their mass",
-        "task_update.cuh",
+        "task_updates.cuh",
         "(moved(task) - log_total) + log_mass;",
         "moved(task) - log_total;",
     ),
     Fault(
         "step counted before every thread has read the count",
-        "task_update.cuh",
+        "task_updates.cuh",
         "  const int64_t num_steps = *state.num_steps;\n  if (num_steps >= options.num_warmup_steps) {\n",
         "  if (threadIdx.x == 0) *state.num_steps += 1;\n"
         "  const int64_t num_steps = *state.num_steps - (threadIdx.x == 0);\n"

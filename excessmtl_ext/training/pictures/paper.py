@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -185,7 +186,10 @@ def draw_excess_risk(view: SweepView, path: Path) -> str:
                 lowest = converged[task]
                 floor = min(losses) if lowest is None else min(lowest, *losses)
                 true.append([loss - floor for loss in losses])
-                estimated.append([row[f"balancer/{task}_excess_risk"] for row in rows])
+                risk = f"balancer/{task}_excess_risk"
+                estimated.append([row.get(risk, math.nan) for row in rows])
+            length = min(map(len, true))
+            true, estimated = ([run[:length] for run in each] for each in (true, estimated))
             pairs += zip(np.ravel(true), np.ravel(estimated), strict=True)
             for ax, values in ((true_axes, true), (estimate_axes, estimated)):
                 mean = np.mean(values, axis=0)
@@ -245,18 +249,24 @@ def draw_loss_profile(view: SweepView, path: Path) -> str:
                 losses = [run[f"test/{task}_loss"] for run in view.runs(name, noise)]
                 if losses:
                     mean_alone = statistics.fmean(alone[task, noise])
-                    ratios[noise][i, j] = statistics.fmean(losses) / mean_alone
-    largest = max(float(np.nanmax(np.abs(np.log2(each)))) for each in ratios.values())
+                    ratios[noise][i, j] = (
+                        statistics.fmean(losses) / mean_alone if mean_alone else math.nan
+                    )
+    logs = {noise: _log2(each) for noise, each in ratios.items()}
+    largest = max(
+        (float(value) for each in logs.values() for value in np.abs(each[np.isfinite(each)])),
+        default=0.0,
+    )
     limit = min(max(largest, 1.0), 3.0)  # from half to double at least; an eighth to eight at most
     norm = TwoSlopeNorm(vcenter=0, vmin=-limit, vmax=limit)
     image = None
     for ax, noise in zip(axes, levels, strict=True):
         # A loss that is halved is as far from 1 as one that is doubled.
-        image = ax.imshow(np.log2(ratios[noise]), cmap="RdBu_r", norm=norm, aspect="auto")
+        image = ax.imshow(logs[noise], cmap="RdBu_r", norm=norm, aspect="auto")
         for (i, j), ratio in np.ndenumerate(ratios[noise]):
             if np.isnan(ratio):
                 continue
-            colour = "white" if abs(np.log2(ratio)) > 0.6 * limit else "black"
+            colour = "white" if abs(logs[noise][i, j]) > 0.6 * limit else "black"
             ax.text(j, i, f"{ratio:.2f}", ha="center", va="center", color=colour, fontsize=9)
         ax.set_title(f"{noise:.0%} label noise", fontsize=10, color=TEXT_COLOUR)
         names = [f"{task}\n(noisy)" if task in view.noisy else task for task in view.tasks]
@@ -341,8 +351,14 @@ def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     return float(np.corrcoef(true, estimated)[0, 1])
 
 
+def _log2(ratios: np.ndarray) -> np.ndarray:
+    """Returns the logarithms; NaN where there is none."""
+    return np.log2(ratios, where=ratios > 0, out=np.full_like(ratios, np.nan))
+
+
 def _mean_of(columns: Sequence[str]) -> Callable[[Row], float]:
-    return lambda row: statistics.fmean(row[name] for name in columns)
+    """Returns the mean of some columns of a row; NaN of none, as where no task is clean."""
+    return lambda row: statistics.fmean(row[name] for name in columns) if columns else math.nan
 
 
 def _share(view: SweepView, columns: Sequence[str]) -> Callable[[Row], float]:

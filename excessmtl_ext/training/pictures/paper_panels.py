@@ -111,14 +111,16 @@ def line_style(method: str) -> dict[str, Any]:
 def zoom(ax: Axes, metric: str) -> None:
     """Cuts off where all methods are about to improve: the first epochs of the worst would set the scale."""
     lines = [np.asarray(line.get_ydata(), dtype=float) for line in ax.get_lines()]
-    tails = [line[len(line) // 5 :] for line in lines if len(line)]
-    if not tails:
+    tails = np.concatenate([line[len(line) // 5 :] for line in lines] or [np.empty(0)])
+    every = np.concatenate(lines or [np.empty(0)])
+    tails, every = tails[np.isfinite(tails)], every[np.isfinite(every)]
+    if not len(tails):
         return
-    low, high = min(t.min() for t in tails), max(t.max() for t in tails)
+    low, high = tails.min(), tails.max()
     if HIGHER_IS_BETTER[metric]:
-        high = max(high, *(line.max() for line in lines))
+        high = every.max()
     else:
-        low = min(low, *(line.min() for line in lines))
+        low = every.min()
     margin = 0.05 * max(high - low, 1e-3)
     ax.set_ylim(low - margin, high + margin)
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from excessmtl_ext.training.run.methods import METHODS
-from excessmtl_ext.training.run.metrics import PRIMARY_METRIC
 from excessmtl_ext.training.run.workloads import WORKLOADS
-from excessmtl_ext.training.sweep.results import Row, SweepResults
+from excessmtl_ext.training.sweep.results import Row, SweepResults, common_metric
 
 # The noise level of the figures that show one: the paper's Figs. 2, 3 and 4.
 SHOWN_NOISE = 0.8
@@ -27,9 +26,7 @@ class SweepView:
         self.tasks: list[str] = [task["name"] for task in settings["tasks"]]
         self.noisy = [task["name"] for task in settings["tasks"] if task["is_noisy"]]
         self.clean = [task for task in self.tasks if task not in self.noisy]
-        kinds = {task["kind"] for task in settings["tasks"]}
-        # Tasks of different kinds have only the score in common.
-        self.metric = PRIMARY_METRIC[kinds.pop()] if len(kinds) == 1 else "score"
+        self.metric = common_metric(settings["tasks"])
         present = {row["method"] for row in results.runs}
         self.methods = [name for name in METHODS if name in present]
         self.noise = sorted({row["noise"] for row in results.runs if not row["task"]})

@@ -13,15 +13,26 @@ from excessmtl_ext.data import (
     load_diamonds,
     load_digit_pairs,
     load_human_ratings,
+    load_movielens,
     load_multimnist,
     load_nyuv2,
     load_office_home,
+    load_qm9,
     load_sarcos,
 )
 from excessmtl_ext.data.human_ratings import NUM_BUCKETS
+from excessmtl_ext.data.movielens import USER_TASKS, num_tokens
 from excessmtl_ext.data.office_home import DEFAULT_IMAGE_SIZE as OFFICE_HOME_SIZE
 from excessmtl_ext.data.sarcos import NUM_INPUTS as SARCOS_INPUTS
-from excessmtl_ext.models import EncoderHeads, lenet, mlp, resnet18_heads, segnet, text_bag
+from excessmtl_ext.models import (
+    EncoderHeads,
+    lenet,
+    mlp,
+    resnet18_heads,
+    segnet,
+    text_bag,
+    two_towers,
+)
 from excessmtl_ext.training.run.config import TrainConfig
 
 # Two layers of 32 reach 0.95 on both tasks without noise and train in two seconds.
@@ -125,8 +136,9 @@ def _load_human_ratings(config: TrainConfig) -> MultiTaskData:
     )
 
 
-def _load_diamonds(config: TrainConfig) -> MultiTaskData:
-    return load_diamonds(
+def _load_table(load: Callable[..., MultiTaskData]) -> Callable[[TrainConfig], MultiTaskData]:
+    """Returns the loader of a data set whose samples are rows of a table."""
+    return lambda config: load(
         config.data_root,
         noise=config.noise,
         noise_kind=config.noise_kind,
@@ -136,8 +148,8 @@ def _load_diamonds(config: TrainConfig) -> MultiTaskData:
 
 
 def _build_perceptron(data: MultiTaskData, config: TrainConfig) -> EncoderHeads:
-    """Builds the perceptron of tables, as wide as `TABLE_HIDDEN`."""
-    (inputs, _) = data.train.batch(torch.arange(1))
+    """Builds a perceptron on the columns of a table."""
+    inputs, _ = data.train.batch(torch.arange(1))
     assert isinstance(inputs, Tensor)
     return mlp(inputs.shape[1:], _num_outputs(data), hidden=TABLE_HIDDEN)
 
@@ -219,11 +231,33 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "diamonds": Workload(
         title="Diamonds",
-        load=_load_diamonds,
+        load=_load_table(load_diamonds),
         build_model=_build_perceptron,
         needs_data_root=False,
         epochs=15,
         batch_size=256,
+        lr=1e-3,
+        options=("data_root", "noise_kind"),
+    ),
+    "qm9": Workload(
+        title="QM9",
+        load=_load_table(load_qm9),
+        build_model=_build_perceptron,
+        needs_data_root=False,
+        epochs=20,
+        batch_size=256,
+        lr=1e-3,
+        options=("data_root", "noise_kind"),
+    ),
+    "movielens": Workload(
+        title="MovieLens-100k",
+        load=_load_table(load_movielens),
+        build_model=lambda data, config: two_towers(
+            num_tokens(data), _num_outputs(data), user_tasks=USER_TASKS
+        ),
+        needs_data_root=False,
+        epochs=15,
+        batch_size=512,
         lr=1e-3,
         options=("data_root", "noise_kind"),
     ),

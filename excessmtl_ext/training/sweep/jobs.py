@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.files import open_own
 from excessmtl_ext.training.sweep.cells import Cell
 
 LOG = "log.txt"
 
 # Not `python -m`, which looks into the working directory first: in a checkout, that is the package without its
 # compiled ops. A worker imports what the sweep imports.
-_START_WORKER = "import sys; sys.path[:] = sys.argv[1:]; from excessmtl_ext.training.sweep.worker import main; main()"
+_START_WORKER = (
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "from excessmtl_ext.training.sweep.worker import main; main(int(sys.argv[1]))"
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,22 @@ class SweepStatus:
 
 
 class Job:
-    """A worker process and the run that it does."""
+    """A worker process and the run that it does.
+
+    Its messages come through a pipe of their own: what its Python prints, before or within the run, goes to the log.
+
+    Args:
+        cell: The run.
+        config: Of the run.
+        folder: Of the run.
+        num_threads: That it computes with.
+        lock: Descriptor of the sweep's lock. It is the worker's as well: a killed sweep's folder is free when the last
+            worker has ended.
+        events: Gets each message with this job; None when the worker has ended.
+
+    Raises:
+        OSError: the log cannot be written to.
+    """
 
     def __init__(
         self,
@@ -85,19 +104,25 @@ class Job:
         self.started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         threads = str(num_threads)
-        with (folder / LOG).open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START_WORKER, *sys.path],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-                # Ctrl-C reaches the sweep alone, which tells the workers. The lock is theirs as well: a killed
-                # sweep's folder is free when the last of them has ended.
-                start_new_session=True,
-                pass_fds=(lock,),
-            )
+        reader, writer = os.pipe()
+        try:
+            with os.fdopen(open_own(folder / LOG, os.O_WRONLY | os.O_APPEND), "ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _START_WORKER, str(writer), *sys.path],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+                    # Ctrl-C reaches the sweep alone, which tells the workers.
+                    start_new_session=True,
+                    pass_fds=(lock, writer),
+                )
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)  # so that the pipe ends with the worker
         order = {
             "config": dataclasses.asdict(config),
             "folder": str(folder),
@@ -106,7 +131,7 @@ class Job:
         with suppress(BrokenPipeError):  # it ended already, which the reader reports
             self._stdin.write(json.dumps(order) + "\n")
             self._stdin.flush()
-        self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(reader, events), daemon=True)
         self._reader.start()
 
     @property
@@ -114,12 +139,17 @@ class Job:
         assert self._process.stdin is not None
         return self._process.stdin
 
-    def _read(self, events: queue.SimpleQueue[tuple[Job, dict[str, Any] | None]]) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.endswith("\n"):  # a killed worker may leave half a line
-                events.put((self, json.loads(line)))
-        events.put((self, None))
+    def _read(
+        self, reader: int, events: queue.SimpleQueue[tuple[Job, dict[str, Any] | None]]
+    ) -> None:
+        try:
+            with os.fdopen(reader, encoding="utf-8", errors="replace") as messages:
+                for line in messages:
+                    if line.endswith("\n"):  # a killed worker may leave half a line
+                        events.put((self, json.loads(line)))
+        finally:
+            # Whatever has come, somebody waits for the end.
+            events.put((self, None))
 
     def stop(self) -> None:
         """Asks the worker to save a checkpoint and to end."""
@@ -135,7 +165,6 @@ class Job:
         status = self._process.wait()
         self.stop()
         self._reader.join()
-        self._process.stdout.close()  # type: ignore[union-attr]
         return status
 
 

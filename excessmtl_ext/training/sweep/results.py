@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from excessmtl_ext.training.run.files import read_json, read_table, write_atomically
-from excessmtl_ext.training.run.finished import read_epochs, read_final_metrics
+from excessmtl_ext.training.run.files import WAY_OUT, read_json, read_table, write_atomically
+from excessmtl_ext.training.run.finished import TASKS_SCHEMA, read_epochs, read_final_metrics
+from excessmtl_ext.training.run.metrics import PRIMARY_METRIC
 from excessmtl_ext.training.run.record import FINAL_METRICS, TIMES, read_config
+from excessmtl_ext.training.run.schema import AtLeast, OneOf
+from excessmtl_ext.training.run.workloads import WORKLOADS
 
 SWEEP = "sweep.json"
 RESULTS = "results.csv"
 EPOCHS = "epochs.csv"
+STEP_SIZES = "step_sizes.csv"
 
 # What tells two runs of a sweep apart. `task` is the one that a single-task run trains, else empty.
 KEYS = ("dataset", "method", "task", "noise", "seed")
@@ -23,6 +28,8 @@ TEXT_COLUMNS = frozenset({"dataset", "method", "task"})
 
 # A test accuracy of 10,000 samples has four digits; the tables go to git.
 _FLOAT_FORMAT = ".6g"
+
+_SCHEMA = {"dataset": OneOf(tuple(WORKLOADS)), "epochs": AtLeast(1), "tasks": TASKS_SCHEMA}
 
 Row = dict[str, Any]
 
@@ -114,9 +121,66 @@ def read_results(folder: Path) -> SweepResults:
             raise FileNotFoundError(
                 f"Expected `results` to be a folder that `excessmtl sweep` has filled, but {folder} has no {name}."
             )
-    settings = read_json(folder / SWEEP)
-    runs, epochs = (read_rows(folder / name, KEYS) for name in (RESULTS, EPOCHS))
-    return SweepResults(folder, settings, runs, epochs)
+    settings = read_json(folder / SWEEP, schema=_SCHEMA)
+    results = SweepResults(
+        folder,
+        settings,
+        read_rows(folder / RESULTS, (*KEYS, "epochs", "num_train")),
+        read_rows(folder / EPOCHS, (*KEYS, "epoch")),
+    )
+    _check_rows(results)
+    return results
+
+
+def common_metric(tasks: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the primary metric of tasks of one kind; tasks of different kinds have only the score in common."""
+    kinds = {task["kind"] for task in tasks}
+    return PRIMARY_METRIC[kinds.pop()] if len(kinds) == 1 else "score"
+
+
+def _check_rows(results: SweepResults) -> None:
+    """Raises ValueError where a table lacks what the figures need, and names it."""
+    tasks = [task["name"] for task in results.settings["tasks"]]
+    if not tasks or len(set(tasks)) < len(tasks):
+        path = results.folder / SWEEP
+        raise ValueError(f"Expected {path} to name the tasks once each, but got {tasks}. {WAY_OUT}")
+    metric = common_metric(results.settings["tasks"])
+    path = results.folder / RESULTS
+    for row in results.runs:
+        counts = [row.get(name, math.nan) for name in ("epochs", "num_train", "seed")]
+        if not all(0 <= count < math.inf and count == int(count) for count in counts):
+            raise _damaged(path, row, "whole numbers of epochs, samples and seed")
+        if not 0 <= row.get("noise", math.nan) <= 1:
+            raise _damaged(path, row, "a noise from 0 to 1")
+        _check_columns(
+            path, row, [f"test/{task}_{name}" for task in tasks for name in ("loss", metric)]
+        )
+    path = results.folder / EPOCHS
+    keys = {tuple(row.get(name) for name in KEYS) for row in results.runs}
+    seen = {tuple(row.get(name) for name in KEYS) for row in results.epochs}
+    for key in keys - seen:
+        raise _damaged(path, dict(zip(KEYS, key, strict=True)), "rows of each run")
+    for row in results.epochs:
+        weights = [f"balancer/{task}_mean_weight" for task in tasks]
+        measured = [
+            name for task in tasks for name in (f"train/{task}_loss", f"test/{task}_{metric}")
+        ]
+        _check_columns(path, row, [*weights, *measured])
+        if not 0 < sum(row[name] for name in weights) < math.inf:
+            raise _damaged(path, row, "weights that are not all 0")
+
+
+def _check_columns(path: Path, row: Row, names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise _damaged(path, row, f"a number for {', '.join(missing)}")
+
+
+def _damaged(path: Path, row: Row, expected: str) -> ValueError:
+    key = ", ".join(f"{name} {row.get(name)}" for name in KEYS if row.get(name) not in (None, ""))
+    return ValueError(
+        f"Expected {path} to hold {expected}, but it does not for {key or 'a row'}. {WAY_OUT}"
+    )
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from excessmtl_ext.training.run.finished import read_final_metrics
 from excessmtl_ext.training.run.lock import hold_folder
 from excessmtl_ext.training.run.methods import METHODS
 from excessmtl_ext.training.run.progress import TrainingInterrupted
-from excessmtl_ext.training.run.record import CONFIG, FINAL_METRICS, read_config
+from excessmtl_ext.training.run.record import CONFIG, FINAL_METRICS, check_folder, read_config
 from excessmtl_ext.training.run.workloads import find_workload
 from excessmtl_ext.training.sweep.cells import (
     RUNS,
@@ -33,6 +33,7 @@ from excessmtl_ext.training.sweep.cells import (
 )
 from excessmtl_ext.training.sweep.jobs import LOG, Job, JobStatus, SweepStatus, describe_failure
 from excessmtl_ext.training.sweep.results import (
+    STEP_SIZES,
     FinishedRun,
     Row,
     is_finished,
@@ -41,9 +42,7 @@ from excessmtl_ext.training.sweep.results import (
     write_results,
     write_table,
 )
-from excessmtl_ext.training.sweep.settings import write_settings
-
-STEP_SIZES = "step_sizes.csv"
+from excessmtl_ext.training.sweep.settings import check_sweep_folder, write_settings
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ def run_sweep(
 
     Raises:
         TrainingInterrupted: ``should_stop`` returned True.
-        ValueError: the folder holds a sweep with other values.
+        FileExistsError: the folder, or that of a run, holds files that no sweep has written.
+        ValueError: the folder holds a sweep with other values, or its files are damaged.
         BlockingIOError: another sweep is at work in the folder.
         FileNotFoundError: the data are missing.
     """
@@ -108,7 +108,9 @@ def run_sweep(
     # Before anything is started or written: missing data concern all runs.
     first = train_config(config, Cell("", config.methods[0], max(config.noise), 0))
     tasks = find_workload(config.dataset).load(first).tasks
+    check_sweep_folder(folder)  # before the lock, which is the first file to be written
     with hold_folder(folder, "sweep", announce) as lock:
+        check_sweep_folder(folder)
         sweep = _Sweep(config, folder, tasks, lock, report or (lambda status: None), announce)
         write_settings(folder, config, tasks, command)
         return sweep.run(should_stop or (lambda: False))
@@ -182,15 +184,16 @@ class _Sweep:
 
     def _check(self, cell: Cell) -> None:
         """Raises where the folder holds the run of another sweep: before hours are spent on the others."""
-        path = self.folder / cell.folder / CONFIG
-        if not path.is_file():
+        folder = self.folder / cell.folder
+        check_folder(folder, resume=True)
+        if not (folder / CONFIG).is_file():
             return
-        saved = read_config(path.parent)
+        saved = read_config(folder)
         for name, value in dataclasses.asdict(train_config(self.config, cell)).items():
             # None stands for a value that only the run knows, such as the number of samples.
             if name not in FREE_ON_RESUME and value is not None and saved.get(name) != value:
                 raise ValueError(
-                    f"Expected the run in {path.parent} to be of this sweep, but its `{name}` is "
+                    f"Expected the run in {folder} to be of this sweep, but its `{name}` is "
                     f"{saved.get(name)!r} instead of {value!r}. Name another folder."
                 )
 
@@ -307,7 +310,7 @@ class _Sweep:
         self, method: str, scores: dict[Cell, float | None], best: float | None
     ) -> None:
         path = self.folder / STEP_SIZES
-        rows: list[Row] = read_rows(path) if path.is_file() else []
+        rows: list[Row] = read_rows(path, ("method",)) if path.is_file() else []
         rows = [row for row in rows if row["method"] != method]
         means = mean_scores(scores)
         rows += [

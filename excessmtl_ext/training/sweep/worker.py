@@ -1,8 +1,8 @@
 """One run of a sweep, in a process of its own.
 
 The first line of stdin is the order, JSON. The sweep keeps stdin open: its end, by the sweep's will or because the
-sweep was killed, stops the run with a checkpoint, so that no worker outlives its sweep. Messages go to stdout, one JSON
-object per line: how far the run is, and how it ended. Whatever else is printed goes to stderr, the run's log.
+sweep was killed, stops the run with a checkpoint, so that no worker outlives its sweep. Messages go to a pipe, one JSON
+object per line: how far the run is, and how it ended. Whatever is printed goes to the run's log.
 """
 
 from __future__ import annotations
@@ -55,10 +55,14 @@ class _Channel:
             )
 
 
-def main() -> None:
-    """Does what the first line of stdin orders: ``config``, ``folder``, ``num_threads``."""
-    messages = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library's print is no message
+def main(pipe: int) -> None:
+    """Does what the first line of stdin orders: ``config``, ``folder``, ``num_threads``.
+
+    Args:
+        pipe: Descriptor that messages are written to.
+    """
+    os.set_inheritable(pipe, False)  # a process that the run starts does not keep the pipe open
+    messages = os.fdopen(pipe, "w", encoding="utf-8")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -88,6 +92,7 @@ def main() -> None:
         channel.send(state="failed", error=type(error).__name__, message=str(error))
     else:
         channel.send(state="finished")
+    sys.stdout.flush()
     sys.stderr.flush()
     # A daemon thread that reads stdin may hold its lock when the interpreter ends, which aborts the process.
     os._exit(0)

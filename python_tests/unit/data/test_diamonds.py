@@ -75,7 +75,7 @@ def test_stones_with_equal_measurements_are_in_one_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"Very Good"', '"Excellent"', r"line 4 of .*diamonds\.csv .* but got: tuple"),
+        ('"Very Good"', '"Excellent"', r"line 4 of .*diamonds\.csv .* but got: cut = 'Excellent'"),
         ("carat", "weight", r"line 2 of .* but got: 'carat'"),
         (",300,", ",x,", None),
         ('"Fair"', '"Fair', r"of .*diamonds\.csv to be a diamond"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from transformers import (
     BertConfig,
     BertModel,
     PreTrainedModel,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -247,6 +250,30 @@ def test_a_task_without_labels_is_left_out(tmp_path):
     assert model.length.weight.grad is None
     assert trainer.balancer.num_task_steps.tolist() == [2, 0]
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("method", [ExcessMTL, Uniform])
+def test_a_nan_label_costs_one_step_and_not_the_model(method, max_grad_norm, tmp_path):
+    model = make_model()
+    balancer = method(model.encoder.parameters(), num_tasks=2)
+    # One epoch: each of the 16 rows is in one of four batches.
+    trainer = make_trainer(tmp_path, model, balancer, max_steps=4, max_grad_norm=max_grad_norm)
+    trainer.train_dataset[5]["length_labels"] = torch.tensor(float("nan"))
+    seen = [parameters_of(trainer)]
+
+    class Recorder(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append(parameters_of(trainer))
+
+    trainer.add_callback(Recorder())
+    trainer.train()
+    moved = [
+        any(not torch.equal(old[name], new[name]) for name in old)
+        for old, new in itertools.pairwise(seen)
+    ]
+    assert sorted(moved) == [False, True, True, True]
+    assert all(value.isfinite().all() for value in seen[-1].values())
 
 
 def test_model_init_is_refused(tmp_path):

@@ -12,8 +12,10 @@ from _datasets import (
     make_sarcos_rows,
     write_diamonds,
     write_human_ratings,
+    write_movielens,
     write_nyuv2,
     write_office_home,
+    write_qm9,
     write_sarcos,
 )
 
@@ -56,6 +58,8 @@ def _config(dataset: str, data_root: Path, **values: object) -> TrainConfig:
         ("nyuv2", _nyuv2, {"network_width": 4}, 3, ["segmentation"]),
         ("office-home", write_office_home, {"image_size": 32}, 4, ["product"]),
         ("diamonds", write_diamonds, {"noise_kind": "pair_flip"}, 4, ["cut"]),
+        ("movielens", write_movielens, {}, 4, ["rating"]),
+        ("qm9", write_qm9, {}, 11, ["homo", "r2"]),
         ("human-ratings", write_human_ratings, {"noise": 0.0}, 4, ["editorials"]),
     ],
 )

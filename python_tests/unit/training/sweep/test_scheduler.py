@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -329,6 +330,80 @@ def test_another_sweep_in_a_folder_is_refused_before_anything_runs(
         run_sweep(sweep_config(), tmp_path)
     assert not (tmp_path / "runs").exists()
     assert json.loads((tmp_path / "sweep.json").read_text()) == settings
+
+
+@pytest.mark.parametrize(
+    "name", ["results.csv", "epochs.csv", "step_sizes.csv", "environment.json"]
+)
+def test_a_folder_with_a_file_of_somebody_else_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("precious\n")
+    with pytest.raises(FileExistsError, match=f"{tmp_path} holds {name} and no sweep.json"):
+        run_sweep(sweep_config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious\n"
+
+
+def test_a_run_folder_with_a_file_of_somebody_else_is_refused_before_anything_runs(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "runs/uniform_noise0.8_seed0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("precious\n")
+    with pytest.raises(FileExistsError, match=f"{folder} holds metrics.csv and no config.json"):
+        run_sweep(sweep_config(), tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["metrics.csv"]
+
+
+def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("precious\n")
+    folder = tmp_path / "sweep/runs/uniform_noise0.8_seed0"
+    folder.mkdir(parents=True)
+    (folder / "log.txt").symlink_to(outside)
+    with pytest.raises(OSError, match=r"log\.txt to be a file of this folder alone"):
+        run_sweep(sweep_config(), tmp_path / "sweep")
+    assert outside.read_text() == "precious\n"
+
+
+STARTUP = """
+import os, sys
+if os.environ.get("STARTUP") and "excessmtl_ext.training.sweep.worker" in " ".join(sys.orig_argv):
+    exec(os.environ["STARTUP"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("startup", "log"),
+    [
+        ("print('hello from startup')", "hello from startup"),
+        ('print(\'{"state": "finished"}\')', "finished"),
+        ("sys.stdout.write('half a line')", "half a line"),
+        ("os.write(1, bytes(range(256)) * 500)", ""),
+    ],
+)
+def test_a_python_that_prints_when_it_starts_prints_into_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, startup: str, log: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STARTUP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("STARTUP", startup)
+    outcome = run_sweep(sweep_config(), tmp_path / "sweep")
+    assert (outcome.num_finished, outcome.failed) == (1, ())
+    assert log.encode() in (tmp_path / "sweep/runs/uniform_noise0.8_seed0/log.txt").read_bytes()
+
+
+@pytest.mark.parametrize("startup", ["os._exit(3)", "raise SystemExit(3)", "os.close(0)"])
+def test_a_python_that_fails_when_it_starts_is_a_failed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, startup: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STARTUP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("STARTUP", startup)
+    outcome = run_sweep(sweep_config(), tmp_path / "sweep")
+    (failed,) = outcome.failed
+    assert re.search(r"the process ended with status \d", failed.reason), failed.reason
 
 
 def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path) -> None:

@@ -8,23 +8,11 @@
 #include <cstdint>
 
 #include "../excess_risk_math.h"
+#include "../task_state.h"
 #include "block_sum.cuh"
 #include "launch_config.cuh"
 
 namespace excessmtl::cuda {
-
-// Pointers to the [T] state vectors and the two counters.
-struct TaskState {
-  double* excess_risk;
-  double* relative_excess_risk;
-  double* baseline_excess_risk;
-  double* log_task_weights;
-  double* task_weights;
-  int64_t* num_steps;
-  int64_t* num_task_steps;
-  int64_t* num_skipped_steps;
-  bool* found_nonfinite;
-};
 
 // The tasks that take part, a bit each.
 struct TaskSet {

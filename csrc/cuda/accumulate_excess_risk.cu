@@ -1,0 +1,32 @@
+// accumulate_excess_risk_ on CUDA: the launch of the fused step that ends with the sums.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../op_arguments.h"
+#include "launch_scope.h"
+#include "step_phases.h"
+
+namespace excessmtl::cuda {
+namespace {
+
+void accumulate_excess_risk(AccumulateCall& call) {
+  check_state_for_launch(call.sq_grad_sum, call.grad_mean);
+  const LaunchScope scope(call.sq_grad_sum);
+  if (!call.grads.any_present()) {
+    return;
+  }
+  TaskOptions task_options = {};
+  task_options.momentum = call.gradient_momentum;
+  launch_step(call.grads, plan_of(call, scope), call.sq_grad_sum, call.grad_mean, call.rounding,
+              call.ticket, call.excess_risk_sum.mutable_data_ptr<double>(), TaskState{},
+              task_options, call.sqrt_fisher, call.eps);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) {
+  m.impl("accumulate_excess_risk_",
+         TORCH_BOX(&accumulate_excess_risk_entry<&accumulate_excess_risk>));
+}
+
+}  // namespace excessmtl::cuda

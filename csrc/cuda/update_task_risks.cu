@@ -1,0 +1,31 @@
+// update_task_risks_ on CUDA: one block.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../op_arguments.h"
+#include "launch.cuh"
+#include "launch_scope.h"
+#include "launch_tensors.h"
+#include "update_task_risks.cuh"
+
+namespace excessmtl::cuda {
+namespace {
+
+void update_task_risks_of(const TaskRisksCall& call) {
+  if (call.tasks.empty()) {
+    return;
+  }
+  const LaunchScope scope(call.excess_risk_sum);
+  check_cuda(launch(update_task_risks_kernel, dim3(1), kThreads, scope.stream,
+                    call.excess_risk_sum.const_data_ptr<double>(), task_set(call.tasks),
+                    static_cast<int>(call.num_tasks()), call.state, call.options),
+             "The launch of update_task_risks_");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) {
+  m.impl("update_task_risks_", TORCH_BOX(&update_task_risks_entry<&update_task_risks_of>));
+}
+
+}  // namespace excessmtl::cuda
