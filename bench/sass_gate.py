@@ -25,10 +25,11 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from excessmtl_ext._build_facts import compile_flags
+
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 COMMITTED = Path(__file__).with_suffix(".json")
-# As in CMakeLists.txt.
-FLAGS = ["-std=c++20", "-O3", "-prec-div=false", "-prec-sqrt=false", "-ftz=true"]
+FLAGS = ["-O3", *compile_flags(CSRC)["nvcc"]]
 REGISTERS_PER_SM = 65536
 THREADS = 256
 MAX_BLOCKS_PER_SM = 8  # 2,048 threads

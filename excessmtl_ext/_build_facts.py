@@ -50,6 +50,20 @@ def source_digest(csrc: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def compile_flags(csrc: Path) -> dict[str, list[str]]:
+    """The flags of every build, for the programs ``"cxx"``, ``"nvcc"`` and ``"link"``.
+
+    Args:
+        csrc: The folder of the sources, which has them in ``compile_flags.txt``.
+    """
+    flags: dict[str, list[str]] = {"cxx": [], "nvcc": [], "link": []}
+    for line in (csrc / "compile_flags.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            program, flag = line.split(" ", 1)
+            flags[program].append(flag)
+    return flags
+
+
 class CudaPlan(NamedTuple):
     """Whether to compile CUDA ops.
 

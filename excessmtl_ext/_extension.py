@@ -35,11 +35,8 @@ import torch
 
 from excessmtl_ext import _build_facts
 
-# As in CMakeLists.txt, where the reasons are. The newest torch whose features the ops use; flags.
+# As in CMakeLists.txt: the newest torch whose features the ops use.
 _NEWEST_TARGET = (2, 13)
-_CUDA_FLAGS = ["-prec-div=false", "-prec-sqrt=false", "-ftz=true"]
-_CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
-
 
 OP_NAMES = (
     "fused_step_",
@@ -231,8 +228,8 @@ def _load_compiled_here() -> BuildInfo:
     define = f"-DTORCH_TARGET_VERSION={(target[0] << 56) | (target[1] << 48):#x}ULL"
     use_cuda = ["-DUSE_CUDA"] if target < (2, 13) else []  # as in CMakeLists.txt
     source_digest = _build_facts.source_digest(csrc)
-    flags = (source_digest, sources, _CXX_FLAGS, _CUDA_FLAGS, architectures)
-    digest = hashlib.sha256(repr(flags).encode()).hexdigest()[:16]
+    flags = _build_facts.compile_flags(csrc)
+    digest = hashlib.sha256(repr((source_digest, sources, architectures)).encode()).hexdigest()[:16]
     name = re.sub(r"\W", "_", f"excessmtl_ext_torch{torch.__version__}_{digest}")
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
@@ -249,8 +246,9 @@ def _load_compiled_here() -> BuildInfo:
             name=name,
             build_directory=str(folder),
             sources=[str(csrc / source) for source in sources],
-            extra_cflags=[*_CXX_FLAGS, define],
-            extra_cuda_cflags=["-O3", "-std=c++20", *_CUDA_FLAGS, define, *use_cuda],
+            extra_cflags=["-O3", *flags["cxx"], define],
+            extra_cuda_cflags=["-O3", *flags["nvcc"], define, *use_cuda],
+            extra_ldflags=flags["link"] if sys.platform == "linux" else [],
             extra_include_paths=[str(csrc)],
         )
         is_complete.touch()

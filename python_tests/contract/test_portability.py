@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from _paths import ROOT
 
-from excessmtl_ext import _extension
+from excessmtl_ext import _build_facts
 
 DRIVER = Path(__file__).with_name("element_loops_driver.cpp")
 CSRC = ROOT / "csrc"
@@ -43,7 +43,14 @@ def compiled(compiler, folder, *flags):
     objects = {}
     for source in LOOPS:
         objects[source.stem] = str(folder / f"{source.stem}.o")
-        command = (compiler, *_extension._CXX_FLAGS, *flags, "-c", str(source))
+        command = (
+            compiler,
+            "-O3",
+            *_build_facts.compile_flags(CSRC)["cxx"],
+            *flags,
+            "-c",
+            str(source),
+        )
         run(*command, "-o", objects[source.stem])
     return objects
 

@@ -315,10 +315,9 @@ def test_backend_accepts_a_working_compiler(toolchain, monkeypatch):
     assert toolchain.why_no_compiler() is None
 
 
-def test_jit_and_cmake_use_the_same_flags_and_target():
+def test_jit_and_cmake_use_the_same_target():
     path = ROOT / "CMakeLists.txt"
     if not path.is_file():
         pytest.skip("the tests run outside a checkout")
     text = path.read_text()
-    assert ";".join(_extension._CUDA_FLAGS) in text
     assert "set(torch_target {}.{})".format(*_extension._NEWEST_TARGET) in text
