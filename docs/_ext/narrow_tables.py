@@ -10,19 +10,18 @@ from __future__ import annotations
 from docutils import nodes
 from sphinx.application import Sphinx
 
-SENTENCE = 40
-"""Characters of a cell from which on its table counts as one of sentences."""
-MAX_COLUMNS = 4
-"""A table with more columns is one of numbers, whatever its cells say."""
+SENTENCES = {4: 40, 100: 70}
+"""Up to so many columns, a table counts as one of sentences where a cell has so many characters."""
 
 
 def _mark_tables(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     for table in doctree.findall(nodes.table):
         rows = [list(row.findall(nodes.entry)) for row in table.findall(nodes.row)]
-        if not rows or len(rows[0]) > MAX_COLUMNS:
+        if not rows:
             continue
-        texts = [cell.astext() for row in rows for cell in row]
-        if max(map(len, texts)) < SENTENCE:
+        # The first column names the row; a column of long names suits a table of numbers.
+        longest = max((len(cell.astext()) for row in rows for cell in row[1:]), default=0)
+        if longest < min(SENTENCES[n] for n in SENTENCES if n >= len(rows[0])):
             continue
         table["classes"].append("sentences")
         names = [cell.astext() for cell in rows[0]]

@@ -139,12 +139,12 @@ def test_every_public_name_says_what_it_does(name):
     assert (getattr(excessmtl_ext, name).__doc__ or "").strip()
 
 
-def test_every_committed_timing_of_the_step_is_on_the_performance_page():
-    page = (DOCS / "performance.md").read_text(encoding="utf-8")
-    runs = sorted((ROOT / "bench" / "results").glob("fused_step*/README.md"))
-    assert runs
+def test_every_committed_timing_is_on_a_page():
+    pages = [path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")]
+    runs = sorted((ROOT / "bench" / "results").glob("*/README.md"))
+    assert len(runs) > 5
     for run in runs:
-        assert run.relative_to(ROOT).as_posix() in page
+        assert any(run.relative_to(ROOT).as_posix() in page for page in pages), run
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: p.stem)
