@@ -1,5 +1,6 @@
 """ExcessMTL for PyTorch: training one network on several tasks whose labels cannot all be trusted."""
 
+from excessmtl_ext import _ctrl_c as _ctrl_c  # first: before torch, whose import takes seconds
 from excessmtl_ext import functional, reference
 from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.baselines import IMTL, MGDA, MOML, GradNorm, GroupDRO, SingleTask, Uniform

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from excessmtl_ext._ctrl_c import as_exception
+
 try:
     import click
 
@@ -20,7 +24,16 @@ except ModuleNotFoundError as error:
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Command(click.Group):
+    """A group whose commands get Ctrl-C as an exception, see `excessmtl_ext._ctrl_c`."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Runs the command line."""
+        with as_exception():
+            return super().main(*args, **options)
+
+
+@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="excessmtl-ext")
 def main() -> None:
     """Train one network on several tasks whose labels cannot all be trusted."""

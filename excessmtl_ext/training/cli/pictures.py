@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from excessmtl_ext.training.cli.console import clear_errors, print_path
+from excessmtl_ext.training.cli.console import clear_errors, make_console, print_path
 from excessmtl_ext.training.pictures.paper import draw_paper_figures
 from excessmtl_ext.training.pictures.report import write_report
 from excessmtl_ext.training.pictures.toy import draw_toy
@@ -33,7 +32,7 @@ def figures(results: tuple[Path, ...], output: Path) -> None:
 
     RESULTS are folders that `excessmtl sweep` has filled; sweep.json, results.csv and epochs.csv of each suffice.
     """
-    console = Console()
+    console = make_console()
     with clear_errors():
         sweeps = [read_results(folder) for folder in results]
         reports = draw_paper_figures(sweeps, output, draw_toy=draw_toy)
@@ -60,4 +59,4 @@ def report(run: Path, output: Path | None) -> None:
     """
     with clear_errors():
         path = write_report(run, output)
-    print_path(Console(), "Report", path)
+    print_path(make_console(), "Report", path)

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from excessmtl_ext.training.cli.console import (
     clear_errors,
+    make_console,
     print_path,
     resolve_device,
     stop_on_signal,
@@ -55,7 +56,7 @@ def _add_sweep_command(dataset: str, workload: Workload) -> None:
     @sweep_options()
     @workload_options(workload)
     def command(device: str, output: Path | None, **values: Any) -> None:
-        console = Console()
+        console = make_console()
         with clear_errors():
             options = {name: values.pop(name) for name in workload.options}
             config = SweepConfig(

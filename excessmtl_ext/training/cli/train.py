@@ -11,6 +11,7 @@ from rich.table import Table
 
 from excessmtl_ext.training.cli.console import (
     clear_errors,
+    make_console,
     print_path,
     progress_bar,
     resolve_device,
@@ -18,15 +19,16 @@ from excessmtl_ext.training.cli.console import (
 )
 from excessmtl_ext.training.cli.options import run_options, workload_options
 from excessmtl_ext.training.pictures.runs import draw_training, read_run
+from excessmtl_ext.training.pictures.style import check_figure_path
 from excessmtl_ext.training.run.config import TrainConfig
+from excessmtl_ext.training.run.finished import selection_metric
 from excessmtl_ext.training.run.loop import train as train_run
 from excessmtl_ext.training.run.methods import METHODS
 from excessmtl_ext.training.run.metrics import PRIMARY_METRIC
-from excessmtl_ext.training.run.progress import SELECTION_METRIC, Progress
+from excessmtl_ext.training.run.progress import Progress
 from excessmtl_ext.training.run.ranks import is_main_process
+from excessmtl_ext.training.run.record import FIGURE
 from excessmtl_ext.training.run.workloads import WORKLOADS, Workload
-
-FIGURE = "training.png"
 
 
 @click.group()
@@ -45,7 +47,7 @@ def _add_train_command(dataset: str, workload: Workload) -> None:
         method_options: tuple[tuple[str, Any], ...],
         **values: Any,
     ) -> None:
-        console = Console(quiet=not is_main_process())
+        console = make_console(quiet=not is_main_process())
         with clear_errors():
             config = TrainConfig(
                 dataset=dataset,
@@ -65,7 +67,9 @@ for _dataset, _workload in WORKLOADS.items():
 def _train_one(console: Console, config: TrainConfig, output: Path, *, resume: bool) -> None:
     """Trains with a progress bar, draws the run and prints its numbers; of several processes only the first shows."""
     method = METHODS[config.method]
-    selection = SELECTION_METRIC if config.task is None else f"validation/{config.task}_score"
+    selection = selection_metric(config.task)
+    figure = output / FIGURE
+    check_figure_path(figure)
     with stop_on_signal(console) as should_stop, progress_bar(console) as bar:
         task = bar.add_task(f"{method.label}", total=None)
 
@@ -83,7 +87,6 @@ def _train_one(console: Console, config: TrainConfig, output: Path, *, resume: b
     if not is_main_process():
         return
     kinds = {task["kind"] for task in metrics["tasks"]}
-    figure = output / FIGURE
     draw_training(
         [read_run(output)],
         figure,
@@ -111,10 +114,11 @@ def _run_table(config: TrainConfig, metrics: dict[str, Any]) -> Table:
         if config.task not in (None, name):
             continue
         metric = PRIMARY_METRIC[task["kind"]]
+        value = selected[f"test/{name}_{metric}"]
         table.add_row(
             f"{name} (noisy)" if task["is_noisy"] else name,
             metric.replace("_", " "),
-            f"{selected[f'test/{name}_{metric}']:.4f}",
+            "not finite" if value is None else f"{value:.4f}",
             f"{metrics['final_task_weights'][name]:.3f}",
         )
     return table

@@ -23,7 +23,7 @@ from excessmtl_ext.training.pictures.paper_panels import (
     spread_note,
     zoom,
 )
-from excessmtl_ext.training.pictures.style import DOTS_PER_INCH, TEXT_COLOUR, new_figure, style_axes
+from excessmtl_ext.training.pictures.style import TEXT_COLOUR, new_figure, save_figure, style_axes
 from excessmtl_ext.training.pictures.sweep_view import SINGLE_TASK, SweepView
 from excessmtl_ext.training.run.methods import METHODS
 from excessmtl_ext.training.run.workloads import WORKLOADS
@@ -288,7 +288,7 @@ def draw_loss_profile(view: SweepView, path: Path) -> str:
         x=0.01,
         ha="left",
     )
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    save_figure(figure, path)
     return ""
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from excessmtl_ext.training.pictures.style import DOTS_PER_INCH, TEXT_COLOUR
+from excessmtl_ext.training.pictures.style import TEXT_COLOUR, save_figure
 from excessmtl_ext.training.pictures.sweep_view import SINGLE_TASK, SweepView
 from excessmtl_ext.training.run.methods import METHODS
 from excessmtl_ext.training.run.metrics import HIGHER_IS_BETTER
@@ -139,7 +139,7 @@ def finish_figure(figure: Figure, labelled: Axes, path: Path, title: str) -> Non
         frameon=False,
         fontsize=9.5,
     )
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    save_figure(figure, path)
 
 
 def spread_note(view: SweepView) -> str:

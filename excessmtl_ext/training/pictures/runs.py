@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from excessmtl_ext.training.pictures.style import DOTS_PER_INCH, TEXT_COLOUR, new_figure, style_axes
+from excessmtl_ext.training.pictures.style import TEXT_COLOUR, new_figure, save_figure, style_axes
 from excessmtl_ext.training.run.files import WAY_OUT, read_json
 from excessmtl_ext.training.run.finished import read_epochs, read_tasks, read_weights
 from excessmtl_ext.training.run.methods import METHODS
@@ -125,8 +125,7 @@ def draw_training(
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9.5
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    save_figure(figure, path)
 
 
 def _cut_off_start(axes: Axes, curves: Sequence[np.ndarray]) -> None:

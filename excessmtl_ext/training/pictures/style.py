@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from excessmtl_ext.training.run.files import check_replaceable, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -11,6 +14,8 @@ if TYPE_CHECKING:
 DOTS_PER_INCH = 160
 GRID_COLOUR = "#DDDDDD"
 TEXT_COLOUR = "#333333"
+
+_SOFTWARE = "excessmtl_ext, Matplotlib"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -43,3 +48,23 @@ def style_axes(axes: Axes) -> None:
     axes.tick_params(which="both", colors=TEXT_COLOUR, labelsize=9, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID_COLOUR)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG file, in place of an older figure; makes the folder.
+
+    Raises:
+        FileExistsError: ``path`` is something else than a figure that matplotlib has drawn.
+    """
+    check_figure_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Software": _SOFTWARE}
+    write_atomically(
+        path,
+        lambda file: figure.savefig(file, format="png", dpi=DOTS_PER_INCH, metadata=metadata),
+    )
+
+
+def check_figure_path(path: Path) -> None:
+    """Raises FileExistsError where `save_figure` would, before anything is computed."""
+    check_replaceable(path, b"Matplotlib")

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from excessmtl_ext import Balancer, ExcessMTL, GroupDRO, Uniform, functional
 from excessmtl_ext.functional import ParamLayout, StepOptions
-from excessmtl_ext.training.pictures.style import DOTS_PER_INCH, GRID_COLOUR, TEXT_COLOUR
+from excessmtl_ext.training.pictures.style import GRID_COLOUR, TEXT_COLOUR, new_figure, save_figure
 from excessmtl_ext.training.run.methods import METHODS
 
 if TYPE_CHECKING:
@@ -272,12 +272,10 @@ def draw_toy(path: str | Path, problem: ToyProblem | None = None) -> list[ToyRun
     Returns:
         The runs, in the order of `TOY_METHODS`.
     """
-    from matplotlib.figure import Figure  # here: only pictures need it
-
     path = Path(path)
     problem = problem or ToyProblem()
     runs = [run_toy(method, problem) for method in TOY_METHODS]
-    figure = Figure(figsize=(11.5, 5.0), layout="constrained")
+    figure = new_figure(11.5, 5.0)
     plane, bars = figure.subplots(1, 2, width_ratios=[1.15, 1.0])
     _draw_plane(plane, problem, runs)
     _draw_ends(bars, problem, runs)
@@ -286,8 +284,7 @@ def draw_toy(path: str | Path, problem: ToyProblem | None = None) -> list[ToyRun
         axes.tick_params(length=0, labelsize=9.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GRID_COLOUR)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    save_figure(figure, path)
     return runs
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,19 +71,74 @@ class TrainConfig:
     num_ranks: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "task_weight_interval"):
+        """Checks every value by itself; what the data and the method allow is checked when they are there."""
+        for name in ("dataset", "method", "device"):
+            _check_type(name, getattr(self, name), str, "a string")
+        for name, minimum, maximum in _WHOLE_NUMBERS:
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"Expected `{name}` of at least 1, but got {value}.")
-        if self.num_workers < 0:
-            raise ValueError(f"Expected `num_workers` of at least 0, but got {self.num_workers}.")
-        if not self.lr > 0:
-            raise ValueError(f"Expected `lr` > 0, but got {self.lr}.")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"Expected `weight_decay` >= 0, but got {self.weight_decay}.")
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            _check_type(name, value, int, "a whole number")
+            if value < minimum:
+                raise ValueError(f"Expected `{name}` of at least {minimum}, but got {value}.")
+            if value > maximum:
+                raise ValueError(f"Expected `{name}` of at most {maximum:,}, but got {value:.6g}.")
+        for name, may_be_zero in (
+            ("lr", False),
+            ("weight_decay", True),
+            ("robust_step_size", False),
+        ):
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            _check_number(name, value)
+            if not (value >= 0 if may_be_zero else value > 0):
+                raise ValueError(
+                    f"Expected `{name}` {'>=' if may_be_zero else '>'} 0, but got {value}."
+                )
+            if math.isinf(value):
+                raise ValueError(f"Expected `{name}` to be finite, but got {value}.")
+        _check_number("noise", self.noise)
         if not 0 <= self.noise <= 1:
             raise ValueError(f"Expected `noise` in [0, 1], but got {self.noise}.")
         if self.distributed not in (None, "ddp", "fsdp"):
             raise ValueError(
                 f"Expected `distributed` to be 'ddp', 'fsdp' or None, but got {self.distributed!r}."
             )
+        if self.data_root is not None:
+            object.__setattr__(self, "data_root", os.fspath(self.data_root))
+        try:
+            json.dumps(self.method_options, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Expected `method_options` that config.json can hold, numbers that are finite, strings, truth values, "
+                f"null and lists of them, but got {self.method_options!r}: {error}."
+            ) from error
+
+
+# Name, least and largest value. The largest are beyond any sensible run: a slip of the keyboard ends in a sentence
+# and not in hours of allocating.
+_WHOLE_NUMBERS = (
+    ("epochs", 1, 10**6),
+    ("batch_size", 1, 10**7),
+    ("task_weight_interval", 1, 10**9),
+    ("num_workers", 0, 256),
+    ("seed", -(2**63), 2**63 - 1),  # what torch's generators take
+    ("num_train", 1, 10**9),
+    ("image_size", 1, 4_096),
+    ("network_width", 1, 4_096),
+    ("num_ranks", 1, 10**6),
+)
+_MAY_BE_NONE = frozenset(
+    {"num_train", "image_size", "network_width", "num_ranks", "robust_step_size"}
+)
+
+
+def _check_type(name: str, value: object, kind: type, what: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"Expected `{name}` to be {what}, but got {value!r}.")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"Expected `{name}` to be a number, but got {value!r}.")

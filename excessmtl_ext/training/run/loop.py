@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def train(
     resume: bool = False,
     report: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    observe: Callable[[Balancer, Sequence[str]], None] | None = None,
 ) -> dict[str, Any]:
     """Trains one model and leaves the run's files in ``output``.
 
@@ -68,6 +69,7 @@ def train(
         resume: Go on with the run in ``output``.
         report: Called before the first step and after each.
         should_stop: Asked before each step; True saves a checkpoint and ends the run.
+        observe: Called with the balancer and the names of the tasks before the first step, to record its history.
 
     Returns:
         The content of metrics.json: the metrics of the epoch that did best on validation, and of the last; None
@@ -107,6 +109,8 @@ def train(
                 lambda: held.enter_context(hold_folder(Path(output), "run", is_required=False))
             )
             run.open(Path(output), resume=resume)
+            if observe is not None:
+                observe(run.balancer, [task.name for task in run.tasks])
             return run.train(report or (lambda progress: None), should_stop or (lambda: False))
 
         return run_all()

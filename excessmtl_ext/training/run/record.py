@@ -43,9 +43,10 @@ FINAL_METRICS = "metrics.json"
 CHECKPOINT = "checkpoint.pt"
 BEST_MODEL = "best_model.pt"
 FIGURE = "training.png"
+BALANCER_REPORT = "balancer_report.json"
 
 # A folder without a config.json that has one of these holds something else than a run.
-REPLACED = (ENVIRONMENT, *TABLES, FINAL_METRICS, CHECKPOINT, BEST_MODEL, FIGURE)
+REPLACED = (ENVIRONMENT, *TABLES, FINAL_METRICS, CHECKPOINT, BEST_MODEL, FIGURE, BALANCER_REPORT)
 
 _CONFIG_SCHEMA = {
     "dataset": str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,15 +69,19 @@ class SweepConfig:
                 raise ValueError(
                     f"Expected `{name}` of {', '.join(METHODS)}, but got {', '.join(unknown)}."
                 )
-        for name in ("num_seeds", "jobs", "threads_per_job"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected `{name}` of at least 1, but got {getattr(self, name)}.")
-        if any(not step_size > 0 for step_size in self.tune):
-            raise ValueError(f"Expected `tune` with step sizes > 0, but got {list(self.tune)}.")
+        for name, maximum in (("num_seeds", 1_000), ("jobs", 256), ("threads_per_job", 1_024)):
+            if not 1 <= getattr(self, name) <= maximum:
+                raise ValueError(
+                    f"Expected `{name}` from 1 to {maximum:,}, but got {getattr(self, name)}."
+                )
+        if not all(0 < step_size < math.inf for step_size in self.tune):
+            raise ValueError(
+                f"Expected `tune` with finite step sizes > 0, but got {list(self.tune)}."
+            )
         if self.tune and self.tune_seed < self.num_seeds:
             raise ValueError(
-                f"Expected `tune_seed` of at least {self.num_seeds}, lest a seed of the grid chooses the step size, "
-                f"but got {self.tune_seed}."
+                f"Expected `tune_seed` of at least {self.num_seeds}, so that no seed of the grid chooses the step "
+                f"size, but got {self.tune_seed}."
             )
 
     def is_tuned(self, method: str) -> bool:

@@ -1,9 +1,10 @@
-"""The comparison that `excessmtl demo` runs: four balancers on pairs of small digits, one task mostly mislabelled."""
+"""The comparison that ``excessmtl demo`` runs: four balancers on pairs of small digits, one task mostly mislabelled."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +12,26 @@ from pathlib import Path
 
 import torch
 
+from excessmtl_ext import Balancer
 from excessmtl_ext.training.run.config import TrainConfig
-from excessmtl_ext.training.run.finished import read_final_metrics
+from excessmtl_ext.training.run.files import read_json, write_json
+from excessmtl_ext.training.run.finished import read_final_metrics, read_tasks
 from excessmtl_ext.training.run.loop import train
 from excessmtl_ext.training.run.progress import Progress
+from excessmtl_ext.training.run.record import BALANCER_REPORT
 from excessmtl_ext.training.run.workloads import find_workload
 
 DATASET = "digits"
 NOISE = 0.8
 NUM_SEEDS = 5
-DEMO_METHODS = ("excessmtl-recommended", "excessmtl-official", "uniform", "groupdro")
+
+# The method that the demo is about, and the one that the others are measured against.
+RECOMMENDED = "excessmtl-recommended"
+BASELINE = "uniform"
+DEMO_METHODS = (RECOMMENDED, "excessmtl-official", BASELINE, "groupdro")
+
+# A mean of seeds that lies this many standard errors from 0 is no chance.
+NUM_STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
@@ -29,14 +40,24 @@ class Statistic:
 
     mean: float
     std: float | None
+    number: int = 1
 
     @classmethod
-    def of(cls, values: list[float]) -> Statistic:
+    def of(cls, values: Sequence[float]) -> Statistic:
         """Summarises at least one value."""
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), std, len(values))
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if self.std is None else f" ± {self.std:.3f}")
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the mean is further from 0 than chance explains, else 0; 0 for a single seed."""
+        if self.std is None:
+            return 0
+        error = NUM_STANDARD_ERRORS * self.std / math.sqrt(self.number)
+        return 0 if abs(self.mean) <= error else int(math.copysign(1, self.mean))
 
 
 @dataclass(frozen=True)
@@ -48,12 +69,52 @@ class MethodSummary:
         clean_accuracy: Test accuracy of the clean task, at the epoch selected on validation.
         noisy_accuracy: The same of the noisy task, on clean labels.
         clean_weight: Weight of the clean task at the end.
+        clean_gain: Accuracy of the clean task less that of `BASELINE` on the same seed.
+        noisy_gain: The same of the noisy task.
     """
 
     method: str
     clean_accuracy: Statistic
     noisy_accuracy: Statistic
     clean_weight: Statistic
+    clean_gain: Statistic
+    noisy_gain: Statistic
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What ``balancer.report()`` said at the end of one run.
+
+    Attributes:
+        seed: Of the run.
+        noisy: Names of the tasks that it called noisy.
+        text: The report as it prints.
+    """
+
+    seed: int
+    noisy: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo has shown.
+
+    Attributes:
+        methods: In the order of `DEMO_METHODS`.
+        findings: Of the recommended method's runs, one per seed; fewer where a run was finished without a record.
+        clean_task: The task whose labels are right.
+        noisy_task: The task whose training labels are mostly wrong.
+    """
+
+    methods: tuple[MethodSummary, ...]
+    findings: tuple[Finding, ...]
+    clean_task: str
+    noisy_task: str
+
+    def of(self, method: str) -> MethodSummary:
+        """Returns the summary of one method."""
+        return next(summary for summary in self.methods if summary.method == method)
 
 
 def demo_runs(
@@ -89,7 +150,7 @@ def run_demo(
     resume: bool,
     report: Callable[[int, Progress], None],
     should_stop: Callable[[], bool],
-) -> list[MethodSummary]:
+) -> DemoResult:
     """Trains all runs and summarises them.
 
     Args:
@@ -104,35 +165,84 @@ def run_demo(
     """
     with _one_thread():
         for number, (config, folder) in enumerate(runs):
+            balancers: list[Balancer] = []
+
+            def observe(
+                balancer: Balancer, names: Sequence[str], kept: list[Balancer] = balancers
+            ) -> None:
+                balancer.record_history(gradients=True, task_names=names)
+                kept.append(balancer)
+
             train(
                 config,
                 folder,
                 resume=resume,
                 report=partial(report, number),
                 should_stop=should_stop,
+                observe=observe if config.method == RECOMMENDED else None,
             )
-    return [
-        summarise_method(method, [folder for config, folder in runs if config.method == method])
+            for balancer in balancers:
+                _write_finding(folder, balancer)
+    return summarise(runs)
+
+
+def summarise(runs: Sequence[tuple[TrainConfig, Path]]) -> DemoResult:
+    """Summarises finished runs of two tasks, one of them noisy, of each method on the same seeds."""
+    tasks = read_tasks(runs[0][1])
+    (noisy,) = (task["name"] for task in tasks if task["is_noisy"])
+    (clean,) = (task["name"] for task in tasks if not task["is_noisy"])
+    folders = {
+        method: [folder for config, folder in runs if config.method == method]
         for method in DEMO_METHODS
+    }
+    baseline = [_accuracies(folder, clean, noisy) for folder in folders[BASELINE]]
+    summaries: list[MethodSummary] = []
+    for method in DEMO_METHODS:
+        values = [_accuracies(folder, clean, noisy) for folder in folders[method]]
+        gains = [
+            (own[0] - base[0], own[1] - base[1]) for own, base in zip(values, baseline, strict=True)
+        ]
+        summaries.append(
+            MethodSummary(
+                method,
+                *(Statistic.of(column) for column in zip(*values, strict=True)),
+                *(Statistic.of(column) for column in zip(*gains, strict=True)),
+            )
+        )
+    findings = [
+        _read_finding(folder, config.seed)
+        for config, folder in runs
+        if config.method == RECOMMENDED and (folder / BALANCER_REPORT).is_file()
     ]
+    return DemoResult(tuple(summaries), tuple(findings), clean, noisy)
 
 
-def summarise_method(method: str, folders: list[Path]) -> MethodSummary:
-    """Summarises finished runs of two tasks, one of them noisy."""
-    clean_accuracies, noisy_accuracies, clean_weights = [], [], []
-    for folder in folders:
-        metrics = read_final_metrics(folder)
-        (noisy,) = metrics["noisy_tasks"]
-        (clean,) = metrics["final_task_weights"].keys() - {noisy}
-        clean_accuracies.append(metrics["selected"][f"test/{clean}_accuracy"])
-        noisy_accuracies.append(metrics["selected"][f"test/{noisy}_accuracy"])
-        clean_weights.append(metrics["final_task_weights"][clean])
-    return MethodSummary(
-        method,
-        Statistic.of(clean_accuracies),
-        Statistic.of(noisy_accuracies),
-        Statistic.of(clean_weights),
-    )
+def _accuracies(folder: Path, clean: str, noisy: str) -> tuple[float, float, float]:
+    """Returns the test accuracies of both tasks, and the clean one's final weight."""
+    metrics = read_final_metrics(folder)
+    selected = metrics["selected"]
+    accuracies = (selected[f"test/{task}_accuracy"] for task in (clean, noisy))
+    return (*accuracies, metrics["final_task_weights"][clean])
+
+
+def _write_finding(folder: Path, balancer: Balancer) -> None:
+    """Keeps the report of a run that has been trained now: a finished one has nothing to report on."""
+    history = balancer.history
+    assert history is not None
+    if history.num_steps == 0:
+        return
+    report = balancer.report()
+    noisy = [
+        task.name
+        for task in report.tasks
+        if task.is_noisy([other for other in report.tasks if other != task])
+    ]
+    write_json(folder / BALANCER_REPORT, {"noisy": noisy, "text": str(report)})
+
+
+def _read_finding(folder: Path, seed: int) -> Finding:
+    content = read_json(folder / BALANCER_REPORT, schema={"noisy": [str], "text": str})
+    return Finding(seed, tuple(content["noisy"]), content["text"])
 
 
 @contextmanager

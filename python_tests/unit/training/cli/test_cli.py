@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
+import excessmtl_ext
 from excessmtl_ext.training import cli
 from excessmtl_ext.training.cli import console
 from excessmtl_ext.training.run import loop
@@ -98,6 +100,13 @@ def test_a_signal_saves_a_checkpoint_and_resume_goes_on(
         (["--epochs", "0"], "0 is not in the range x>=1"),
         (["--lr", "-1"], "Expected `lr` > 0, but got -1.0"),
         (["--device", "abacus"], "Expected `device` such as cpu"),
+        (["--device", "meta"], "Expected `device` such as cpu"),
+        (["--lr", "inf"], "Expected `lr` to be finite, but got inf"),
+        (["--weight-decay", "nan"], "Expected `weight_decay` >= 0, but got nan"),
+        (["--seed", "1" + "0" * 30], "Expected `seed` of at most"),
+        (["--epochs", "1" + "0" * 30], "Expected `epochs` of at most"),
+        (["--batch-size", "1" + "0" * 30], "Expected `batch_size` of at most"),
+        (["--option", "eps=NaN"], "Expected `method_options` that config.json can hold"),
         (["--robust-step-size", "-2"], "Expected `robust_step_size` > 0, but got -2.0"),
         (["--num-train", "0"], "0 is not in the range x>=1"),
     ],
@@ -118,24 +127,6 @@ def test_a_missing_data_folder_is_explained(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "Expected `data_root` to hold MNIST" in result.output
     assert "download=True" in result.output
-
-
-def test_demo_ends_in_a_table_and_a_figure(tmp_path: Path) -> None:
-    result = excessmtl("demo", "--output", tmp_path, "--seeds", "2", "--epochs", "1")
-    assert result.exit_code == 0, result.output
-    for label in ("ExcessMTL, recommended", "ExcessMTL, official", "Uniform", "GroupDRO"):
-        assert label in result.output
-    assert "0.500 ± 0.000" in result.output  # Uniform's weight
-    assert f"Figure: {tmp_path / 'demo.png'}" in result.output
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "uniform/seed_1/metrics.json").is_file()
-
-    refused = excessmtl("demo", "--output", tmp_path, "--seeds", "2", "--epochs", "1")
-    assert refused.exit_code == 1
-    assert "--resume" in refused.output
-    resumed = excessmtl("demo", "--output", tmp_path, "--seeds", "2", "--epochs", "1", "--resume")
-    assert resumed.exit_code == 0
-    assert result.output.splitlines()[-3:] == resumed.output.splitlines()[-3:]
 
 
 def test_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,3 +206,105 @@ def test_an_option_without_a_value_is_an_error(tmp_path: Path) -> None:
     result = excessmtl("train", "digits", "--option", "fisher", "--output", tmp_path / "run")
     assert result.exit_code == 2
     assert "Expected NAME=VALUE, but got 'fisher'" in result.output
+
+
+def test_a_second_ctrl_c_ends_the_command_with_one_line_and_resume_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    arguments = ["train", "digits", *SMALL, "--output"]
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    assert excessmtl(*arguments, undisturbed).exit_code == 0
+    ordinary_step = loop._Run._train_step
+
+    def step_with_signals(self: Any, indices: Any) -> None:
+        ordinary_step(self, indices)
+        if self.state.step == 7:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_train_step", step_with_signals)
+        result = excessmtl(*arguments, stopped)
+    assert result.exit_code == 130
+    assert result.output.endswith("Stopped.\n")
+    assert "Traceback" not in result.output
+    assert excessmtl(*arguments, stopped, "--resume").exit_code == 0
+    for name in ("metrics.csv", "task_weights.csv", "metrics.json"):
+        assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+THIRD = """
+import signal, sys
+sys.path[:] = sys.argv.pop(1).split(":")
+from excessmtl_ext.training.cli import console
+with console.stop_on_signal(console.make_console()) as should_stop:
+    try:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+        print("went on after the third")
+"""
+
+
+def test_a_third_ctrl_c_does_not_wait_until_everything_is_closed() -> None:
+    environment = {name: v for name, v in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    result = subprocess.run(
+        [sys.executable, "-c", THIRD, ":".join(sys.path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr
+    assert "went on" not in result.stdout
+
+
+# As pip writes it.
+SCRIPT = """
+import sys
+from excessmtl_ext.training.cli import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+# An import that waits until somebody has interrupted it.
+SLOW_TORCH = """
+import sys
+print("importing torch", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "module"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path: Path, how: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(SLOW_TORCH)
+    (tmp_path / "excessmtl").write_text(SCRIPT)
+    package = Path(excessmtl_ext.__file__).parents[1]
+    words = (
+        [str(tmp_path / "excessmtl")] if how == "script" else ["-m", "excessmtl_ext.training.cli"]
+    )
+    process = subprocess.Popen(
+        [sys.executable, *words, "demo"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"},
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing torch\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors == "\nStopped.\n"
+
+
+def test_a_program_that_imports_the_package_handles_ctrl_c_itself() -> None:
+    code = "import sys; sys.path[:] = sys.argv[1:]; import signal, excessmtl_ext; "
+    code += "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    words = [sys.executable, "-c", code, *sys.path]
+    assert subprocess.check_output(words, text=True) == "True\n"

@@ -179,8 +179,10 @@ def test_an_unknown_data_set_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Expected `device` such as cpu"):
-        train(dataclasses.replace(CONFIG, device="abacus"), tmp_path)
+    for device in ("abacus", "meta", "mps", "cpu:1", "", "cuda:-1", "cuda:x"):
+        with pytest.raises(ValueError, match="Expected `device` such as cpu"):
+            train(dataclasses.replace(CONFIG, device=device), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"finds no CUDA device\. Pass --device cpu"):
             train(dataclasses.replace(CONFIG, device="cuda"), tmp_path)

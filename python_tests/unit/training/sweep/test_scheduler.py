@@ -83,9 +83,11 @@ def test_the_step_size_with_the_best_mean_score_wins() -> None:
         ({"methods": ("adam",)}, "Expected `methods` of .*, but got adam"),
         ({"methods": ()}, "Expected `methods`"),
         ({"noise": (0.5, 0.5)}, "Expected `noise` without repetition"),
-        ({"jobs": 0}, "Expected `jobs` of at least 1, but got 0"),
-        ({"tune": (0.1, -1.0)}, "Expected `tune` with step sizes > 0"),
-        ({"tune": (0.1,), "tune_seed": 0}, "lest a seed of the grid chooses"),
+        ({"jobs": 0}, "Expected `jobs` from 1 to 256, but got 0"),
+        ({"num_seeds": 10**9}, "Expected `num_seeds` from 1 to 1,000, but got 1000000000"),
+        ({"tune": (float("inf"),)}, "Expected `tune` with finite step sizes > 0"),
+        ({"tune": (0.1, -1.0)}, "Expected `tune` with finite step sizes > 0"),
+        ({"tune": (0.1,), "tune_seed": 0}, "so that no seed of the grid chooses"),
     ],
 )
 def test_bad_values_are_explained(values: dict[str, Any], message: str) -> None:
