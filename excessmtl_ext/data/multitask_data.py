@@ -9,6 +9,9 @@ from torch import Tensor
 
 TaskKind = Literal["classification", "regression", "segmentation", "depth", "normals"]
 
+# Columns of task_weights.csv and metrics.csv that are not a task's.
+_RESERVED_NAMES = ("step", "mean")
+
 # What labels of pixels say where there is no label.
 IGNORED_CLASS = -1
 
@@ -28,7 +31,7 @@ class Task:
     ================  ===========================  =======================================================
 
     Attributes:
-        name: Names its columns in metrics.csv and its lines in figures.
+        name: Names its columns in metrics.csv and its lines in figures. Printable, not ``"step"`` or ``"mean"``.
         num_outputs: Channels of its head: C, the number of classes, or 1, or 3.
         kind: What is predicted.
         is_noisy: Its training labels are the ones that noise is added to.
@@ -38,6 +41,14 @@ class Task:
     num_outputs: int
     kind: TaskKind = "classification"
     is_noisy: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks that the name can name columns of a table, beside those that every table has."""
+        if not self.name or not self.name.isprintable() or self.name in _RESERVED_NAMES:
+            raise ValueError(
+                f"Expected `name` of printable characters, and none of {', '.join(_RESERVED_NAMES)}, "
+                f"but got {self.name!r}."
+            )
 
 
 class Batch(NamedTuple):
@@ -170,3 +181,9 @@ class MultiTaskData:
     corrupted: dict[str, Tensor] = field(default_factory=dict)
     observed_validation: Split | None = None
     noise_shares: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks that each task has a name of its own."""
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"Expected `tasks` with a name of its own each, but got {names}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import click
 from rich.console import Console
@@ -55,8 +56,8 @@ def _add_train_command(dataset: str, workload: Workload) -> None:
                 method_options=dict(method_options),
                 **values,
             )
-            method = config.method if config.task is None else f"{config.method}_{config.task}"
-            name = f"{method}_noise{config.noise:g}_seed{config.seed}"
+            task = "" if config.task is None else f"_{quote(config.task, safe='')}"
+            name = f"{config.method}{task}_noise{config.noise:g}_seed{config.seed}"
             _train_one(console, config, output or Path("runs") / dataset / name, resume=resume)
 
 

@@ -23,7 +23,13 @@ from excessmtl_ext.training.pictures.paper_panels import (
     spread_note,
     zoom,
 )
-from excessmtl_ext.training.pictures.style import TEXT_COLOUR, new_figure, save_figure, style_axes
+from excessmtl_ext.training.pictures.style import (
+    TEXT_COLOUR,
+    new_figure,
+    plain,
+    save_figure,
+    style_axes,
+)
 from excessmtl_ext.training.pictures.sweep_view import SINGLE_TASK, SweepView
 from excessmtl_ext.training.run.methods import METHODS
 from excessmtl_ext.training.run.workloads import WORKLOADS
@@ -269,7 +275,7 @@ def draw_loss_profile(view: SweepView, path: Path) -> str:
             colour = "white" if abs(logs[noise][i, j]) > 0.6 * limit else "black"
             ax.text(j, i, f"{ratio:.2f}", ha="center", va="center", color=colour, fontsize=9)
         ax.set_title(f"{noise:.0%} label noise", fontsize=10, color=TEXT_COLOUR)
-        names = [f"{task}\n(noisy)" if task in view.noisy else task for task in view.tasks]
+        names = [plain(f"{task}\n(noisy)" if task in view.noisy else task) for task in view.tasks]
         ax.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=8.5)
         ax.set_yticks(range(len(methods)), [METHODS[name].label for name in methods], fontsize=9)
         ax.tick_params(colors=TEXT_COLOUR, length=0)

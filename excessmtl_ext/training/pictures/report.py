@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from excessmtl_ext.training.pictures.style import GRID_COLOUR, TEXT_COLOUR, new_figure, style_axes
+from excessmtl_ext.training.pictures.style import (
+    GRID_COLOUR,
+    TEXT_COLOUR,
+    new_figure,
+    plain,
+    style_axes,
+)
 from excessmtl_ext.training.run.files import WAY_OUT, check_replaceable, write_atomically
 from excessmtl_ext.training.run.finished import (
     read_epochs,
@@ -274,7 +280,7 @@ def _draw_panel(
             linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
             linewidth=1.6,
             marker="o" if len(x) == 1 else None,
-            label=_task_label(run, task),
+            label=plain(_task_label(run, task)),
         )
     if run.selected is not None:
         axes.axvline(run.selected["epoch"], color=TEXT_COLOUR, linestyle=":", linewidth=0.9)

@@ -68,3 +68,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 def check_figure_path(path: Path) -> None:
     """Raises FileExistsError where `save_figure` would, before anything is computed."""
     check_replaceable(path, b"Matplotlib")
+
+
+def plain(name: str) -> str:
+    """Returns a name as matplotlib draws it letter by letter: between two dollar signs it would see mathematics."""
+    return name.replace("$", r"\$")

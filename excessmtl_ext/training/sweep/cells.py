@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from excessmtl_ext.data import Task
 from excessmtl_ext.training.run.config import TrainConfig
@@ -138,7 +139,8 @@ def _single_task_cells(
     for task in tasks:
         # The noise of other tasks does not reach a clean task that is trained alone: one run serves all levels.
         level = noise if task.is_noisy else 0.0
-        folder = f"{RUNS}/{method}_{task.name}_noise{level:g}_seed{seed}"
+        # Quoted: a name may hold what a folder's cannot.
+        folder = f"{RUNS}/{method}_{quote(task.name, safe='')}_noise{level:g}_seed{seed}"
         yield Cell(folder, method, level, seed, task=task.name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from excessmtl_ext.data import Batch, TensorSplit
+from excessmtl_ext.data import Batch, MultiTaskData, Task, TensorSplit
 from excessmtl_ext.data.seeding import seeded_generator
 
 
@@ -64,3 +64,16 @@ def test_a_stream_depends_on_seed_and_purpose_only() -> None:
 
     assert draw(0, "pairs") == draw(0, "pairs")
     assert len({draw(0, "pairs"), draw(1, "pairs"), draw(0, "noise"), draw(0, "pairs", 1)}) == 4
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\0", "step", "mean"])
+def test_a_name_that_no_table_can_hold_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match="Expected `name` of printable characters"):
+        Task(name, 2)
+
+
+def test_two_tasks_of_one_name_are_an_error() -> None:
+    split = TensorSplit(torch.zeros(1, 2), (torch.zeros(1), torch.zeros(1)))
+    tasks = (Task("a", 2), Task("a", 2))
+    with pytest.raises(ValueError, match=r"a name of its own each, but got \['a', 'a'\]"):
+        MultiTaskData(tasks, split, split, split, split)

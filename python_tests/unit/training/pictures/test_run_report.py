@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,11 +14,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from excessmtl_ext.data import MultiTaskData
 from excessmtl_ext.training import cli
 from excessmtl_ext.training.pictures.report import COLOURS, read_content, write_report
+from excessmtl_ext.training.pictures.runs import read_run
 from excessmtl_ext.training.run.config import TrainConfig
 from excessmtl_ext.training.run.loop import train
 from excessmtl_ext.training.run.record import read_table
+from excessmtl_ext.training.run.workloads import WORKLOADS
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -224,3 +228,53 @@ def test_a_browser_shows_the_page(run: Path, tmp_path: Path) -> None:
     for colour in COLOURS[:2]:  # both tasks' curves are on the screen
         channels = tuple(int(colour[index : index + 2], 16) for index in (1, 3, 5))
         assert counts.get(channels, 0) > 200, colour
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_page_of_somebody_else_is_not_replaced(copy: Path, kind: str) -> None:
+    path, outside = copy / "report.html", copy.parent / "outside.html"
+    outside.write_text("<html>precious</html>")
+    if kind == "file":
+        path.write_text(outside.read_text())
+    elif kind == "link":
+        path.symlink_to(outside)
+    else:
+        path.mkdir()
+    with pytest.raises(FileExistsError, match=f"Expected {path} to be absent or written by"):
+        write_report(copy)
+    assert outside.read_text() == "<html>precious</html>"
+
+
+def test_an_older_report_is_replaced_and_not_what_a_link_to_one_names(copy: Path) -> None:
+    path, outside = write_report(copy), copy.parent / "outside.html"
+    content = path.read_bytes()
+    assert write_report(copy).read_bytes() == content
+    path.rename(outside)
+    path.symlink_to(outside)
+    written = outside.stat().st_mtime_ns
+    assert not write_report(copy).is_symlink()
+    assert outside.stat().st_mtime_ns == written
+
+
+def test_a_task_name_may_hold_a_comma_quotes_and_mathematics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = WORKLOADS["digits"]
+    names = ('left, "top"', r"right $\frac$ <b>")
+
+    def load(config: TrainConfig) -> MultiTaskData:
+        data = workload.load(config)
+        tasks = (
+            dataclasses.replace(task, name=n) for task, n in zip(data.tasks, names, strict=True)
+        )
+        return dataclasses.replace(data, tasks=tuple(tasks))
+
+    monkeypatch.setitem(WORKLOADS, "digits", dataclasses.replace(workload, load=load))
+    config = TrainConfig(
+        dataset="digits", method="uniform", epochs=1, batch_size=64, lr=1e-3, num_train=100
+    )
+    train(config, tmp_path)
+    assert read_content(tmp_path).tasks == list(names)
+    page = write_report(tmp_path).read_text()
+    assert "right $\\frac$ &lt;b&gt;" in page
+    assert read_run(tmp_path).clean_score.shape == (1,)
