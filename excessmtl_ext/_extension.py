@@ -17,6 +17,7 @@ A missing, unloadable or stale library is a warning, never an error: the referen
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -300,3 +301,16 @@ def has_op_for(device_type: str) -> bool:
     if build_info is None:
         return False
     return device_type == "cpu" or (device_type == "cuda" and build_info.has_cuda)
+
+
+@functools.cache
+def warn_of_missing_cuda_ops() -> None:
+    """Warns, once, of a step on a GPU that runs on the reference because the build has CPU ops alone."""
+    if build_info is not None and not build_info.has_cuda:
+        warnings.warn(
+            f"The ops were built without CUDA ({build_info.cuda_decision or 'no reason recorded'}). Steps on a GPU use "
+            "excessmtl_ext.reference, which is slower. Reinstall where the GPU is, or with EXCESSMTL_WITH_CUDA=ON: "
+            "`pip install --force-reinstall --no-deps .`",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -116,7 +116,7 @@ def examine_library(info: BuildInfo | None, reason: str | None) -> Iterator[Find
         cuda = (
             f"CUDA {info.cuda_version} for {info.cuda_architectures}"
             if info.has_cuda
-            else "without CUDA"
+            else f"without CUDA ({info.cuda_decision or 'no reason recorded'})"
         )
         yield Finding(
             "ok",

@@ -117,6 +117,8 @@ def call(
         values = _flat(device, layout, state, options, given)
         run(*[values[key] for key in positional], **{key: values[key] for key in keywords})
     else:
+        if device.type == "cuda":
+            _extension.warn_of_missing_cuda_ops()
         given.update(layout=layout, state=state, options=options)
         twin(**{name: given[name] for name in _parameters(twin)})
 

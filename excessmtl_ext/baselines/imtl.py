@@ -221,5 +221,5 @@ def _check_torchjd() -> None:
     if importlib.util.find_spec("torchjd") is None:
         raise ImportError(
             "Expected torchjd, which solves IMTL-G, but it is not installed. "
-            'Run: pip install "excessmtl_ext[train]"; variant="L" works without it.'
+            'Run: pip install ".[train]" in a clone; variant="L" works without it.'
         )

@@ -50,7 +50,7 @@ def load_digit_pairs(
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'The digits come with scikit-learn, which is not installed: pip install "excessmtl_ext[train]".',
+            'The digits come with scikit-learn, which is not installed: pip install ".[train]" in a clone.',
             name=error.name,
         ) from error
     num_train = DEFAULT_NUM_TRAIN if num_train is None else num_train

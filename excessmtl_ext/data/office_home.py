@@ -234,7 +234,7 @@ def _import_pillow() -> ModuleType:
         from PIL import Image
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'Office-Home comes as JPEG files, which Pillow reads: pip install "excessmtl_ext[train]".',
+            'Office-Home comes as JPEG files, which Pillow reads: pip install ".[train]" in a clone.',
             name=error.name,
         ) from error
     return Image

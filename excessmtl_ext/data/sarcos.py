@@ -140,7 +140,7 @@ def _read_rows(folder: Path, part: str) -> NDArray[np.float64]:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'SARCOS comes as .mat files, which scipy reads: pip install "excessmtl_ext[train]".',
+            'SARCOS comes as .mat files, which scipy reads: pip install ".[train]" in a clone.',
             name=error.name,
         ) from error
     key = _KEYS[part]

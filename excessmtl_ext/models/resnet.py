@@ -29,7 +29,7 @@ def resnet18_heads(num_outputs: Sequence[int], *, pretrained: bool = False) -> E
         from torchvision import models
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'ResNet-18 comes with torchvision, which is not installed: pip install "excessmtl_ext[train]".',
+            'ResNet-18 comes with torchvision, which is not installed: pip install ".[train]" in a clone.',
             name=error.name,
         ) from error
     encoder = models.resnet18()

@@ -288,6 +288,14 @@ def test_extras_name_what_their_folders_import_and_nothing_else():
         assert heads <= set(sys.stdlib_module_names) | {"torch", "excessmtl_ext"}, name
 
 
+def test_no_text_promises_an_index_that_does_not_have_the_package():
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    texts += [p for name in ("excessmtl_ext", "examples") for p in (ROOT / name).rglob("*.py")]
+    promise = re.compile(r"pip install [^`\n]*excessmtl[-_]ext\b")
+    found = [str(path) for path in texts if promise.search(path.read_text(encoding="utf-8"))]
+    assert not found
+
+
 def test_every_bound_has_its_reason_beside_it():
     for line in PYPROJECT.splitlines():
         if re.match(r'\s+"[\w-]+[<>=].*",', line) and "extra" not in line:

@@ -1,5 +1,6 @@
 """Each import runs in a process of its own: what is loaded is decided once, at import."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,13 +13,22 @@ import pytest
 import torch
 from _paths import ROOT
 
-from excessmtl_ext import _build_facts, _extension
+from excessmtl_ext import _build_facts, _extension, op_calls
 
 # An editable install finds its package before any folder on sys.path does: its finder goes.
 FROM_FOLDER = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
 """
+
+BUILD_WITHOUT_CUDA = _extension.BuildInfo(
+    has_cuda=False,
+    cuda_version="",
+    cuda_architectures="",
+    torch_version="2.13.0",
+    torch_target_version="2.13",
+    compiler="GNU 12",
+)
 
 NOTHING_INSTALLED = """
 import importlib.metadata
@@ -29,7 +39,7 @@ REPORT = """
 import json, sys, torch, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    from excessmtl_ext import _build_facts, _extension
+    from excessmtl_ext import _extension
 print(json.dumps({
     "available": _extension.ops_available,
     "reason": _extension.unavailable_reason,
@@ -313,6 +323,28 @@ def test_backend_says_that_no_compiler_is_there(toolchain, monkeypatch, tmp_path
 def test_backend_accepts_a_working_compiler(toolchain, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     assert toolchain.why_no_compiler() is None
+
+
+def test_steps_on_a_gpu_without_cuda_ops_are_told_once(monkeypatch):
+    """On a machine without a GPU too: the step itself is a stand-in."""
+    info = dataclasses.replace(BUILD_WITHOUT_CUDA, cuda_decision="no GPU was found")
+    monkeypatch.setattr(_extension, "build_info", info)
+    _extension.warn_of_missing_cuda_ops.cache_clear()
+    steps = []
+
+    def twin(layout):
+        steps.append(layout)
+
+    with pytest.warns(
+        RuntimeWarning, match=r"without CUDA \(no GPU was found\).*EXCESSMTL_WITH_CUDA=ON"
+    ):
+        op_calls.call(twin, torch.device("cuda"), "first")
+    op_calls.call(twin, torch.device("cuda"), "second")  # a second warning would be an error
+    assert steps == ["first", "second"]
+    _extension.warn_of_missing_cuda_ops.cache_clear()
+    monkeypatch.setattr(_extension, "build_info", None)  # that was told at import
+    op_calls.call(twin, torch.device("cuda"), "third")
+    _extension.warn_of_missing_cuda_ops.cache_clear()
 
 
 def test_jit_and_cmake_use_the_same_target():

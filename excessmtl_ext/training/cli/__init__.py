@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in ("click", "rich"):
         raise
     raise ModuleNotFoundError(
-        f'The command needs {error.name}, which is not installed: pip install "excessmtl_ext[train]".',
+        f'The command needs {error.name}, which is not installed: pip install ".[train]" in a clone.',
         name=error.name,
     ) from error
 

@@ -29,7 +29,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'Figures need matplotlib, which is not installed: pip install "excessmtl_ext[train]".',
+            'Figures need matplotlib, which is not installed: pip install ".[train]" in a clone.',
             name=error.name,
         ) from error
 

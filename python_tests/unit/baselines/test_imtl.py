@@ -188,7 +188,7 @@ def test_a_nonfinite_loss_moves_neither_weights_nor_scales():
 def test_without_torchjd_the_error_names_the_extra_and_loss_scales_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "excessmtl_ext\[train\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[train\]" in a clone'):
         IMTL(num_tasks=2, variant="G")
     IMTL(num_tasks=2, variant="L").update_weights(losses=[1.0, 2.0])
 

@@ -48,5 +48,5 @@ def test_without_scikit_learn_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "excessmtl_ext\[train\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "\.\[train\]" in a clone'):
         load_digit_pairs()

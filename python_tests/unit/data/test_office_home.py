@@ -310,7 +310,7 @@ def test_without_pillow_the_error_says_what_to_install(
     images_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "excessmtl_ext\[train\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "\.\[train\]" in a clone'):
         load(images_root)
 
 

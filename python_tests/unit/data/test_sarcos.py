@@ -217,7 +217,7 @@ def test_without_scipy_the_error_says_what_to_install(
 ) -> None:
     for name in ("scipy", "scipy.io", "scipy.io.matlab"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "excessmtl_ext\[train\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "\.\[train\]" in a clone'):
         load_sarcos(data_root)
 
 

@@ -51,7 +51,7 @@ def test_without_torchvision_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "excessmtl_ext\[train\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "\.\[train\]" in a clone'):
         resnet18_heads([2])
 
 

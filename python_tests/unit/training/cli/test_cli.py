@@ -158,7 +158,7 @@ def test_without_click_the_error_says_what_to_install(monkeypatch: pytest.Monkey
     assert spec is not None
     assert spec.loader is not None
     with pytest.raises(
-        ModuleNotFoundError, match=r'needs click.*pip install "excessmtl_ext\[train\]"'
+        ModuleNotFoundError, match=r'needs click.*pip install "\.\[train\]" in a clone'
     ):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 

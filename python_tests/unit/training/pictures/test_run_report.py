@@ -183,7 +183,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "excessmtl_ext\[train\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "\.\[train\]" in a clone'):
         write_report(run, tmp_path / "report.html")
 
 

@@ -62,5 +62,5 @@ def test_without_matplotlib_the_error_says_what_to_install(
 ) -> None:
     run = read_run(write_run(tmp_path / "run", "uniform", 0.7))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "excessmtl_ext\[train\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "\.\[train\]" in a clone'):
         draw_training([run], tmp_path / "figure.png", title="")
