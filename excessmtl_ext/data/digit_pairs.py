@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from excessmtl_ext.data.label_noise import corrupt_classes
+from excessmtl_ext.data.label_noise import corrupt_classes, noise_share
 from excessmtl_ext.data.multitask_data import MultiTaskData, Task, TensorSplit
 from excessmtl_ext.data.seeding import seeded_generator
 
@@ -125,7 +125,12 @@ def make_digit_pair_data(
         noise: Share of the bottom-right training labels to replace, see `corrupt_classes`.
         seed: Decides which.
     """
-    noisy = corrupt_classes(train.bottom_right, num_classes=NUM_DIGITS, fraction=noise, seed=seed)
+    noisy, observed = (
+        corrupt_classes(
+            pairs.bottom_right, num_classes=NUM_DIGITS, fraction=noise, seed=seed, stream=stream
+        )
+        for pairs, stream in ((train, ""), (validation, "validation"))
+    )
     # From the histogram: exact, and no float copy of all images.
     counts = torch.bincount(train.images.flatten(), minlength=256).double()
     values = torch.arange(256, dtype=torch.float64)
@@ -145,4 +150,6 @@ def make_digit_pair_data(
         test=split(test, test.bottom_right),
         clean_train=split(train, train.bottom_right),
         corrupted={"bottom_right": noisy.corrupted},
+        observed_validation=split(validation, observed.labels),
+        noise_shares={"bottom_right": noise_share(noisy.labels, train.bottom_right)},
     )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from excessmtl_ext.data.folder_search import find_folder, listing
-from excessmtl_ext.data.label_noise import corrupt_values
+from excessmtl_ext.data.label_noise import corrupt_values, noise_share
 from excessmtl_ext.data.multitask_data import MultiTaskData, Task, TensorSplit
 from excessmtl_ext.data.seeding import seeded_generator
 
@@ -124,13 +124,26 @@ def load_sarcos(
         noisy[task.name].labels if task.is_noisy else target
         for task, target in zip(tasks, clean, strict=True)
     )
+    validation_inputs, validation_targets = standardised(validation)
+    observed = tuple(
+        corrupt_values(target, fraction=noise, seed=seed, stream=f"{task.name}/validation").labels
+        if task.is_noisy
+        else target
+        for task, target in zip(tasks, validation_targets, strict=True)
+    )
     return MultiTaskData(
         tasks=tasks,
         train=TensorSplit(inputs, targets),
-        validation=TensorSplit(*standardised(validation)),
+        validation=TensorSplit(validation_inputs, validation_targets),
         test=TensorSplit(*standardised(torch.from_numpy(test_rows))),
         clean_train=TensorSplit(inputs, clean),
         corrupted={name: labels.corrupted for name, labels in noisy.items()},
+        observed_validation=TensorSplit(validation_inputs, observed),
+        noise_shares={
+            task.name: noise_share(noisy[task.name].labels, target)
+            for task, target in zip(tasks, clean, strict=True)
+            if task.is_noisy
+        },
     )
 
 
