@@ -22,7 +22,10 @@ from excessmtl_ext.engines.balanced_loss import balanced_loss
 from excessmtl_ext.engines.exact import ExactEngine
 from excessmtl_ext.given_gradients import GivenGrads, read_given
 from excessmtl_ext.insight import Insight
-from excessmtl_ext.saved_state import STATE_VERSION, StateModule
+from excessmtl_ext.open_step import OpenStep
+from excessmtl_ext.passes.explain import allow_several_passes
+from excessmtl_ext.saved_state import STATE_VERSION
+from excessmtl_ext.skips import SkipGuard
 from excessmtl_ext.state import MAX_TASKS, ParamLayout, init_state
 from excessmtl_ext.step import (
     Batched,
@@ -37,7 +40,7 @@ from excessmtl_ext.step import (
     Targets,
     WeightScale,
 )
-from excessmtl_ext.step_arguments import read_step
+from excessmtl_ext.step_arguments import check_grads, in_order, read_step, without_autocast
 
 
 def weights_state(num_tasks: int, weight_total: float, device: torch.device) -> dict[str, Tensor]:
@@ -52,7 +55,7 @@ def weights_state(num_tasks: int, weight_total: float, device: torch.device) -> 
     }
 
 
-class Balancer(Insight, StateModule, ABC):
+class Balancer(Insight, OpenStep, ABC):
     """Base of all balancing methods.
 
     ``backward(losses)`` fills ``.grad`` of the shared parameters with the weighted sum of the task
@@ -134,15 +137,17 @@ class Balancer(Insight, StateModule, ABC):
         self.nonfinite: NonFinite = nonfinite
         self.engine = ExactEngine(batched) if engine is None else engine
         self.batched: Batched = self.engine.batched
-        self.observers = []
+        self.observers = [SkipGuard()]
         self.history = None
         self.num_calls = 0
-        self._stream: streaming.Stream | None = None
+        self.task_names: tuple[str, ...] | None = None
+        self.stream = None
         self.shared_parameters: list[Tensor] | None = None
         self.layout: ParamLayout | None = None
         if shared_parameters is not None:
             self.shared_parameters = checked_parameters(shared_parameters)
             self.layout = ParamLayout([parameter.numel() for parameter in self.shared_parameters])
+            allow_several_passes()
         device = self.shared_parameters[0].device if self.shared_parameters else torch.device("cpu")
         device = torch.device("cpu") if device.type == "meta" else device
         self.set_state(weights_state(num_tasks, self.weight_total, device))
@@ -171,7 +176,8 @@ class Balancer(Insight, StateModule, ABC):
 
     def reset(self) -> None:
         """Forgets everything: the state is as before the first step, also the sizes if no parameters were given."""
-        self._stream = None
+        self.stream = None
+        self.task_names = None
         self.engine.reset()
         self.num_calls = 0
         for observer in self.observers:
@@ -238,12 +244,13 @@ class Balancer(Insight, StateModule, ABC):
         features: Features | None = None,
         grad_scale: Tensor | float | None = None,
         num_samples: NumSamples | None = None,
+        retain_graph: bool = False,
     ) -> None:
         """One balanced step: weights from ``losses``, then gradients into ``.grad``.
 
         Args:
-            losses: T scalar losses: a list, with None where a task has no labels in this batch, or
-                one tensor [T].
+            losses: T scalar losses: a list, with None where a task has no labels in this batch, one
+                tensor [T], or a dict by task name, whose first key order is that of the tasks.
             features: Everything that the heads take from the encoder, one tensor or several. Each
                 head is then walked by itself and its graph freed before the encoder's passes, which
                 ``batched`` may make one; steps that only apply weights need a single one, and no
@@ -252,6 +259,8 @@ class Balancer(Insight, StateModule, ABC):
                 multiplied by it, the weights are computed without it.
             num_samples: With several ranks, samples behind each loss of this one: one number, or T.
                 None: as many on each rank. 0: the loss weighs nothing. One process needs none.
+            retain_graph: Keep the graphs of the losses for another backward pass through them, of
+                another loss or another balancer.
 
         Raises:
             ValueError: number, shape, device or graph of losses or features is not as expected.
@@ -266,6 +275,7 @@ class Balancer(Insight, StateModule, ABC):
                 grad_scale=grad_scale,
                 features=features,
                 num_samples=num_samples,
+                retain_graph=retain_graph,
             )
         except Exception as error:
             self.engine.refuse(self, error)
@@ -278,16 +288,25 @@ class Balancer(Insight, StateModule, ABC):
         *,
         features: Features | None = None,
         num_samples: NumSamples | None = None,
+        retain_graph: bool = False,
     ) -> Tensor:
         """The weighted loss as a scalar whose ``.backward()`` does what :meth:`backward` does.
 
         For loops that call ``backward`` themselves: Lightning, Accelerate, GradScaler (its scale is
         undone inside). Its value is the sum of the losses under the weights so far, of this rank's
-        batch. Without ``.backward()`` nothing changes. ``features`` and ``num_samples`` as in
-        :meth:`backward`.
+        batch; a NaN loss is left out. Without ``.backward()`` nothing changes. Auxiliary losses may be
+        added to it. The graphs are kept if ``.backward(retain_graph=True)`` or ``retain_graph`` says
+        so. The other arguments are those of :meth:`backward`.
         """
         try:
-            step = read_step(self, losses, features=features, num_samples=num_samples)
+            losses = in_order(self, losses)
+            step = read_step(
+                self,
+                losses,
+                features=features,
+                num_samples=num_samples,
+                retain_graph=retain_graph,
+            )
         except Exception as error:
             self.engine.refuse(self, error)
             raise
@@ -314,6 +333,7 @@ class Balancer(Insight, StateModule, ABC):
         Raises:
             ValueError: what the method requires is missing, or does not fit.
         """
+        self.refuse_open_step("update_weights()")
         step = read_given(self, task_grads, losses, grad_scale)
         self._close(step, self.engine.update(self, step))
         return self.task_weights
@@ -341,9 +361,9 @@ class Balancer(Insight, StateModule, ABC):
         Raises:
             NotImplementedError: the method needs the gradients of all tasks at once.
         """
-        self._stream = streaming.accumulate(
+        self.stream = streaming.accumulate(
             cast(StreamingRule, self),
-            self._stream,
+            self.stream,
             task,
             loss,
             retain_graph=retain_graph,
@@ -356,24 +376,29 @@ class Balancer(Insight, StateModule, ABC):
         Raises:
             RuntimeError: no task was accumulated since the last step.
         """
-        stream = self._stream
+        stream = self.stream
         if stream is None:
             raise RuntimeError(
                 "Expected accumulate() before finish(): no task has been taken in since the last step."
             )
-        self._stream = None
+        self.stream = None
         step = stream.finish(cast(StreamingRule, self))
         self._close(step, step.tasks)
 
     def _run(self, step: Step) -> None:
-        if self._stream is not None:
-            raise RuntimeError("Expected finish() before another step: accumulate() has begun one.")
+        self.refuse_open_step("another step")
+        try:
+            check_grads(step.shared, allow_sparse="task_grads" not in self.requires)
+        except ValueError as error:
+            self.engine.refuse(self, error)
+            raise
         self.begin(step)
-        self._close(step, self.engine.run(self, step))
+        with without_autocast(step.shared[0].device):
+            self._close(step, self.engine.run(self, step))
 
     def _close(self, step: Step, tasks: Sequence[int]) -> None:
         """The end of every step: counts it and shows it to the observers; nothing if no task took part."""
-        if not tasks:
+        if not tasks or self.holds_weights:
             return
         self.num_calls += 1
         for observer in self.observers:

@@ -38,6 +38,15 @@ class StateModule(nn.Module):
         for name, tensor in state.items():
             self.register_buffer(name, tensor, persistent=name not in self.transient_state)
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state's tensors by name, not copies."""
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes ``tensors``, as :meth:`state_tensors` gave them, the state again."""
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
     def _apply(self, fn: Any, recurse: bool = True) -> StateModule:
         # half() or bfloat16() on a model that holds the balancer must not round its state: only the
         # device follows.

@@ -10,7 +10,7 @@ Symbols: T tasks, L shared parameter tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -27,8 +27,8 @@ NonFinite = Literal["skip", "raise"]
 Batched: TypeAlias = bool | Literal["auto"]
 """True: one vectorised pass where possible; False: a pass per task; ``"auto"``: the faster of the two here."""
 
-Losses: TypeAlias = Tensor | Sequence[Tensor | None]
-"""T scalar losses: a list (None where a task has no labels in this batch), or one tensor [T]."""
+Losses: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
+"""T scalar losses: a list (None where a task has no labels in this batch), one tensor [T], or a dict by task name."""
 
 Features: TypeAlias = Tensor | Sequence[Tensor]
 """Output of the encoder that the heads take: one tensor, or several (levels of a pyramid, one per task, ...)."""
@@ -82,6 +82,7 @@ class Step:
         features: The encoder's output, or None where the caller did not pass it.
         num_samples: Samples behind the losses of this rank.
         moves_weights: Whether this step moves the weights or only applies them.
+        retain_graph: Keep the graphs of the losses for another backward pass.
         task_grads: The gradients, for rules that require them; set by the engine.
     """
 
@@ -93,6 +94,7 @@ class Step:
     features: list[Tensor] | None = None
     num_samples: NumSamples | None = None
     moves_weights: bool = True
+    retain_graph: bool = False
     task_grads: TaskGrads = NO_TASK_GRADS
 
     def keep_only(self, task: int) -> None:
@@ -129,6 +131,10 @@ class WeightingRule(Protocol):
     """Steps so far."""
     update_every: int
     """Weights move on every so many calls."""
+    holds_weights: bool
+    """Whether steps only apply the weights for the time being."""
+    task_names: tuple[str, ...] | None
+    """Keys of the losses, where they come as a mapping."""
 
     task_weights: Tensor
     found_nonfinite: Tensor
@@ -148,6 +154,14 @@ class WeightingRule(Protocol):
 
     def head_weights(self) -> Tensor:
         """Factors [T] of the head gradients where those are weighted."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state's tensors by name, not copies."""
+        ...
+
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes ``tensors`` the state again."""
         ...
 
 

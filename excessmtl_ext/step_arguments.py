@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ def read_step(
     grad_scale: Tensor | float | None = None,
     features: Features | None = None,
     num_samples: NumSamples | None = None,
+    retain_graph: bool = False,
 ) -> Step:
     """Checks the arguments of ``backward`` and finds where each task's pass starts.
 
@@ -33,6 +37,7 @@ def read_step(
         TypeError: ``losses`` or ``features`` is neither a tensor nor a list of tensors.
         ValueError: number, shape, device or graph of losses or features is not as expected.
     """
+    losses = in_order(rule, losses)
     roots = loss_roots(losses, rule.num_tasks)
     shared = bound_parameters(rule)
     check_device(roots, shared[0].device)
@@ -45,11 +50,42 @@ def read_step(
         features=None if features is None else checked_features(features, shared[0].device),
         num_samples=num_samples,
         moves_weights=moves_weights(rule),
+        retain_graph=retain_graph,
     )
 
 
+def in_order(rule: WeightingRule, losses: Losses) -> Tensor | Sequence[Tensor | None]:
+    """The losses by task index: those of a mapping in the order of the first one that ``rule`` was given.
+
+    Raises:
+        ValueError: the keys are not those of the first mapping.
+    """
+    if not isinstance(losses, Mapping):
+        return losses
+    names = tuple(losses) if rule.task_names is None else rule.task_names
+    if len(names) != rule.num_tasks:
+        raise ValueError(
+            f"Expected `losses` to hold {rule.num_tasks} losses, one per task, but got the keys {list(losses)}. Give a "
+            "task that has no labels in this batch the value None."
+        )
+    if set(names) != set(losses):
+        raise ValueError(
+            f"Expected `losses` with the keys of the first step, {list(names)}, but got {list(losses)}. Give a task "
+            "that has no labels in this batch the value None."
+        )
+    values = [losses[name] for name in names]
+    loss_roots(values, rule.num_tasks)
+    rule.task_names = names
+    return values
+
+
 def read_task(
-    rule: WeightingRule, task: int, loss: Tensor, grad_scale: Tensor | float | None
+    rule: WeightingRule,
+    task: int,
+    loss: Tensor,
+    grad_scale: Tensor | float | None,
+    *,
+    retain_graph: bool = False,
 ) -> Step:
     """The same for ``accumulate``: a step of one task."""
     check_loss(loss, "loss")
@@ -64,12 +100,58 @@ def read_task(
         losses=loss.detach(),
         grad_scale=None if grad_scale is None else as_scale(grad_scale, rule.task_weights.device),
         moves_weights=moves_weights(rule),
+        retain_graph=retain_graph,
     )
 
 
 def moves_weights(rule: WeightingRule) -> bool:
     """Whether the next step moves the weights or only applies them."""
-    return rule.num_calls % rule.update_every == 0
+    return rule.num_calls % rule.update_every == 0 and not rule.holds_weights
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast, under which sums of gradients would be rounded to its type."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def check_grads(shared: Sequence[Tensor], *, allow_sparse: bool = False) -> None:
+    """Raises ValueError unless a sum can be added to the ``.grad`` that the shared parameters have."""
+    for index, parameter in enumerate(shared):
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if grad.layout != torch.strided:
+            if allow_sparse:
+                continue
+            found = f"the layout {grad.layout}"
+        elif grad.dtype != parameter.dtype:
+            found = f"{grad.dtype} for a parameter of {parameter.dtype}"
+        elif any(
+            stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
+        ):
+            found = f"an expanded tensor of strides {list(grad.stride())}"
+        else:
+            continue
+        raise ValueError(
+            f"Expected `.grad` of shared parameter {index}, of shape {list(parameter.shape)}, to be None or dense, "
+            f"with memory of its own for each element, but got {found}. Call optimizer.zero_grad(), or set it to None."
+        )
+
+
+def check_accumulation_hooks(shared: Sequence[Tensor]) -> None:
+    """Raises ValueError where a hook waits for a shared gradient that would be that of one task."""
+    for index, parameter in enumerate(shared):
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if hooks or getattr(parameter, "_in_backward_optimizers", None):
+            names = [getattr(hook, "__qualname__", repr(hook)) for hook in (hooks or {}).values()]
+            raise ValueError(
+                f"Expected shared parameters without register_post_accumulate_grad_hook(), but number {index}, of "
+                f"shape {list(parameter.shape)}, has {', '.join(names) or 'an optimizer in backward()'}: one that "
+                "steps there would step with the gradient of a single task. Remove the hook, and call the optimizer "
+                "after backward(losses), which leaves the weighted sum in .grad."
+            )
 
 
 def bound_parameters(rule: WeightingRule) -> list[Tensor]:
@@ -99,7 +181,7 @@ def as_scale(grad_scale: Tensor | float, device: torch.device) -> Tensor:
     return scale.reshape(()).to(torch.float64 if scale.dtype == torch.float64 else torch.float32)
 
 
-def loss_roots(losses: Losses, num_tasks: int) -> list[Root | None]:
+def loss_roots(losses: Tensor | Sequence[Tensor | None], num_tasks: int) -> list[Root | None]:
     """Checks the losses and finds where each task's backward pass starts.
 
     The elements of a stacked tensor hang together: a pass from one of them would walk the graphs of
@@ -124,13 +206,18 @@ def loss_roots(losses: Losses, num_tasks: int) -> list[Root | None]:
             )
         if not losses.requires_grad:
             raise ValueError(
-                "Expected `losses` to require grad, but got a tensor without a graph. "
-                "Compute it outside torch.no_grad() and do not detach it."
+                f"Expected `losses` to require grad, but got a tensor without a graph. {_way_out_without_graph()}"
+            )
+        if losses.grad_fn is not None and (has_hooks(losses) or losses.retains_grad):
+            raise ValueError(
+                "Expected `losses` without a hook or retain_grad(), as passes start at what was stacked, but got a "
+                "tensor with one. Put it on the single losses, or pass them as a list."
             )
         return _stacked_roots(losses)
     if not isinstance(losses, (list, tuple)):
         raise TypeError(
-            f"Expected `losses` to be a tensor [T] or a list of scalars, but got {type(losses).__name__}."
+            "Expected `losses` to be a tensor [T], or a list or dict of scalars, but got "
+            f"{type(losses).__name__}."
         )
     if len(losses) != num_tasks:
         raise ValueError(
@@ -157,9 +244,25 @@ def check_loss(loss: object, name: str) -> None:
         )
     if not loss.requires_grad:
         raise ValueError(
-            f"Expected `{name}` to require grad, but got a tensor without a graph. Compute it outside torch.no_grad() "
-            "and do not detach it; pass None for a task that has no labels in this batch."
+            f"Expected `{name}` to require grad, but got a tensor without a graph. {_way_out_without_graph()}"
         )
+
+
+def _way_out_without_graph() -> str:
+    if not torch.is_grad_enabled():
+        return (
+            "Gradients are disabled here (torch.no_grad() or inference_mode()): for a validation loss sum the losses "
+            "yourself, as in sum(losses), or (balancer.task_weights * torch.stack(losses)).sum(); a balancer takes "
+            "training losses, computed outside torch.no_grad()."
+        )
+    return (
+        "Compute it outside torch.no_grad() and do not detach it; pass None for a task that has no labels in this "
+        "batch."
+    )
+
+
+has_hooks: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
+"""The tensor's hooks, or None; torch has no public name for it."""
 
 
 def _stacked_roots(losses: Tensor) -> list[Root | None]:
@@ -177,7 +280,7 @@ def _stacked_roots(losses: Tensor) -> list[Root | None]:
     return roots
 
 
-def loss_values(losses: Losses, like: Tensor) -> Tensor:
+def loss_values(losses: Tensor | Sequence[Tensor | None], like: Tensor) -> Tensor:
     """The losses as a detached tensor [T] of the dtype and device of ``like``; NaN for an absent task."""
     if isinstance(losses, Tensor):
         return losses.detach().to(like)

@@ -40,7 +40,21 @@ class MGDA(GramianBalancer):
     requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
 
     def _solve(self, gramian: Matrix) -> Matrix | None:
+        return descent_weights(gramian)
+
+
+def descent_weights(gramian: Matrix) -> Matrix:
+    """:func:`min_norm_weights` of the tasks whose gradient is not zero; the others weigh nothing.
+
+    A gradient of exactly zero is that of a task whose labels are all missing in this batch. To weigh
+    it alone, as the minimum would, means no step for any task.
+    """
+    has_gradient = np.diagonal(gramian) > 0.0
+    if has_gradient.all() or not has_gradient.any():
         return min_norm_weights(gramian)
+    weights = np.zeros(len(gramian))
+    weights[has_gradient] = min_norm_weights(gramian[np.ix_(has_gradient, has_gradient)])
+    return weights
 
 
 def min_norm_weights(gramian: Matrix) -> Matrix:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.baselines.gramian import GramianBalancer, Matrix
-from excessmtl_ext.baselines.mgda import min_norm_weights
+from excessmtl_ext.baselines.mgda import descent_weights
 from excessmtl_ext.given_gradients import GivenGrads, given_task_grads
 from excessmtl_ext.passes.per_task import HeadGrads, backward_per_task
 from excessmtl_ext.step import Losses, Step, raise_if_nonfinite
@@ -49,7 +49,7 @@ class MOML(GramianBalancer):
     _has_observed = False
 
     def _solve(self, gramian: Matrix) -> Matrix | None:
-        return min_norm_weights(gramian)
+        return descent_weights(gramian)
 
     def observe_validation(
         self, losses: Losses, *, grad_scale: Tensor | float | None = None

@@ -106,7 +106,7 @@ class SingleTask(Balancer):
     def finish(self) -> None:
         """See :meth:`excessmtl_ext.Balancer.finish`; nothing to do where only other tasks had labels."""
         has_passed_over, self._has_passed_over = self._has_passed_over, False
-        if self._stream is None and has_passed_over:
+        if self.stream is None and has_passed_over:
             return
         super().finish()
 

@@ -35,7 +35,7 @@ def agree(
     signature = zlib.crc32(repr((rule, parallel.layout, parallel.reduce)).encode())
     numbers = [
         float(error is not None),
-        float(rule.num_calls),
+        rule.num_calls + (0.5 if rule.holds_weights else 0.0),
         float(signature),
         float(parallel.needs_ddp),
         *counts,
@@ -46,7 +46,10 @@ def agree(
     if error is not None:
         raise error
     _raise_if_some([row[0] for row in rows])
-    for column, what in ((1, "number of steps"), (2, "options and parameter sizes")):
+    for column, what in (
+        (1, "number of steps, held weights or not,"),
+        (2, "options and parameter sizes"),
+    ):
         if len({row[column] for row in rows}) > 1:
             raise RuntimeError(
                 f"Expected the same {what} of the balancer on every rank, but they differ. Build it alike on all "

@@ -42,7 +42,8 @@ def fully_sharded_step(parallel: Partition, step: RankStep) -> None:
                 continue
             start = start_of(root, step.given.grad_scale)
             share = agreed.shares[task]  # 0: the pass is run for the others, who take part in it
-            run_backward([root], [start * share], retain_graph=task != last)
+            keep = step.given.retain_graph or task != last
+            run_backward([root], [start * share], retain_graph=keep)
             rows.append(take_grads(parallel.shared))
             check_reached(rows[-1], task)
         head_grads = take_grads(plain_heads)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from excessmtl_ext.distributed.partition import Partition
-from excessmtl_ext.passes.capture import capture_grads, leaves_of
-from excessmtl_ext.passes.per_task import check_reached, start_of
+from excessmtl_ext.passes.capture import capture_grads, leaves_of, nodes_of
+from excessmtl_ext.passes.heads import check_open
+from excessmtl_ext.passes.per_task import check_reached, dense, raise_sparse, start_of
 from excessmtl_ext.step import FisherRule, Root, Step
 
 
@@ -68,15 +69,21 @@ def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | No
     last = max(index for index, share in enumerate(shares) if share > 0.0)
     targets = [*parallel.shared, *step.heads]
     try:
+        check_open(nodes_of([root]), "several ranks take the gradients of every pass by themselves")
         grads = capture_grads(
-            root, start_of(root, step.given.grad_scale), targets, retain_graph=task != last
+            root,
+            start_of(root, step.given.grad_scale),
+            targets,
+            retain_graph=step.given.retain_graph or task != last,
+            keep_sparse=True,
         )
         shared_grads = grads[: len(parallel.shared)]
+        raise_sparse(shared_grads)
         check_reached(shared_grads, task)
     except Exception as error:
         step.error = error  # the other ranks wait in a collective: they are told after the passes
         return None
-    step.head_grads[task] = grads[len(parallel.shared) :]
+    step.head_grads[task] = dense(grads[len(parallel.shared) :])
     reached = zip(targets, grads, strict=True)
     step.reached.update(id(target) for target, grad in reached if grad is not None)
     return shared_grads

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
-from excessmtl_ext.step import Losses, Step, WeightingRule
+from excessmtl_ext.passes.capture import nodes_of
+from excessmtl_ext.step import Root, Step, WeightingRule
 from excessmtl_ext.step_arguments import as_scale, loss_values, moves_weights
 
 
 def balanced_loss(
-    rule: WeightingRule, step: Step, losses: Losses, run: Callable[[Step], None]
+    rule: WeightingRule,
+    step: Step,
+    losses: Tensor | Sequence[Tensor | None],
+    run: Callable[[Step], None],
 ) -> Tensor:
     """The weighted sum of the losses under the weights so far; its ``.backward()`` runs the step.
+
+    A loss that is NaN is left out of the value: that of a task without labels in this batch.
 
     Args:
         rule: Gives the weights.
@@ -28,18 +35,41 @@ def balanced_loss(
         Returns [], of the dtype of the losses.
     """
     values = loss_values(losses, rule.task_weights) if step.losses is None else step.losses
-    total = (
-        rule.task_weights * values.nan_to_num(0.0)
-        if len(step.tasks) < rule.num_tasks
-        else rule.task_weights * values
-    ).sum()
+    is_nan = values.isnan()
+    total = torch.where(is_nan, 0.0, rule.task_weights * values).sum()
+    total = torch.where(is_nan.all(), float("nan"), total)
     first = (
         losses
         if isinstance(losses, Tensor)
         else next((loss for loss in losses if loss is not None), total)
     )
     anchor = torch.zeros((), device=total.device, requires_grad=True)
-    return _BalancedLoss.apply(anchor, rule, step, run, total.to(first.dtype))  # type: ignore[no-any-return]
+    loss: Tensor = _BalancedLoss.apply(anchor, rule, step, run, total.to(first.dtype))  # type: ignore[assignment]
+    loss.register_hook(_refusing_other_inputs(get_gradient_edge(anchor).node))
+    return loss
+
+
+def _refusing_other_inputs(anchor: Node) -> Callable[[Tensor], None]:
+    """A hook of the scalar that raises where a pass is asked for certain inputs only: no step would run."""
+
+    def check(grad: Tensor) -> None:
+        if not torch._C._will_engine_execute_node(anchor):
+            raise RuntimeError(
+                "Expected balancer(losses).backward() without `inputs`, and no torch.autograd.grad() of it: the step "
+                "writes .grad of all shared and head parameters, and its gradients are not those of one scalar. Call "
+                "backward() and read .grad, or give gradients of your own to update_weights()."
+            )
+
+    return check
+
+
+def _is_visited_later(roots: Sequence[Root | None]) -> bool:
+    """Whether the pass under way goes on to a node that a pass from ``roots`` needs, as with an auxiliary loss."""
+    return any(
+        torch._C._will_engine_execute_node(node)
+        for node in nodes_of(root for root in roots if root is not None)
+        if not hasattr(node, "variable")
+    )
 
 
 class _BalancedLoss(torch.autograd.Function):
@@ -64,6 +94,11 @@ class _BalancedLoss(torch.autograd.Function):
             scale = None  # what .backward() starts with; elsewhere a look would wait for the device
         # A copy, as what the step sets would live as long as the graph.
         step = replace(ctx.step, grad_scale=scale, moves_weights=moves_weights(ctx.rule))
+        step.retain_graph = (
+            step.retain_graph
+            or torch._C._autograd._get_current_graph_task_keep_graph()
+            or _is_visited_later(step.roots)
+        )
         with torch.enable_grad():
             ctx.run(step)
         return (None,) * 5

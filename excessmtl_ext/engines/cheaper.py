@@ -27,17 +27,19 @@ from excessmtl_ext.engines.exact import (
     step_without_task_grads,
     update_and_combine,
 )
+from excessmtl_ext.engines.undo import Before, all_or_nothing
 from excessmtl_ext.given_gradients import given_task_grads
-from excessmtl_ext.passes.capture import capture_grads
+from excessmtl_ext.passes.capture import capture_grads, nodes_of
 from excessmtl_ext.passes.cut import Cut
+from excessmtl_ext.passes.heads import HeadGraph, check_open
 from excessmtl_ext.passes.per_task import (
     HeadGrads,
     add_scaled_grads,
     backward_per_task,
     check_reached,
     flat_rows,
+    raise_sparse,
     start_of,
-    starts_of,
 )
 from excessmtl_ext.passes.weighted import apply_weights
 from excessmtl_ext.state import StepOptions, StepState
@@ -50,6 +52,7 @@ from excessmtl_ext.step import (
     raise_argument_error,
     raise_if_nonfinite,
 )
+from excessmtl_ext.step_arguments import check_accumulation_hooks
 
 
 def checked_subset(chosen: Iterable[Tensor], shared: Sequence[Tensor] | None) -> list[Tensor]:
@@ -120,23 +123,27 @@ class CheaperEngine(ExactEngine):
         return rule.num_tasks
 
     def run(self, rule: FisherRule, step: Step) -> Sequence[int]:
-        """Estimates the risks, moves the weights and applies them."""
+        """Estimates the risks, moves the weights and applies them; all of it, or nothing."""
+        check_accumulation_hooks(step.shared)
         if step.tasks and step.moves_weights:
-            self.run_estimate(rule, step)
+            graph = HeadGraph(step.roots, step.shared)
+            with all_or_nothing(rule, graph.parameters(step.shared)) as before:
+                self.run_estimate(rule, step, before)
         elif step.tasks:
             step_without_task_grads(rule, step)
         return step.tasks
 
-    def run_estimate(self, rule: FisherRule, step: Step) -> None:
+    def run_estimate(self, rule: FisherRule, step: Step, before: Before) -> None:
         """A step that moves the weights."""
         raise NotImplementedError
 
-    def take_estimate(self, rule: FisherRule, step: Step, grads: TaskGrads) -> None:
+    def take_estimate(self, rule: FisherRule, step: Step, grads: TaskGrads, before: Before) -> None:
         """Moves the weights by the risks of the given gradients.
 
         Raises:
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
         """
+        before.keep_rows(step.tasks)
         step.task_grads = grads
         show_gradients(rule, step)
         update_and_combine(rule, step, NO_TARGETS)
@@ -156,13 +163,13 @@ class SubsetEngine(CheaperEngine):
         super().__init__()
         self.subset = subset
 
-    def run_estimate(self, rule: FisherRule, step: Step) -> None:
+    def run_estimate(self, rule: FisherRule, step: Step, before: Before) -> None:
         """A step that moves the weights."""
         rows = subset_rows(step, self.subset, step.tasks)
         with torch.no_grad():
             assert rule.layout is not None
             grads = TaskGrads(flat_rows(rows), rule.layout, range(rule.num_tasks))
-            self.take_estimate(rule, step, grads)
+            self.take_estimate(rule, step, grads, before)
         apply_weights(
             step, guarded_weights(rule), weighted_heads=rule.head_weighting == "task_weights"
         )
@@ -171,12 +178,23 @@ class SubsetEngine(CheaperEngine):
 def subset_rows(
     step: Step, subset: Sequence[Tensor], tasks: Iterable[int]
 ) -> list[list[Tensor | None]]:
-    """A row of gradients of ``subset`` for each of ``tasks``, None for the others; keeps the graphs."""
+    """A row of gradients of ``subset`` for each of ``tasks``, None for the others; keeps the graphs.
+
+    Raises:
+        ValueError: a node runs a backward pass of its own, which would write ``.grad``.
+    """
+    check_open(
+        nodes_of(root for root in step.roots if root is not None),
+        "`estimate_from` takes the gradients of some parameters only",
+    )
     rows: list[list[Tensor | None]] = [[None] * len(subset) for _ in step.roots]
     for task in tasks:
         root = step.roots[task]
         assert root is not None
-        rows[task] = capture_grads(root, start_of(root, step.grad_scale), subset, retain_graph=True)
+        start = start_of(root, step.grad_scale)
+        row = capture_grads(root, start, subset, retain_graph=True, keep_sparse=True)
+        raise_sparse(row)
+        rows[task] = row
         check_reached(rows[task], task)
     return rows
 
@@ -186,16 +204,14 @@ class FeatureEngine(CheaperEngine):
 
     rows_described = "of the features' adapter, one per task"
 
-    def run_estimate(self, rule: FisherRule, step: Step) -> None:
+    def run_estimate(self, rule: FisherRule, step: Step, before: Before) -> None:
         """A step that moves the weights."""
         cut = _cut_at_features(rule, step)
-        feature_grads, head_grads = cut.walk_heads(
-            step.roots, starts_of(step.roots, step.grad_scale)
-        )
+        feature_grads, head_grads = cut.walk_heads(step)
         with torch.no_grad():
             rows = _adapter_grads(cut, feature_grads, rule.feature_dim)
             grads, _ = given_task_grads(rule, rows)
-            self.take_estimate(rule, step, grads)
+            self.take_estimate(rule, step, grads, before)
             weights = guarded_weights(rule)
         cut.walk_encoder_weighted(feature_grads, weights)
         if rule.head_weighting == "none":
@@ -230,9 +246,20 @@ class RotationEngine(CheaperEngine):
         super().reset()
         self.rotation.start_round()
 
-    def run_estimate(self, rule: FisherRule, step: Step) -> None:
+    def run_estimate(self, rule: FisherRule, step: Step, before: Before) -> None:
         """A step that refreshes the risks of some tasks."""
+        waiting = list(self.rotation.waiting)
+        try:
+            self._take_turns(rule, step, before)
+        except FloatingPointError:
+            raise
+        except BaseException:
+            self.rotation.waiting = waiting
+            raise
+
+    def _take_turns(self, rule: FisherRule, step: Step, before: Before) -> None:
         turn = self._turn(rule, step.tasks)
+        before.keep_rows(turn)
         if self.subset is None:
             self._run_whole(rule, step, turn)
             return
@@ -251,7 +278,11 @@ class RotationEngine(CheaperEngine):
         weighted_heads = rule.head_weighting == "task_weights"
         heads = HeadGrads.of(mine, step.shared) if weighted_heads else None
         rows, tensors = backward_per_task(
-            mine, step.shared, scale=step.grad_scale, heads=heads, retain_graph=bool(left)
+            mine,
+            step.shared,
+            scale=step.grad_scale,
+            heads=heads,
+            retain_graph=step.retain_graph or bool(left),
         )
         with torch.no_grad():
             self._refresh(rule, step, turn, tensors)
@@ -324,7 +355,7 @@ def _cut_at_features(rule: FisherRule, step: Step) -> Cut:
                 f"Expected `features[{index}]` of shape [samples, ..., channels, ...] with the channels in dimension "
                 f"{dim} (`feature_dim`), but got {list(z.shape)}."
             )
-    cut = Cut(step.roots, step.features, step.shared)
+    cut = Cut(step.roots, step.features, step.shared, retain_graph=step.retain_graph)
     if cut.obstacle is not None:
         raise ValueError(
             f"Expected `features` where the passes can be cut, but {cut.obstacle}. Remove that, or estimate risks from "

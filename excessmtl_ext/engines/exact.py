@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.engines.heap_pin import LEAST_NUMEL, HeapPin
+from excessmtl_ext.engines.undo import all_or_nothing
 from excessmtl_ext.passes.cut import Cut
+from excessmtl_ext.passes.heads import HeadGraph
 from excessmtl_ext.passes.per_task import GradRows, HeadGrads, backward_per_task
 from excessmtl_ext.passes.targets import assign_grads, combine_targets
 from excessmtl_ext.passes.vectorised import EncoderPasses
@@ -23,6 +25,7 @@ from excessmtl_ext.step import (
     raise_argument_error,
     raise_if_nonfinite,
 )
+from excessmtl_ext.step_arguments import check_accumulation_hooks
 
 
 class ExactEngine:
@@ -59,6 +62,7 @@ class ExactEngine:
 
     def run(self, rule: WeightingRule, step: Step) -> Sequence[int]:
         """Runs the passes, moves the weights and adds the weighted sum to ``.grad``."""
+        check_accumulation_hooks(step.shared)
         if not step.moves_weights or "task_grads" not in rule.requires:
             if step.tasks:
                 step_without_task_grads(rule, step)
@@ -88,7 +92,7 @@ class ExactEngine:
         encoder = self._encoder
         obstacle: str | None = "no features were given"
         if step.features is not None:
-            cut = Cut(step.roots, step.features, step.shared)
+            cut = Cut(step.roots, step.features, step.shared, retain_graph=step.retain_graph)
             obstacle = cut.obstacle
             if obstacle is None and encoder.batched is not False:
                 return cut.task_grads(step, keep_heads=keep_heads, walk_encoder=encoder.walk)
@@ -98,7 +102,13 @@ class ExactEngine:
         if encoder.is_batched is None or encoder.batched is not False:
             encoder.note(obstacle or "")
         heads = HeadGrads.of(step.roots, step.shared) if keep_heads else None
-        rows = backward_per_task(step.roots, step.shared, scale=step.grad_scale, heads=heads)
+        rows = backward_per_task(
+            step.roots,
+            step.shared,
+            scale=step.grad_scale,
+            heads=heads,
+            retain_graph=step.retain_graph,
+        )
         return rows, heads
 
     def update(self, rule: WeightingRule, step: Step) -> Sequence[int]:
@@ -128,20 +138,24 @@ class ExactEngine:
 
 def step_without_task_grads(rule: WeightingRule, step: Step) -> None:
     """A step whose weights need no gradients, or stay as they are: one weighted pass."""
-    with torch.no_grad():
-        if step.moves_weights:
-            rule.update(step)
-            if rule.nonfinite == "raise":
-                raise_if_nonfinite(rule)
-        else:
-            rule.found_nonfinite.zero_()  # the flags are those of the latest step
-        weights = guarded_weights(rule) if "losses" in rule.requires else rule.task_weights
-    apply_weights(
-        step,
-        weights,
-        weighted_heads=rule.head_weighting == "task_weights",
-        is_uniform=rule.has_uniform_weights,
-    )
+    is_uniform = rule.has_uniform_weights
+    graph = None if is_uniform else HeadGraph(step.roots, step.shared)
+    with all_or_nothing(rule, step.shared if graph is None else graph.parameters(step.shared)):
+        with torch.no_grad():
+            if step.moves_weights:
+                rule.update(step)
+                if rule.nonfinite == "raise":
+                    raise_if_nonfinite(rule)
+            else:
+                rule.found_nonfinite.zero_()  # the flags are those of the latest step
+            weights = guarded_weights(rule) if "losses" in rule.requires else rule.task_weights
+        apply_weights(
+            step,
+            weights,
+            weighted_heads=rule.head_weighting == "task_weights",
+            is_uniform=is_uniform,
+            graph=graph,
+        )
 
 
 def show_gradients(rule: WeightingRule, step: Step) -> None:

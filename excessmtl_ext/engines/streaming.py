@@ -7,6 +7,8 @@ normalised when the last task is in: equal to the plain step in real arithmetic.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,15 @@ from excessmtl_ext.step import (
     raise_argument_error,
     raise_if_nonfinite,
 )
-from excessmtl_ext.step_arguments import moves_weights, read_task
+from excessmtl_ext.step_arguments import (
+    check_accumulation_hooks,
+    check_grads,
+    moves_weights,
+    read_task,
+)
+
+GivenScale: TypeAlias = Tensor | float | None
+"""``grad_scale`` as it was given."""
 
 
 class Stream:
@@ -48,12 +58,28 @@ class Stream:
         self._log_weights: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
         self._heads: list[HeadGrads] = []
+        self._scale: GivenScale = None
         rule.found_nonfinite.zero_()
 
     @property
     def tasks(self) -> list[int]:
         """The tasks taken in so far, in order."""
         return sorted(self._log_weights)
+
+    def check_scale(self, grad_scale: GivenScale) -> None:
+        """Raises ValueError where the loss scale is known to differ from that of the step's first task.
+
+        Scales that are tensors on a GPU are compared by identity alone: to read them is to wait.
+        """
+        if not self._log_weights:
+            self._scale = grad_scale
+            return
+        numbers = [_on_host(scale) for scale in (self._scale, grad_scale)]
+        if None not in numbers and numbers[0] != numbers[1]:
+            raise ValueError(
+                f"Expected one `grad_scale` for all tasks of a step, but got {numbers[1]} after {numbers[0]}. Call "
+                "finish() before the scale changes."
+            )
 
     def __contains__(self, task: int) -> bool:
         return task in self._log_weights
@@ -139,6 +165,13 @@ class Stream:
         assign_grads(self._shared, targets)
 
 
+def _on_host(scale: GivenScale) -> float | None:
+    """The scale as a number; None where reading it would wait for a GPU."""
+    if isinstance(scale, Tensor):
+        return float(scale) if scale.device.type == "cpu" and scale.numel() == 1 else None
+    return 1.0 if scale is None else float(scale)
+
+
 def accumulate(
     rule: StreamingRule,
     stream: Stream | None,
@@ -146,11 +179,15 @@ def accumulate(
     loss: Tensor,
     *,
     retain_graph: bool,
-    grad_scale: Tensor | float | None,
+    grad_scale: GivenScale,
 ) -> Stream:
     """Runs the pass of one task and takes its gradient in; begins the stream with its first task."""
     _check_task(rule, stream, task)
-    step = read_task(rule, task, loss, grad_scale)
+    if stream is not None:
+        stream.check_scale(grad_scale)
+    step = read_task(rule, task, loss, grad_scale, retain_graph=retain_graph)
+    check_grads(step.shared)
+    check_accumulation_hooks(step.shared)
     heads = None
     if rule.head_weighting == "task_weights":
         heads = HeadGrads.of(step.roots, step.shared)
@@ -163,7 +200,9 @@ def accumulate(
         for observer in rule.observers:
             if observer.wants_gradients:
                 observer.on_gradients(rule, step)
-        stream = stream or Stream(rule, step.shared)
+        if stream is None:
+            stream = Stream(rule, step.shared)
+            stream.check_scale(grad_scale)
         stream.take(rule, step, row, heads)
     return stream
 

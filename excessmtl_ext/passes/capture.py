@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from excessmtl_ext.passes.explain import raise_explained
 from excessmtl_ext.passes.per_task import dense
 from excessmtl_ext.step import Root
 
@@ -50,13 +51,17 @@ def capture_grads(
     Nothing that waits for a gradient to be accumulated is told: DistributedDataParallel sees one
     pass per step, that of :func:`deposit_grads`.
     """
-    grads = torch.autograd.grad(
-        [root],  # type: ignore[list-item]
-        list(parameters),
-        [start],
-        retain_graph=retain_graph,
-        allow_unused=True,
-    )
+    try:
+        grads = torch.autograd.grad(
+            [root],  # type: ignore[list-item]
+            list(parameters),
+            [start],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        raise_explained(error)
+        raise
     return list(grads) if keep_sparse else dense(grads)
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from excessmtl_ext.passes.capture import capture_batched, capture_grads, deposit_grads
+from excessmtl_ext.passes.explain import raise_explained
+from excessmtl_ext.passes.hidden import hidden_parameters, hides_parameters
+from excessmtl_ext.passes.node_hooks import reading, scaling
 from excessmtl_ext.passes.per_task import (
     GradRows,
     HeadGrads,
@@ -40,6 +43,7 @@ class Cut:
         roots: One per task, None where absent.
         features: As :func:`checked_features` gives them.
         shared: The shared parameters.
+        retain_graph: Keep the graphs for another backward pass.
 
     Attributes:
         heads: Per task, the parameters between its loss and the features.
@@ -50,9 +54,17 @@ class Cut:
     """
 
     def __init__(
-        self, roots: Sequence[Root | None], features: Sequence[Tensor], shared: Sequence[Tensor]
+        self,
+        roots: Sequence[Root | None],
+        features: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        *,
+        retain_graph: bool = False,
     ) -> None:
         self.features = list(features)
+        self._retain = retain_graph
+        self._encoder_hides = False
+        self._hides = False  # whether a node above the features has parameters out of sight
         self.shared = list(shared)
         self._edges = {(z.grad_fn, z.output_nr): index for index, z in enumerate(features)}
         self._is_shared = {id(parameter) for parameter in shared}
@@ -88,6 +100,7 @@ class Cut:
             variable = getattr(node, "variable", None)
             if variable is not None:
                 leaves.append(variable)
+            self._hides = self._hides or hides_parameters(node)
             handing = []
             for position, edge in enumerate(node.next_functions):
                 parent = edge[0]
@@ -118,6 +131,8 @@ class Cut:
             )
 
     def _find_obstacle(self) -> str | None:
+        if self._hides:
+            return "a node above the features runs a backward pass of its own (a reentrant checkpoint, for one)"
         if any(_backward_hooks_of(feature) or feature.retains_grad for feature in self.features):
             return "a feature has a hook or retains its gradient"
         if any(_backward_hooks_of(leaf) for leaf in self.all_heads()):
@@ -129,6 +144,11 @@ class Cut:
             variable = getattr(node, "variable", None)
             if variable is not None and id(variable) not in self._is_shared:
                 return "parameters that are not shared lie below the features"
+            if hides_parameters(node):
+                found = hidden_parameters(node)
+                if found is None or any(id(each) not in self._is_shared for each in found):
+                    return "a node below the features hides parameters that may not be shared"
+                self._encoder_hides = True
             for edge in node.next_functions:
                 parent = edge[0]
                 if edge in self._edges:
@@ -156,23 +176,20 @@ class Cut:
             keep_heads: Return the gradients of heads, per task, instead of adding them to ``.grad``.
             walk_encoder: Runs the encoder's passes; None for one per task.
         """
-        feature_grads, head_grads = self.walk_heads(
-            step.roots, starts_of(step.roots, step.grad_scale)
-        )
+        feature_grads, head_grads = self.walk_heads(step)
         rows = (walk_encoder or Cut.walk_encoder)(self, feature_grads)
         if not keep_heads:
             self.deposit_heads(head_grads)
             return rows, None
         return rows, HeadGrads(self.heads, dict(enumerate(head_grads)))
 
-    def walk_heads(
-        self, roots: Sequence[Root | None], starts: Sequence[Tensor | None]
-    ) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
+    def walk_heads(self, step: Step) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
         """One pass from every loss to the features and the parameters of its head; no ``.grad`` is touched.
 
         Returns:
             Per task, gradients of the features it reached, and of its ``heads``.
         """
+        roots, starts = step.roots, starts_of(step.roots, step.grad_scale)
         if self._heads_are_apart(roots):
             return self._walk_heads_at_once(roots, starts)
         present = [task for task, root in enumerate(roots) if root is not None]
@@ -186,7 +203,7 @@ class Cut:
                 root,
                 start,
                 [*(self.features[index] for index in reached), *self.heads[task]],
-                retain_graph=self._heads_meet and task != present[-1],
+                retain_graph=self._retain or (self._heads_meet and task != present[-1]),
                 keep_sparse=True,
             )
             feature_grads[task] = grads[: len(reached)]
@@ -209,7 +226,7 @@ class Cut:
         """
         found: list[dict[int, Tensor]] = [{} for _ in roots]
         handles = [
-            node.register_hook(_reading(self._edges_at(node, positions), found[task]))
+            node.register_hook(reading(self._edges_at(node, positions), found[task]))
             for task, entries in enumerate(self._entries)
             for node, positions in entries
         ]
@@ -220,8 +237,12 @@ class Cut:
                 [root for root in roots if root is not None],  # type: ignore[arg-type]
                 [*(self.features[index] for index in used), *heads],
                 [start for start in starts if start is not None],
+                retain_graph=self._retain,
                 allow_unused=True,
             )
+        except RuntimeError as error:
+            raise_explained(error)
+            raise
         finally:
             for handle in handles:
                 handle.remove()
@@ -268,13 +289,15 @@ class Cut:
             for task, reached in enumerate(self.reached)
             if reached
         ]
-        return run_passes(passes, len(feature_grads), self.shared)
+        return run_passes(passes, len(feature_grads), self.shared, retain_graph=self._retain)
 
     def obstacle_to_batching(self) -> str | None:
         """Why a vectorised pass of the encoder would not equal T passes, or would waste most of its work; or None."""
         present = [set(reached) for reached in self.reached if reached]
         if len(present) < 2:
             return "fewer than two tasks are present"
+        if self._encoder_hides:
+            return "the encoder runs a backward pass of its own (a reentrant checkpoint, for one)"
         if any(_backward_hooks_of(parameter) for parameter in self.shared):
             return "a shared parameter has a hook"
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self.shared):
@@ -295,7 +318,8 @@ class Cut:
         used = sorted(set().union(*(self.reached[task] for task in present)))
         features = [self.features[index] for index in used]
         starts = [self._stacked(index, present, feature_grads) for index in used]
-        rows = capture_batched(features, starts, self.shared, retain_graph=retain_graph)
+        keep = retain_graph or self._retain
+        rows = capture_batched(features, starts, self.shared, retain_graph=keep)
         task_grads: list[list[Tensor | None]] = [[None] * len(self.shared) for _ in feature_grads]
         for task, row in zip(present, rows, strict=True):
             task_grads[task] = row
@@ -316,33 +340,29 @@ class Cut:
         zeros = torch.zeros_like(self.features[index]) if any(g is None for g in found) else None
         return torch.stack([grad if grad is not None else zeros for grad in found])  # type: ignore[misc]
 
-    def weighted_backward(
-        self, roots: Sequence[Root | None], task_weights: Tensor, *, scale: Tensor | None
-    ) -> None:
-        """Like ``weighted_backward`` with unweighted heads: one pass where heads have no node in common."""
-        if self._heads_are_apart(roots):
-            self._one_weighted_pass(roots, task_weights, scale)
+    def weighted_backward(self, step: Step, task_weights: Tensor) -> None:
+        """Applies given weights to the shared gradients only: one pass where heads have no node in common."""
+        if self._heads_are_apart(step.roots):
+            self._one_weighted_pass(step, task_weights)
             return
-        feature_grads, head_grads = self.walk_heads(roots, starts_of(roots, scale))
+        feature_grads, head_grads = self.walk_heads(step)
         self.walk_encoder_weighted(feature_grads, task_weights)
         self.deposit_heads(head_grads)
 
-    def _one_weighted_pass(
-        self, roots: Sequence[Root | None], task_weights: Tensor, scale: Tensor | None
-    ) -> None:
+    def _one_weighted_pass(self, step: Step, task_weights: Tensor) -> None:
         """One pass from all losses, in which what a head hands to the features is multiplied by its task's weight."""
         of_dtype = task_weights.to(self.features[0].dtype).unbind()
         handles = [
-            node.register_hook(_scaling(positions, weight))
+            node.register_hook(scaling(positions, weight))
             for entries, weight in zip(self._entries, of_dtype, strict=True)
             for node, positions in entries
         ]
-        starts = starts_of(roots, scale)
+        starts = starts_of(step.roots, step.grad_scale)
         try:
             run_backward(
-                [root for root in roots if root is not None],
+                [root for root in step.roots if root is not None],
                 [start for start in starts if start is not None],
-                retain_graph=False,
+                retain_graph=self._retain,
             )
         finally:
             for handle in handles:
@@ -365,34 +385,4 @@ class Cut:
             )
             for index in used
         ]
-        run_backward([self.features[index] for index in used], starts, retain_graph=False)
-
-
-def _scaling(
-    positions: Sequence[int], weight: Tensor
-) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
-    """A node's hook that multiplies what it passes on at ``positions`` by ``weight``."""
-
-    def scale(
-        grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
-        return tuple(
-            grad * weight.to(grad.dtype) if index in positions and grad is not None else grad
-            for index, grad in enumerate(grad_inputs)
-        )
-
-    return scale
-
-
-def _reading(
-    positions: Sequence[tuple[int, int]], found: dict[int, Tensor]
-) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], None]:
-    """A node's hook that adds what it passes on at each position to ``found``, by feature."""
-
-    def read(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
-        for position, feature in positions:
-            grad = grad_inputs[position]
-            if grad is not None:
-                found[feature] = found[feature] + grad if feature in found else grad
-
-    return read
+        run_backward([self.features[index] for index in used], starts, retain_graph=self._retain)

@@ -16,15 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from excessmtl_ext.passes.heads import head_leaves
+from excessmtl_ext.passes.explain import raise_explained
+from excessmtl_ext.passes.heads import HeadGraph
 from excessmtl_ext.step import Root, input_metadata_of
 
 _grad_of = attrgetter("grad")
 _is_sparse = attrgetter("is_sparse")
 _NO_GRAD: dict[torch.device, Tensor] = {}
-
-LEAST_DIVISIBLE_WEIGHT = 1e-12
-"""Weights below this count as this in a single weighted pass, where head gradients are divided by the weight again."""
 
 
 def start_of(root: Root, scale: Tensor | None) -> Tensor:
@@ -55,9 +53,24 @@ def starts_of(roots: Sequence[Root | None], scale: Tensor | None) -> list[Tensor
     return starts
 
 
-def run_backward(roots: Sequence[Root], starts: Sequence[Tensor], *, retain_graph: bool) -> None:
-    """One pass of the autograd engine from all ``roots``; adds to ``.grad`` of every leaf."""
-    torch.autograd.backward(roots, grad_tensors=starts, retain_graph=retain_graph)  # type: ignore[arg-type]
+def run_backward(
+    roots: Sequence[Root],
+    starts: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    inputs: Sequence[Tensor] | None = None,
+) -> None:
+    """One pass of the autograd engine from all ``roots``; adds to ``.grad`` of every leaf, or of ``inputs`` only."""
+    try:
+        torch.autograd.backward(
+            roots,  # type: ignore[arg-type]
+            grad_tensors=starts,
+            retain_graph=retain_graph,
+            inputs=inputs,
+        )
+    except RuntimeError as error:
+        raise_explained(error)
+        raise
 
 
 @contextmanager
@@ -78,15 +91,37 @@ def _are_given(grads: Sequence[Tensor | None]) -> Iterator[bool]:
 
 
 def take_grads(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Takes ``.grad`` away from ``parameters``; sparse gradients become dense.
+    """Takes ``.grad`` away from ``parameters``.
 
     Runs T times a step, so what it does per parameter is left to the interpreter's built-ins.
     """
     grads = list(map(_grad_of, parameters))
     deque(map(setattr, parameters, repeat("grad"), repeat(None)), maxlen=0)
-    if any(map(_is_sparse, compress(grads, _are_given(grads)))):
-        return dense(grads)
     return grads
+
+
+def take_shared_grads(shared: Sequence[Tensor]) -> list[Tensor | None]:
+    """:func:`take_grads` of the shared parameters.
+
+    Raises:
+        ValueError: one of the gradients is sparse.
+    """
+    grads = take_grads(shared)
+    if any(map(_is_sparse, compress(grads, _are_given(grads)))):
+        raise_sparse(grads)
+    return grads
+
+
+def raise_sparse(grads: Sequence[Tensor | None]) -> None:
+    """Raises ValueError if one of the shared gradients is sparse: what weights are computed from is dense."""
+    for index, grad in enumerate(grads):
+        if grad is not None and grad.is_sparse:
+            raise ValueError(
+                f"Expected dense gradients of the shared parameters, but that of number {index}, of shape "
+                f"{list(grad.shape)}, is sparse (as from Embedding(sparse=True)). Make it with sparse=False, or leave "
+                "it out of the balancer's shared parameters: it then gets the plain sum of the tasks' gradients, "
+                "which stays sparse."
+            )
 
 
 def dense(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
@@ -113,12 +148,11 @@ class HeadGrads:
     """Keeps the head gradients of each task apart while the passes run, to weight them when the weights are known.
 
     Args:
-        parameters: Per task, the parameters of its head, as from :func:`head_leaves`.
+        parameters: Per task, the parameters of its head.
         grads: The gradients that are known already, by task.
 
     Attributes:
         all_parameters: Every head parameter once.
-        reached_by_several: Whether some parameter outside the shared ones serves more than one task.
     """
 
     def __init__(
@@ -131,12 +165,17 @@ class HeadGrads:
         self.all_parameters = list(
             {id(leaf): leaf for leaves in self.parameters for leaf in leaves}.values()
         )
-        self.reached_by_several = len(self.all_parameters) < sum(map(len, self.parameters))
 
     @classmethod
     def of(cls, roots: Sequence[Root | None], shared: Sequence[Tensor]) -> HeadGrads:
-        """Those of the parameters that each root reaches and that are not shared."""
-        return cls(head_leaves(roots, shared))
+        """Those of the parameters that each root reaches and that are not shared.
+
+        Raises:
+            ValueError: some of them cannot be told.
+        """
+        graph = HeadGraph(roots, shared)
+        graph.raise_if_unseen("the gradients of heads are kept apart")
+        return cls(graph.leaves)
 
     def take(self, task: int) -> None:
         """Takes the gradients that the pass of ``task`` has just left."""
@@ -153,21 +192,6 @@ class HeadGrads:
                     of_dtype[grad.dtype] = factors.to(grad.dtype).unbind()
                 scaled = grad * of_dtype[grad.dtype][task]
                 parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
-
-    def divided_backward(
-        self,
-        roots: Sequence[Root],
-        starts: Sequence[Tensor],
-        tasks: Sequence[int],
-        task_weights: Tensor,
-    ) -> None:
-        """One pass of the weighted losses; gradients of heads are divided by the weight again."""
-        divisible = task_weights.clamp(min=LEAST_DIVISIBLE_WEIGHT)
-        with set_aside_grads(self.all_parameters):
-            run_backward(roots, weighted_starts(starts, tasks, divisible), retain_graph=False)
-            for task in tasks:
-                self.take(task)
-        self.add(divisible.reciprocal())
 
 
 class GradRows(NamedTuple):
@@ -235,7 +259,7 @@ def run_passes(
         for each in passes:
             keep = retain_graph or each is not passes[-1]
             run_backward(each.roots, each.starts, retain_graph=keep)
-            rows[each.task] = take_grads(shared)
+            rows[each.task] = take_shared_grads(shared)
             check_reached(rows[each.task], each.task)
             if heads is not None:
                 heads.take(each.task)
@@ -254,7 +278,7 @@ def backward_of_task(
     """:func:`backward_per_task` for one task alone; returns its row only."""
     with set_aside_grads([*shared, *heads.all_parameters] if heads else shared):
         run_backward([root], [start_of(root, scale)], retain_graph=retain_graph)
-        row = take_grads(shared)
+        row = take_shared_grads(shared)
         check_reached(row, task)
         if heads is not None:
             heads.take(task)
@@ -283,11 +307,16 @@ def add_scaled_grads(
 
 
 def uniform_backward(
-    roots: Sequence[Root], starts: Sequence[Tensor], shared: Sequence[Tensor], weight: Tensor
+    roots: Sequence[Root],
+    starts: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    retain_graph: bool = False,
 ) -> None:
     """One pass of the losses unweighted, then the shared gradients scaled: heads are right as they come."""
     with set_aside_grads(shared):
-        run_backward(roots, starts, retain_graph=False)
+        run_backward(roots, starts, retain_graph=retain_graph)
         grads = take_grads(shared)
     add_scaled_grads(shared, grads, weight)
 

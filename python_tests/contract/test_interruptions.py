@@ -56,12 +56,9 @@ def test_an_interrupt_in_a_backward_pass_changes_no_state(name):
     losses[FAULTY].register_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         run.balancer.backward(losses)
-    if name in ("groupdro", "imtl-l"):  # their weights come before the one pass
-        assert int(run.balancer.num_steps) == 4
-    elif name not in ("uniform", "single task", "moml"):
-        assert all(map(torch.equal, run.state().values(), before.values()))
-        # The gradients that were there before the step are there again.
-        assert all(map(torch.equal, [p.grad for p in run.model.encoder.parameters()], shared))
+    assert all(map(torch.equal, run.state().values(), before.values()))
+    # The gradients that were there before the step are there again.
+    assert all(map(torch.equal, [p.grad for p in run.model.encoder.parameters()], shared))
     assert all(map(torch.equal, run.parameters(), weights))
     assert run.step(3)
     run.assert_sound(name)

@@ -370,7 +370,8 @@ def wrong_losses(problem: Problem):
         "stack of one without graph": (torch.stack([losses[0], detached, losses[2]]), ValueError, r"`losses\[1\]`"),
         "not the encoder's": ([losses[0], elsewhere, losses[2]], ValueError, r"`losses\[1\]` to depend on the shared"),
         "a number": ([losses[0], 1.0, losses[2]], TypeError, r"`losses\[1\]` to be a scalar tensor, but got float"),
-        "a dict": ({"a": losses[0]}, TypeError, "`losses` to be a tensor .* or a list"),
+        "a set": ({losses[0]}, TypeError, "`losses` to be a tensor .* or a list"),
+        "a short dict": ({"a": losses[0]}, ValueError, r"`losses` to hold 3 losses.* the keys \['a'\]"),
         "other device": (
             [losses[0], torch.ones((), device="meta", requires_grad=True) * 1, losses[2]],
             ValueError,

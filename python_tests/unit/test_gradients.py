@@ -239,14 +239,43 @@ def test_channels_last_gradients_are_combined_in_the_right_order():
     torch.testing.assert_close(conv.weight.grad.contiguous(), plain.weight.grad.contiguous())
 
 
-def test_sparse_gradients_of_an_embedding_work():
+@pytest.mark.parametrize("mode", ["exact", "subset", "rotation", "streaming"])
+def test_a_sparse_shared_gradient_is_refused_before_anything_moves(mode):
     embedding = nn.Embedding(10, 4, sparse=True)
-    balancer = ExcessMTL(embedding.parameters(), num_tasks=2)
-    z = embedding(torch.tensor([1, 2, 2]))
-    balancer.backward([z.sum(), z.square().sum()])
-    assert embedding.weight.grad is not None
-    assert embedding.weight.grad[5].abs().sum() == 0
-    assert embedding.weight.grad[2].abs().sum() > 0
+    layer = nn.Linear(4, 2)
+    shared = [*embedding.parameters(), *layer.parameters()]
+    options = {"subset": {"estimate_from": [embedding.weight]}, "rotation": {"tasks_per_step": 1}}
+    balancer = ExcessMTL(shared, num_tasks=2, **options.get(mode, {}))
+    before = {key: str(value) for key, value in balancer.state_dict().items()}
+    z = layer(embedding(torch.tensor([1, 2, 2])))
+    losses = [z.sum(), z.square().sum()]
+    with pytest.raises(ValueError, match=r"dense gradients .* sparse=False"):
+        if mode == "streaming":
+            balancer.accumulate(0, losses[0])
+        else:
+            balancer.backward(losses)
+    assert all(parameter.grad is None for parameter in shared)
+    assert {key: str(value) for key, value in balancer.state_dict().items()} == before
+
+
+def test_sparse_gradients_stay_sparse_where_no_weight_comes_from_them():
+    for balancer_type, factors in ((Uniform, [0.5, 0.5]), (GroupDRO, None)):
+        embedding = nn.Embedding(10, 4, sparse=True).double()
+        heads = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)]).double()
+        balancer = balancer_type(embedding.parameters(), num_tasks=2)
+        losses = [head(embedding(torch.tensor([1, 2, 2]))).square().sum() for head in heads]
+        rows = [
+            torch.autograd.grad(loss, embedding.weight, retain_graph=True)[0].to_dense()
+            for loss in losses
+        ]
+        for _ in range(2):  # the second adds to what is there
+            balancer.backward(losses, retain_graph=True)
+        assert embedding.weight.grad is not None
+        assert embedding.weight.grad.is_sparse
+        if factors is not None:
+            want = sum(2 * f * row for f, row in zip(factors, rows, strict=True))
+            torch.testing.assert_close(embedding.weight.grad.to_dense(), want)
+        torch.optim.SparseAdam(embedding.parameters()).step()
 
 
 def test_losses_in_half_precision_and_shapes_of_one_element_work():

@@ -1,0 +1,71 @@
+"""Steps that move the weights before their last pass: what they have written is put back where that pass fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from excessmtl_ext.passes.per_task import set_aside_grads
+from excessmtl_ext.step import WeightingRule
+
+
+class Before:
+    """The state of a rule before a step.
+
+    Tensors [T] and smaller are copied at once. Of those that hold P elements per task, only the
+    rows that :meth:`keep_rows` names: what the step is about to write.
+
+    Args:
+        rule: Whose state it is.
+    """
+
+    def __init__(self, rule: WeightingRule) -> None:
+        self._rule = rule
+        self._tensors = dict(rule.state_tensors())
+        self._copies = {
+            name: tensor.clone() for name, tensor in self._tensors.items() if tensor.dim() < 2
+        }
+        self._rows: dict[tuple[str, int], Tensor] = {}
+
+    def keep_rows(self, tasks: Sequence[int]) -> None:
+        """Copies the rows of ``tasks`` of the large tensors."""
+        for name, tensor in self._tensors.items():
+            if tensor.dim() >= 2 and tensor.numel() > 0:
+                for task in tasks:
+                    self._rows.setdefault((name, task), tensor[task].clone())
+
+    def restore(self) -> None:
+        """Makes the state what it was, to the bit."""
+        self._rule.put_back(self._tensors)
+        for name, copy in self._copies.items():
+            self._tensors[name].copy_(copy)
+        for (name, task), row in self._rows.items():
+            self._tensors[name][task].copy_(row)
+
+
+@contextmanager
+def all_or_nothing(rule: WeightingRule, parameters: Sequence[Tensor]) -> Iterator[Before]:
+    """Puts back the state of ``rule`` and the ``.grad`` of ``parameters`` if the body raises, Ctrl-C included.
+
+    In the body ``.grad`` is empty; what was there is added to what the body leaves. A
+    FloatingPointError leaves the state as the rule left it: it says that the step does not count.
+    """
+    before = Before(rule)
+    try:
+        with set_aside_grads(parameters) as saved:
+            yield before
+            for index, parameter in enumerate(parameters):
+                saved[index] = _sum(saved[index], parameter.grad)
+    except FloatingPointError:
+        raise
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _sum(grad: Tensor | None, added: Tensor | None) -> Tensor | None:
+    if grad is None or added is None:
+        return added if grad is None else grad
+    return grad + added if grad.is_sparse and not added.is_sparse else grad.add_(added)
