@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._functorch.config
 from _inputs import Problem, make_problem
-from torch import Tensor
+from torch import Tensor, nn
 
 from excessmtl_ext import ExcessMTL
 
@@ -69,3 +70,56 @@ def test_a_compiled_step_breaks_at_the_backward_passes_and_trains_the_same() -> 
         return torch.compile(step, backend=BACKEND)
 
     assert_same(train(problem, problem.losses, compile_step), expected)
+
+
+def _make_problem() -> Problem:
+    """Its encoder keeps more than inputs and outputs for the backward pass: that is what a graph may overwrite."""
+    problem = make_problem(dtype=torch.float64)
+    layers = [nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 8), nn.GELU()]
+    problem.encoder = nn.Sequential(*layers).double()
+    return problem
+
+
+def _compiled_losses(problem: Problem, *, dynamic: bool) -> Callable[[int], list[Tensor]]:
+    torch.compiler.reset()
+    encoder = torch.compile(problem.encoder, backend=BACKEND, dynamic=dynamic)
+
+    def losses(num_samples: int) -> list[Tensor]:
+        z = encoder(problem.inputs[:num_samples])
+        targets = problem.targets[:num_samples]
+        return [(h(z)[:, 0] - targets[:, t]).square().mean() for t, h in enumerate(problem.heads)]
+
+    return losses
+
+
+def test_a_compiled_encoder_takes_several_passes_with_dynamic_shapes():
+    results = []
+    for is_compiled in (False, True):
+        problem = _make_problem()
+        balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, robust_step_size=0.5)
+        losses = _compiled_losses(problem, dynamic=True)
+        for num_samples in (16, 16, 5):
+            problem.zero_grad()
+            if is_compiled:
+                balancer.backward(losses(num_samples))
+                continue
+            z = problem.encoder(problem.inputs[:num_samples])
+            targets = problem.targets[:num_samples]
+            balancer.backward(
+                [(h(z)[:, 0] - targets[:, t]).square().mean() for t, h in enumerate(problem.heads)]
+            )
+        results.append([balancer.task_weights, *problem.grads()])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
+def test_a_graph_compiled_for_one_pass_is_an_error_with_the_remedy():
+    problem = _make_problem()
+    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    losses = _compiled_losses(problem, dynamic=True)
+    with torch._functorch.config.patch(donated_buffer=True):  # as before a balancer was made
+        given = losses(16)
+    with pytest.raises(RuntimeError, match=r"donated_buffer = False"):
+        balancer.backward(given)
+    assert balancer.num_calls == 0
+    assert all(p.grad is None for p in problem.encoder.parameters())
