@@ -9,9 +9,9 @@ def raise_explained(error: RuntimeError) -> None:
     if "donated buffers" in text:
         raise RuntimeError(
             "Expected graphs that allow several backward passes, but torch.compile has compiled one for a single pass "
-            "(with donated buffers), before the balancer was made. Make the balancer before the first forward pass of "
-            "the compiled model, or set torch._functorch.config.donated_buffer = False and call "
-            "torch.compiler.reset()."
+            "(with donated buffers). A balancer turns that off when it is made: leave "
+            "torch._functorch.config.donated_buffer = False, make the balancer before the forward pass of the compiled "
+            "model, and call torch.compiler.reset() once if the graph is older."
         ) from error
     if "a second time" in text:
         raise RuntimeError(

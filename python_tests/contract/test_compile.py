@@ -117,9 +117,9 @@ def test_a_graph_compiled_for_one_pass_is_an_error_with_the_remedy():
     problem = _make_problem()
     balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
     losses = _compiled_losses(problem, dynamic=True)
-    with torch._functorch.config.patch(donated_buffer=True):  # as before a balancer was made
+    with torch._functorch.config.patch(donated_buffer=True):  # somebody has turned it on again
         given = losses(16)
-    with pytest.raises(RuntimeError, match=r"donated_buffer = False"):
-        balancer.backward(given)
+        with pytest.raises(RuntimeError, match=r"donated_buffer = False"):
+            balancer.backward(given)
     assert balancer.num_calls == 0
     assert all(p.grad is None for p in problem.encoder.parameters())
