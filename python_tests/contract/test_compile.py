@@ -62,7 +62,7 @@ def test_a_compiled_model_trains_through_the_weighted_loss_too() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_step_breaks_at_the_backward_passes_and_trains_the_same() -> None:
     # torch.autograd.backward cannot be traced, so a step is not one graph; that of the ops alone is
-    # (test_fused_step.py).
+    # (test_op_registration.py).
     expected_problem, problem = make_problem(), make_problem()
     expected = train(expected_problem, expected_problem.losses)
 

@@ -48,7 +48,7 @@ def kernels(folder: Path) -> Path:
 def test_values_and_boundary_of_the_ops_are_clean_under_the_sanitizers(build: Path) -> None:
     tests = Path(sanitize.TESTS)
     result = sanitize.run(
-        build, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests / "test_fused_step.py"),
+        build, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests / "contract" / "test_fused_step.py"),
         "-k", "unusual or mixed or missing or nonfinite or folding or three_parts or one_op or combine_adds",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

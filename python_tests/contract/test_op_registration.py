@@ -1,0 +1,55 @@
+"""What PyTorch is told of the ops: schema, fake kernels, autograd, and their place in a compiled graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _asserts import assert_equal_bits
+from test_fused_step import sample_args
+
+from excessmtl_ext import _extension
+from excessmtl_ext import functional as F
+from excessmtl_ext.functional import StepState
+from excessmtl_ext.op_calls import op_arguments
+
+
+@pytest.mark.parametrize("name", _extension.OP_NAMES)
+def test_op_passes_opcheck(name, device):
+    """Schema, fake kernel, autograd registration, and the op under torch.compile with dynamic shapes."""
+    layout, options, state, grads = sample_args(device)
+    args, kwargs = op_arguments(
+        name,
+        device,
+        layout,
+        state,
+        options,
+        task_grads=grads[:2] if name == "fold_" else grads,
+        outputs=[torch.zeros(40, device=device), torch.zeros(9, device=device)],
+        tasks=[0, 1],
+        grad_scale=None,
+        excess_risk_sum=torch.ones_like(state.excess_risk),
+        accumulate=True,
+        first_task=0,
+        log_weight=torch.zeros((), dtype=torch.float64, device=device),
+        running_sum=torch.zeros(layout.padded_numel, device=device),
+        running_log_max=torch.zeros((), dtype=torch.float64, device=device),
+    )
+    torch.library.opcheck(getattr(torch.ops.excessmtl_ext, name).default, args, kwargs)
+
+
+def test_compiled_step_has_no_graph_break_and_equals_eager(device):
+    layout, options, eager, grads = sample_args(device)
+    compiled = StepState(*[tensor.clone() for tensor in eager])
+    outputs = [[torch.zeros(40, device=device), torch.zeros(9, device=device)] for _ in range(2)]
+
+    def step(grads, state, outputs):
+        F.fused_step_([grad * 2 for grad in grads], layout, state, options)
+        F.combine_(grads, outputs, layout, state, options)
+        F.fused_step_combine_(grads, outputs, layout, state, options, accumulate=True)
+        return state.task_weights * 2
+
+    expected = step(grads, eager, outputs[0])
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(grads, compiled, outputs[1])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_equal_bits(list(compiled), list(eager))
+    assert_equal_bits(outputs[1], outputs[0])
