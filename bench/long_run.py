@@ -62,8 +62,12 @@ def run(num_steps: int) -> dict[str, Any]:
     """Takes the steps; looks at memory and cost after the first and after the last tenth."""
     drift = Drift()
     # The raw risk divided by its baseline is about 1, so weights move by a few per cent of themselves a step.
-    narrow = ExcessMTL(num_tasks=NUM_TASKS, robust_step_size=0.02)
-    wide = ExcessMTL(num_tasks=NUM_TASKS, robust_step_size=0.02)
+    narrow = ExcessMTL.from_preset(
+        "official", num_tasks=NUM_TASKS, robust_step_size=0.02, weight_scale="simplex"
+    )
+    wide = ExcessMTL.from_preset(
+        "official", num_tasks=NUM_TASKS, robust_step_size=0.02, weight_scale="simplex"
+    )
     tenth = max(num_steps // 10, 1)
     times: list[float] = []
     largest_error, memory, tensors = 0.0, [], []

@@ -24,7 +24,7 @@ def task_loss(task: int) -> Tensor:
 
 
 optimizer = torch.optim.Adam([*encoder.parameters(), *heads.parameters()], lr=1e-3)
-balancer = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS, robust_step_size=0.1)
+balancer = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS)
 
 for _ in range(10):
     optimizer.zero_grad()
@@ -37,7 +37,7 @@ print(f"heaviest task: {balancer.task_weights.argmax()}")
 print(f"effective tasks: {balancer.effective_num_tasks:.1f} of {NUM_TASKS}")
 
 # The same step with all graphs and gradients alive, to compare.
-at_once = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS, robust_step_size=0.1)
+at_once = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS)
 at_once.load_state_dict(balancer.state_dict())
 grads: dict[str, list[Tensor]] = {}
 for way, method in (("streamed", balancer), ("at once", at_once)):

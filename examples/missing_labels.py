@@ -15,7 +15,7 @@ NUM_TASKS = 3
 encoder = nn.Sequential(nn.Linear(10, 32), nn.ReLU())
 heads = nn.ModuleList([nn.Linear(32, 1) for _ in range(NUM_TASKS)])
 optimizer = torch.optim.Adam([*encoder.parameters(), *heads.parameters()], lr=1e-3)
-balancer = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS, robust_step_size=0.1)
+balancer = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS)
 
 x = torch.randn(512, 10)
 y = x[:, :NUM_TASKS].sin()
@@ -37,7 +37,7 @@ for _ in range(3):
         z = encoder(x[rows])
         losses = [masked_loss(head(z)[:, 0], y[rows, task]) for task, head in enumerate(heads)]
         optimizer.zero_grad()
-        balancer.backward(losses)  # a task that is None keeps its weight, its risk and its baseline
+        balancer.backward(losses)  # a task that is None keeps its risk and its baseline
         if not balancer.found_nonfinite.any():
             optimizer.step()
         weights.append(balancer.task_weights.clone())

@@ -51,12 +51,10 @@ def make_training() -> tuple[nn.Module, torch.optim.Optimizer, ExcessMTL]:
     if KIND == "fsdp":
         fully_shard(net.encoder)
         model = fully_shard(net)
-        balancer = ExcessMTL(net.encoder.parameters(), num_tasks=3, robust_step_size=0.1)
+        balancer = ExcessMTL(net.encoder.parameters(), num_tasks=3)
     else:
         model = DistributedDataParallel(net)
-        balancer = ExcessMTL(
-            net.encoder.parameters(), num_tasks=3, robust_step_size=0.1, model=model
-        )
+        balancer = ExcessMTL(net.encoder.parameters(), num_tasks=3, model=model)
     return model, torch.optim.Adam(model.parameters(), lr=1e-3), balancer
 
 

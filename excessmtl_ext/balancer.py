@@ -103,8 +103,8 @@ class Balancer(Insight, OpenStep, ABC):
     update_every: int = 1
     """Weights move on calls 1, k + 1, 2k + 1, ..."""
 
-    min_weight: float = 0.0
-    """Floor of every weight, as a share of their sum."""
+    min_weight: float | tuple[float, ...] = 0.0
+    """Floor of every weight, or one per task, as a share of their sum."""
 
     log_task_weights: Tensor
     task_weights: Tensor
@@ -216,6 +216,10 @@ class Balancer(Insight, OpenStep, ABC):
 
     def head_weights(self) -> Tensor:
         """Factors [T] of the head gradients where they are weighted."""
+        return self.task_weights
+
+    def pass_weights(self) -> Tensor:
+        """Factors [T] of the task gradients in a step of one pass for all tasks."""
         return self.task_weights
 
     def combine(self, step: Step, targets: Targets) -> None:

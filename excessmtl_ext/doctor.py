@@ -238,7 +238,7 @@ def examine_ops(device: torch.device, compiled: Any = functional) -> Iterator[Fi
 
 def examine_balancer() -> Finding:
     """Two steps of ExcessMTL that can be done by hand (He et al. 2024, Eqs. 6, 7 and 9), on the CPU."""
-    balancer = ExcessMTL(num_tasks=2, robust_step_size=1.0, fisher="linear", eps=1e-30)
+    balancer = ExcessMTL(num_tasks=2, robust_step_size=1.0, gradient_momentum=0.0, combine="sum")
     for first in (3.0, 4.0):
         balancer.update_weights([[torch.tensor([first])], [torch.tensor([1.0])]])
     # Relative risks 16 / 25 and 1 / 2, so the first weight is 1 / (1 + exp(0.5 - 0.64)).

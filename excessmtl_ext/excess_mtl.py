@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from excessmtl_ext import functional
 from excessmtl_ext.arguments import checked_parameters
-from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.collapse import CollapseGuard
 from excessmtl_ext.engines.cheaper import RotationEngine
 from excessmtl_ext.excess_mtl_options import (
@@ -22,58 +19,68 @@ from excessmtl_ext.excess_mtl_options import (
     choose_engine,
     preset_options,
 )
-from excessmtl_ext.state import (
-    MAX_LOG_STEP,
-    Fisher,
-    ParamLayout,
-    StepOptions,
-    StepState,
-    init_state,
+from excessmtl_ext.excess_mtl_rule import ExcessMTLRule
+from excessmtl_ext.excess_mtl_state import Combination
+from excessmtl_ext.state import SMALLEST_EPS, Fisher, ParamLayout
+from excessmtl_ext.step import (
+    Batched,
+    HeadWeighting,
+    NonFinite,
+    WeightScale,
 )
-from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, Targets, WeightScale
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from excessmtl_ext.distributed import DataParallel, Reduce
 
-_SIZED_BY_FIRST_STEP = ("sq_grad_sum", "grad_mean")
 
-_step_state = attrgetter(*StepState._fields)
-_step_options = attrgetter(*StepOptions._fields)
-
-
-class ExcessMTL(Balancer):
+class ExcessMTL(ExcessMTLRule):
     r"""Weights tasks by their estimated excess risk (He et al., ICML 2024, https://proceedings.mlr.press/v235/he24n.html).
 
-    .. math:: S_i \leftarrow S_i + g_i^2, \qquad E_i = \textstyle\sum_j g_{ij}^2 / h(S_{ij}), \qquad R_i = E_i / B_i, \\
-              \alpha_i \leftarrow \alpha_i \exp(\eta_\alpha R_i) / Z
+    ``.grad`` of the shared parameters becomes :math:`\sum_i f_i g_i` (Algorithm 1), where
 
-    (Eqs. 6, 7 and 9, Sec. 3.2), then ``.grad`` of the shared parameters is :math:`\sum_i \alpha_i
-    g_i` with the new weights (Algorithm 1). A weight grows with the task's distance from its own
-    optimum, not with its loss.
+    .. math:: S_i \leftarrow S_i + g_i^2, \qquad m_i \leftarrow b\, m_i + (1 - b)\, g_i, \qquad
+              E_i = \textstyle\sum_j \hat m_{ij}^2 / h(S_{ij})
+
+    (Eqs. 6 and 7). The defaults depart from the paper in four choices, each with an option that
+    restores the paper's: E is of the running mean m, as the square of one batch's gradient counts
+    its variance as risk (``gradient_momentum=0``); the weights follow the share of signal in the
+    gradients and stay within bounds, :mod:`excessmtl_ext.bounded_moves`, instead of adding up
+    forever (``robust_step_size=0.01``, Eq. 9); task gradients are brought to one size per tensor
+    before they are summed, :mod:`excessmtl_ext.gradient_sizes` (``combine="sum"``); and eps is no
+    more than what keeps 0 / 0 away (``eps=1e-7``). So no unit of a loss decides anything.
 
     Args:
         shared_parameters: What all tasks share, usually ``model.encoder.parameters()``. None for a
             balancer that is only given gradients.
         num_tasks: T, between 1 and 512.
-        robust_step_size: :math:`\eta_\alpha > 0`. Larger moves the weights faster.
-        fisher: ``"sqrt"``: h(S) = sqrt(S + eps) (the official code); ``"linear"``: h(S) = S + eps
-            (Eq. 7 as printed).
+        robust_step_size: None: bounded moves. A number > 0: :math:`\eta_\alpha` of Eq. 9,
+            :math:`\alpha_i \leftarrow \alpha_i \exp(\eta_\alpha E_i / B_i) / Z`. Larger moves the
+            weights faster. Bounded moves need ``fisher="linear"``, ``relative=True`` and momentum.
+        max_log_ratio: :math:`\kappa \ge 0` of bounded moves: the most that the logarithms of two
+            weights differ by, besides the priorities. 0.7: by a factor of 2. 0: equal weights.
+        combine: ``"per_tensor"``: gradients are brought to one size in each tensor. ``"sum"``: they
+            are summed as they are. None: the former. Steps of one pass for all tasks (``update_every``,
+            ``estimate_from``, ``tasks_per_step``) bring them to one size by one number per task.
+        priorities: T positive numbers. The weights of tasks that are alike are proportional to
+            them. None: equal ones.
+        fisher: ``"linear"``: h(S) = S + eps (Eq. 7 as printed); ``"sqrt"``: h(S) = sqrt(S + eps)
+            (the official code).
         eps: Added to S, at least 1.2e-38. With ``"sqrt"``, 1e-7 floors each coordinate of h at
             3e-4.
-        num_warmup_steps: Steps with uniform weights whose mean risk is the baseline B. 1 is the
-            official code's behaviour; the paper's Appendix C.1 uses 3 epochs. A task without a
-            gradient until then gets its baseline at its first one.
+        num_warmup_steps: Steps with the weights of the priorities; their mean risk is the baseline B
+            of Eq. 9. 1 is the official code's behaviour; the paper's Appendix C.1 uses 3 epochs. A
+            task without a gradient until then gets its baseline at its first one.
         weight_scale: What the weights sum to: ``"simplex"``: 1 (the paper), ``"num_tasks"``: T (the
             official code).
         head_weighting: ``"none"``: heads get the gradient of their own loss (the paper);
             ``"task_weights"``: times the task's weight (the official code).
-        gradient_momentum: b in [0, 1). 0: E uses this step's gradient (everybody). Above 0: E uses
+        gradient_momentum: b in [0, 1). 0: E uses this step's gradient (the paper). Above 0: E uses
             the bias-corrected running mean of the gradients, m / (1 - b^t), so that gradient
-            variance does not pass for excess risk. Ours. Needs a second state of T * P elements.
-        relative: Divide the risk by its baseline (the official code; the paper where loss types
-            differ). False: R = E, for the linear Fisher E / P.
+            variance does not pass for excess risk. Needs a second state of T * P elements.
+        relative: For Eq. 9: divide the risk by its baseline (the official code; the paper where loss
+            types differ). False: use E, for the linear Fisher E / P.
         update_every: Weights move on calls 1, k + 1, 2k + 1, ...; S, m and everything that counts
             steps know of these only. The others are one ordinary weighted backward pass, which
             looks at no gradient: a NaN there is for the loop to find.
@@ -91,7 +98,8 @@ class ExcessMTL(Balancer):
             its turn, a round, the weights move once, with the latest risks; S and m of a task, its
             share of ``num_warmup_steps`` and the momentum count its own turns. A step costs as many
             passes and one more, whatever T is.
-        min_weight: Floor f of every weight, mixed in as (1 - T f) a + f; at most 1 / T.
+        min_weight: Floor f of every weight, mixed in as (1 - T f) a + f; at most 1 / T. Or T floors,
+            which sum to at most 1.
         state_dtype: None: S and m in float32 (float64 for float64 gradients). ``torch.bfloat16``:
             half of that memory. Arithmetic stays float32, and what is stored is rounded
             stochastically, so that sums do not stall: :func:`excessmtl_ext.stochastic_rounding.stochastically_rounded`.
@@ -132,7 +140,7 @@ class ExcessMTL(Balancer):
     = 4):
 
         >>> import torch
-        >>> balancer = ExcessMTL(num_tasks=2, robust_step_size=1.0, fisher="linear", eps=1e-30)
+        >>> balancer = ExcessMTL(num_tasks=2, robust_step_size=1.0, gradient_momentum=0.0)
         >>> # E = 9 / 9 and 1 / 1: the baselines
         >>> balancer.update_weights([[torch.tensor([3.0])], [torch.tensor([1.0])]]).tolist()
         [0.5, 0.5]
@@ -142,36 +150,27 @@ class ExcessMTL(Balancer):
         [0.639..., 0.5]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
-
-    transient_state: ClassVar[frozenset[str]] = frozenset({"ticket"})
-
-    sq_grad_sum: Tensor
-    grad_mean: Tensor
-    excess_risk: Tensor
-    relative_excess_risk: Tensor
-    baseline_excess_risk: Tensor
-    num_task_steps: Tensor
-    ticket: Tensor
-
     def __init__(
         self,
         shared_parameters: Iterable[Tensor] | None = None,
         *,
         num_tasks: int,
-        robust_step_size: float = 0.01,
-        fisher: Fisher = "sqrt",
-        eps: float = 1e-7,
+        robust_step_size: float | None = None,
+        max_log_ratio: float = 0.7,
+        combine: Combination | None = None,
+        priorities: Sequence[float] | None = None,
+        fisher: Fisher = "linear",
+        eps: float = SMALLEST_EPS,
         num_warmup_steps: int = 1,
         weight_scale: WeightScale = "simplex",
         head_weighting: HeadWeighting = "none",
-        gradient_momentum: float = 0.0,
+        gradient_momentum: float = 0.98,
         relative: bool = True,
         update_every: int = 1,
         estimate_from: EstimateFrom = "parameters",
         feature_dim: int = 1,
         tasks_per_step: int | None = None,
-        min_weight: float = 0.0,
+        min_weight: float | Sequence[float] = 0.0,
         state_dtype: torch.dtype | None = None,
         rounding_seed: int = 0,
         nonfinite: NonFinite = "skip",
@@ -193,7 +192,10 @@ class ExcessMTL(Balancer):
             nonfinite=nonfinite,
             engine=engine,
         )
-        self.robust_step_size = float(robust_step_size)
+        self.robust_step_size = None if robust_step_size is None else float(robust_step_size)
+        self.max_log_ratio = float(max_log_ratio)
+        self.combination = combine
+        self.priorities = None if priorities is None else tuple(map(float, priorities))
         self.fisher: Fisher = fisher
         self.eps = float(eps)
         self.num_warmup_steps = num_warmup_steps
@@ -202,7 +204,11 @@ class ExcessMTL(Balancer):
         self.update_every = update_every
         self.feature_dim = feature_dim
         self.tasks_per_step = tasks_per_step
-        self.min_weight = float(min_weight)
+        self.min_weight = (
+            float(min_weight)
+            if isinstance(min_weight, int | float)
+            else tuple(map(float, min_weight))
+        )
         self.state_dtype = state_dtype
         self.rounding_seed = rounding_seed
         self.can_stream = engine.stream_obstacle is None
@@ -225,16 +231,10 @@ class ExcessMTL(Balancer):
         """A balancer with a named set of choices; ``options`` are those of the class and override the set.
 
         Args:
-            preset: ``"official"``: follows the weights of the authors' code (step size 0.01, its
-                default). ``"paper"``: the text as printed (linear Fisher, weights on the simplex);
-                its warm-up is 3 epochs, so ``num_warmup_steps`` must be given. ``"recommended"``:
-                gradient momentum 0.98, linear Fisher, step size 3. Of 120 settings the one that met every
-                part of the goal on SARCOS and on MultiMNIST at 14 px (one seed, batch 256); of five at full
-                size with three seeds the only one too. There, with 80 % of the noisy tasks' labels corrupted
-                (none corrupted): clean tasks' error on SARCOS 0.0505 (0.0506), Uniform's 0.0566 (0.0532); clean
-                task's accuracy on MultiMNIST 0.946 (0.932), Uniform's 0.939 (0.934). The noisy tasks pay: at
-                80 % their error is 0.0739, not 0.0608, their accuracy 0.665, not 0.732. docs/estimator.md has
-                the study.
+            preset: ``"recommended"``: the defaults. ``"official"``: follows the weights of the
+                authors' code (step size 0.01, its default). ``"paper"``: the text as printed (linear
+                Fisher, weights on the simplex); its warm-up is 3 epochs, so ``num_warmup_steps``
+                must be given. docs/estimator.md compares them.
             shared_parameters: As for the class.
             **options: ``num_tasks`` and whatever should differ from the set.
 
@@ -242,161 +242,6 @@ class ExcessMTL(Balancer):
             ValueError: the preset is unknown, or ``"paper"`` is given no ``num_warmup_steps``.
         """
         return cls(shared_parameters, **preset_options(preset, options))
-
-    @property
-    def step_options(self) -> StepOptions:
-        """The choices as the stateless layer takes them."""
-        return StepOptions(*_step_options(self))
-
-    @property
-    def step_state(self) -> StepState:
-        """The state as the stateless layer takes it: the balancer's own tensors, not copies."""
-        buffers = self._buffers
-        return StepState(*[buffers[name] for name in StepState._fields])  # type: ignore[misc]
-
-    def initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        """Every state tensor before the first step, by name.
-
-        S and m get their size, type and device from the first gradients: [T, 0] until then. A rank's part of them is
-        known beforehand, and torch.distributed.checkpoint loads into what is there.
-        """
-        parallel = self._parallel
-        state = init_state(
-            self.num_tasks,
-            ParamLayout([]) if parallel is None else parallel.state_layout,
-            dtype=self.state_dtype or torch.float32 if parallel is None else parallel.wire_dtype,
-            device=device,
-            has_momentum=parallel is not None and self.gradient_momentum > 0,
-            weight_total=self.weight_total,
-        )
-        return state._asdict()
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        if self._parallel is not None:
-            for name in _SIZED_BY_FIRST_STEP:
-                entries = self._parallel.exported(name, destination.pop(prefix + name))
-                destination.update({prefix + key: value for key, value in entries.items()})
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        if self._parallel is not None:
-            state_dict = self._parallel.imported(state_dict, prefix)
-        else:
-            state_dict = self._in_own_type(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _in_own_type(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A state saved in another type in this balancer's: widened, or rounded to nearest once."""
-        is_narrow = self.state_dtype is torch.bfloat16
-        has_float64 = any(each.dtype is torch.float64 for each in self.shared_parameters or ())
-        own = dict(state_dict)
-        for name in _SIZED_BY_FIRST_STEP:
-            saved = state_dict.get(prefix + name)
-            if saved is None:
-                continue
-            if (saved.dtype is torch.bfloat16) != is_narrow:
-                saved = saved.bfloat16() if is_narrow else saved.float()
-            if has_float64 and saved.dtype is torch.float32:
-                saved = saved.double()  # what the op asks of the state for such gradients
-            own[prefix + name] = saved
-        return own
-
-    def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
-        if name not in _SIZED_BY_FIRST_STEP or saved.dim() != 2 or saved.shape[0] != self.num_tasks:
-            return False
-        if saved.shape[1] == 0:  # saved before its first step, or without momentum
-            return name == "sq_grad_sum" or self.gradient_momentum == 0.0 or tensor.shape[1] > 0
-        if name == "grad_mean" and self.gradient_momentum == 0.0:
-            return False
-        return self.layout is None or saved.shape[1] == self.layout.padded_numel
-
-    def prepare(self, step: Step) -> tuple[StepState, StepOptions]:
-        """Sizes S and m at the first gradients, and checks the device of all later ones; returns state and options."""
-        task_grads, layout, _ = step.task_grads
-        first = next((grad for grad in task_grads if grad.numel() > 0), self.task_weights)
-        device = first.device
-        if self.sq_grad_sum.shape[1] == 0:
-            has_float64 = any(
-                grad.dtype == torch.float64 for grad in task_grads if grad.numel() > 0
-            )
-            if has_float64 and self.state_dtype is not None:
-                raise ValueError(
-                    f"Expected gradients narrower than float64 with state_dtype={self.state_dtype}, but got float64. "
-                    "Leave `state_dtype` out: float64 gradients get float64 state."
-                )
-            stored = self.state_dtype or (torch.float64 if has_float64 else torch.float32)
-            if device != self.task_weights.device:
-                self.to(device)
-            columns = layout.padded_numel
-            self.sq_grad_sum = torch.zeros(self.num_tasks, columns, dtype=stored, device=device)
-            self.grad_mean = torch.zeros(
-                self.num_tasks,
-                columns if self.gradient_momentum > 0 else 0,
-                dtype=stored,
-                device=device,
-            )
-        elif device != self.sq_grad_sum.device:
-            raise ValueError(
-                f"Expected gradients on {self.sq_grad_sum.device}, where the balancer's state is, but got {device}. "
-                f"Call balancer.to({str(device)!r}) after moving the model."
-            )
-        return self.step_state, self.step_options
-
-    def update(self, step: Step) -> None:
-        """Moves the weights by one step (He et al. 2024, Eqs. 6, 7 and 9)."""
-        state, options = self.prepare(step)
-        grads = step.task_grads
-        functional.fused_step_(grads.tensors, grads.layout, state, options, step.grad_scale)
-
-    def combine(self, step: Step, targets: Targets) -> None:
-        """Writes the weighted sum to ``targets``; after a non-finite step repairs the state and writes NaN."""
-        grads = step.task_grads
-        functional.combine_(
-            grads.tensors,
-            targets.outputs,
-            grads.layout,
-            self.step_state,
-            self.step_options,
-            step.grad_scale,
-            accumulate=targets.accumulate,
-        )
-
-    def update_and_combine(self, step: Step, targets: Targets) -> None:
-        """:meth:`update` and :meth:`combine` in one op."""
-        state, options = self.prepare(step)
-        grads = step.task_grads
-        functional.fused_step_combine_(
-            grads.tensors,
-            targets.outputs,
-            grads.layout,
-            state,
-            options,
-            step.grad_scale,
-            accumulate=targets.accumulate,
-        )
-
-    def stream_task(self, step: Step) -> Tensor:
-        """Takes in the gradients of one task; returns its new log-weight, not normalised."""
-        (task,) = step.tasks
-        state, options = self.prepare(step)
-        if not step.moves_weights:
-            return self.log_task_weights[task].clone()
-        grads = step.task_grads
-        functional.estimate_task_risk_(
-            task, grads.tensors, grads.layout, state, options, step.grad_scale
-        )
-        is_past_warmup = (state.num_steps >= self.num_warmup_steps).to(state.log_task_weights.dtype)
-        log_step = self.robust_step_size * state.relative_excess_risk[task]
-        return state.log_task_weights[task] + is_past_warmup * log_step.clamp(max=MAX_LOG_STEP)
-
-    def stream_finish(self, step: Step) -> None:
-        """Moves the weights (Eq. 9) once the risk of every task of the step is known."""
-        if step.moves_weights:
-            functional.update_task_weights_(step.tasks, self.step_state, self.step_options)
 
     def get_extra_state(self) -> dict[str, Any]:
         """As for every balancer, and whether the collapse guard has warned."""
@@ -428,7 +273,8 @@ class ExcessMTL(Balancer):
         return {
             name: self._described_estimate() if name == "estimate_from" else getattr(self, name)
             for name in names
-        }
+            if name != "combine"
+        } | {"combine": self.combination}
 
     def _described_estimate(self) -> str:
         if self._subset is not None:

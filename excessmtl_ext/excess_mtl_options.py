@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
@@ -29,16 +30,39 @@ EstimateFrom: TypeAlias = Literal["parameters", "features"] | Iterable[Tensor]
 """Source of the risk estimates; see :class:`excessmtl_ext.ExcessMTL`."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"fisher": "linear", "robust_step_size": 0.01},
+    "paper": {
+        "robust_step_size": 0.01,
+        "combine": "sum",
+        "fisher": "linear",
+        "eps": 1e-7,
+        "weight_scale": "simplex",
+        "head_weighting": "none",
+        "gradient_momentum": 0.0,
+        "relative": True,
+    },
     "official": {
+        "robust_step_size": 0.01,
+        "combine": "sum",
         "fisher": "sqrt",
         "eps": 1e-7,
         "num_warmup_steps": 1,
-        "robust_step_size": 0.01,
         "weight_scale": "num_tasks",
         "head_weighting": "task_weights",
+        "gradient_momentum": 0.0,
+        "relative": True,
     },
-    "recommended": {"gradient_momentum": 0.98, "fisher": "linear", "robust_step_size": 3.0},
+    "recommended": {
+        "robust_step_size": None,
+        "max_log_ratio": 0.7,
+        "combine": None,
+        "fisher": "linear",
+        "eps": SMALLEST_EPS,
+        "num_warmup_steps": 1,
+        "weight_scale": "simplex",
+        "head_weighting": "none",
+        "gradient_momentum": 0.98,
+        "relative": True,
+    },
 }
 """Named sets of options; see :meth:`excessmtl_ext.ExcessMTL.from_preset`."""
 
@@ -53,8 +77,9 @@ def check_options(given: Mapping[str, Any]) -> None:
         ValueError: an option is out of range.
         TypeError: an option has the wrong type.
     """
-    check_positive("robust_step_size", given["robust_step_size"])
     check_choice("fisher", given["fisher"], ("sqrt", "linear"))
+    if given["combine"] is not None:
+        check_choice("combine", given["combine"], ("per_tensor", "sum"))
     check_positive("eps", given["eps"])
     if given["eps"] < SMALLEST_EPS:
         raise ValueError(
@@ -72,10 +97,9 @@ def check_options(given: Mapping[str, Any]) -> None:
     check_count("update_every", given["update_every"], 1)
     num_tasks = given["num_tasks"]
     check_count("num_tasks", num_tasks, 1)
-    if not 0.0 <= given["min_weight"] <= 1.0 / num_tasks:
-        raise ValueError(
-            f"Expected `min_weight` between 0 and 1 / num_tasks = {1.0 / num_tasks:g}, but got {given['min_weight']}."
-        )
+    _check_moves(given)
+    _check_floors(given["min_weight"], num_tasks)
+    _check_priorities(given["priorities"], num_tasks)
     if given["state_dtype"] not in (None, torch.bfloat16):
         raise ValueError(
             f"Expected `state_dtype` to be None (float32, or float64 for float64 gradients) or torch.bfloat16, but "
@@ -97,6 +121,65 @@ def check_options(given: Mapping[str, Any]) -> None:
     check_choice("reduce", given["reduce"], ("grads", "risks"))
     if isinstance(given["estimate_from"], str):
         check_choice("estimate_from", given["estimate_from"], ("parameters", "features"))
+
+
+def _check_moves(given: Mapping[str, Any]) -> None:
+    """Checks the step size, or what bounded moves need where there is none."""
+    ratio = given["max_log_ratio"]
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise TypeError(f"Expected `max_log_ratio` to be a number, but got {type(ratio).__name__}.")
+    if not 0.0 <= ratio < math.inf:
+        raise ValueError(f"Expected `max_log_ratio` >= 0 and finite, but got {ratio}.")
+    if given["robust_step_size"] is not None:
+        check_positive("robust_step_size", given["robust_step_size"])
+        return
+    for name, is_met, needed in (
+        ("fisher", given["fisher"] == "linear", "'linear'"),
+        ("gradient_momentum", given["gradient_momentum"] > 0.0, "above 0"),
+        ("relative", given["relative"], "True"),
+    ):
+        if not is_met:
+            raise ValueError(
+                f"Expected `{name}` {needed} with robust_step_size=None, but got {given[name]!r}. Give a "
+                "`robust_step_size`, such as 0.01, for the steps of Eq. 9, or leave this option out."
+            )
+
+
+def _check_floors(min_weight: Any, num_tasks: int) -> None:
+    if isinstance(min_weight, int | float):
+        if not 0.0 <= min_weight <= 1.0 / num_tasks:
+            raise ValueError(
+                f"Expected `min_weight` between 0 and 1 / num_tasks = {1.0 / num_tasks:g}, but got {min_weight}."
+            )
+        return
+    floors = _numbers("min_weight", min_weight, num_tasks)
+    if not all(floor >= 0.0 for floor in floors) or not sum(floors) <= 1.0:
+        raise ValueError(
+            f"Expected `min_weight` of numbers >= 0 that sum to 1 at most, but got {floors} with sum {sum(floors):g}."
+        )
+
+
+def _check_priorities(priorities: Any, num_tasks: int) -> None:
+    if priorities is None:
+        return
+    shares = _numbers("priorities", priorities, num_tasks)
+    if not all(0.0 < share < math.inf for share in shares):
+        raise ValueError(f"Expected `priorities` > 0 and finite, but got {shares}.")
+
+
+def _numbers(name: str, given: Any, num_tasks: int) -> list[float]:
+    """T numbers; raises unless they are that."""
+    try:
+        numbers = [float(number) for number in given]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"Expected `{name}` to hold {num_tasks} numbers, one per task, but got {given!r:.100}."
+        ) from None
+    if len(numbers) != num_tasks:
+        raise ValueError(
+            f"Expected `{name}` to hold {num_tasks} numbers, one per task, but got {len(numbers)}."
+        )
+    return numbers
 
 
 def choose_engine(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> Engine:
@@ -124,6 +207,11 @@ def choose_engine(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> 
         raise ValueError(
             "Expected `shared_parameters` with `estimate_from` or `tasks_per_step`: they decide which backward passes "
             "run. Without them, give update_weights() the gradients that you want risks estimated from."
+        )
+    if given["combine"] == "per_tensor":
+        raise ValueError(
+            "Expected no combine='per_tensor' with `estimate_from` or `tasks_per_step`: they apply the weights in one "
+            "pass, which takes one factor per task. combine=None brings each task's gradient to size by one number."
         )
     if rotates and estimate_from == "features":
         raise ValueError(

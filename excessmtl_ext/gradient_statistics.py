@@ -142,7 +142,7 @@ class GradientStatistics:
         """Norm, cosine and noise share, [T] each, of the step that ends and has given gradients.
 
         Args:
-            task_weights: [T] those of the combined gradient.
+            task_weights: [T] those of the combined gradient, one number for all tensors.
             running_mean: The balancer's own, after this step, or None to use the one kept here.
         """
         gramian, is_present = self._gramian, self._is_present

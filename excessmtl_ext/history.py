@@ -257,7 +257,7 @@ class History:
             assert self._missing is not None
             if self._gradients.has_step:
                 mean = _running_mean(rule) if _keeps_mean(rule) else None
-                vectors += self._gradients.end_step(rule.task_weights, mean)
+                vectors += self._gradients.end_step(rule.pass_weights(), mean)
             else:
                 vectors += [self._missing] * len(GRADIENT_QUANTITIES)
         torch.stack(vectors, out=ring[len(self._pending)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from excessmtl_ext.state import CUDA_CHUNK_NUMEL, ParamLayout
-from excessmtl_ext.step import Engine, WeightingRule
+from excessmtl_ext.step import Engine, WeightingRule, has_floor
 
 When = Literal["always", "step", "streamed step"]
 
@@ -215,7 +215,7 @@ def _of_streamed_step(rule: MeasuredRule) -> list[MemoryEntry]:
         return []
     layout = _layout(rule)
     element = _bytes_per_param(rule)
-    sums = 2 if rule.min_weight > 0 else 1
+    sums = 2 if has_floor(rule) else 1
     wide = max(element, 4)
     return [
         MemoryEntry(

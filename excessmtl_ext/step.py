@@ -69,6 +69,20 @@ class Targets(NamedTuple):
 NO_TARGETS = Targets([], False)
 
 
+class StreamedWeight(NamedTuple):
+    """Weight of a task in a streamed step, up to constants common to all tasks."""
+
+    log_weight: Tensor
+    """[], its log-weight."""
+    log_scale: Tensor | None = None
+    """[] or [L], logarithm of the factor that brings its gradients to size; None: 0."""
+
+    @property
+    def log_factor(self) -> Tensor:
+        """[] or [L], logarithm of what its gradients are multiplied by."""
+        return self.log_weight if self.log_scale is None else self.log_weight + self.log_scale
+
+
 @dataclass(slots=True)
 class Step:
     """One call of a verb: what the caller gave, and the gradients once they are known.
@@ -118,7 +132,7 @@ class WeightingRule(Protocol):
     """What weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing."""
     num_tasks: int
     weight_total: float
-    min_weight: float
+    min_weight: float | tuple[float, ...]
     head_weighting: HeadWeighting
     nonfinite: NonFinite
     has_uniform_weights: bool
@@ -156,6 +170,10 @@ class WeightingRule(Protocol):
         """Factors [T] of the head gradients where those are weighted."""
         ...
 
+    def pass_weights(self) -> Tensor:
+        """Factors [T] of the task gradients in a step of one pass for all tasks."""
+        ...
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, not copies."""
         ...
@@ -172,12 +190,12 @@ class StreamingRule(WeightingRule, Protocol):
     can_stream: bool
     log_task_weights: Tensor
 
-    def stream_task(self, step: Step) -> Tensor:
-        """Takes in one task; returns its new log-weight [], up to a constant common to all tasks."""
+    def stream_task(self, step: Step) -> StreamedWeight:
+        """Takes in one task; returns its new weight."""
         ...
 
-    def stream_finish(self, step: Step) -> None:
-        """Moves the weights once every task of the step has been taken in."""
+    def stream_finish(self, step: Step) -> Tensor | None:
+        """Moves the weights once every task has been taken in; returns log-factors [L] of the sum, or None for 0."""
         ...
 
 
@@ -198,6 +216,31 @@ class FisherRule(WeightingRule, Protocol):
 
     def prepare(self, step: Step) -> tuple[StepState, StepOptions]:
         """Sizes and places the state for the gradients of ``step``; returns it with the choices."""
+        ...
+
+    @property
+    def has_plain_step(self) -> bool:
+        """Whether the weights need the sums of the risks only, and the sum of the gradients the weights [T] only."""
+        ...
+
+    def sum_weights(self) -> Tensor:
+        """Factors [T] or [T, L] of the task gradients in the sum of the latest step."""
+        ...
+
+    def commit(self, risk_sums: Tensor, square_sums: Tensor | None, tasks: Sequence[int]) -> None:
+        """Moves the weights by the sums of a step [T] and [T, L], where S and m have taken it in."""
+        ...
+
+    def take_task(self, step: Step) -> Tensor | None:
+        """Takes in the gradients of one task: everything but the weights."""
+        ...
+
+    def move_weights(self, tasks: Sequence[int]) -> None:
+        """Moves the weights once ``tasks`` have been taken in."""
+        ...
+
+    def add_new_shares(self, counts: Tensor | bool) -> None:
+        """Ends what :meth:`take_task` began, if the step counts."""
         ...
 
 
@@ -261,6 +304,12 @@ class Observer(Protocol):
     def restart(self) -> None:
         """Forgets what it saw: the state is reset."""
         ...
+
+
+def has_floor(rule: WeightingRule) -> bool:
+    """Whether some weight has a floor."""
+    floor = rule.min_weight
+    return max(floor) > 0.0 if isinstance(floor, tuple) else floor > 0.0
 
 
 # ---- what the ops and the gradients say

@@ -88,7 +88,8 @@ def _lower_bound(problem: Problem) -> FillGrads:
 
 
 def _excess(problem: Problem, **options: Any) -> ExcessMTL:
-    options = {"robust_step_size": problem.robust_step_size, "eps": EPS, **options}
+    published = {"combine": "sum", "fisher": "sqrt", "gradient_momentum": 0.0}
+    options = {**published, "robust_step_size": problem.robust_step_size, "eps": EPS, **options}
     return ExcessMTL(problem.shared, num_tasks=problem.num_tasks, **options)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from excessmtl_ext.arguments import check_positive
 from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.step import HeadWeighting, NonFinite, Step, WeightScale
+from excessmtl_ext.step import HeadWeighting, NonFinite, Step, StreamedWeight, WeightScale
 
 
 class GroupDRO(Balancer):
@@ -81,11 +81,11 @@ class GroupDRO(Balancer):
         self.num_steps += is_finite
         self.num_skipped_steps += ~is_finite
 
-    def stream_task(self, step: Step) -> Tensor:
+    def stream_task(self, step: Step) -> StreamedWeight:
         """Returns the task's log-weight after its loss, not normalised."""
         (task,) = step.tasks
         loss = step.losses_like(self.log_task_weights).reshape(())
-        return self.log_task_weights[task] + self.robust_step_size * loss
+        return StreamedWeight(self.log_task_weights[task] + self.robust_step_size * loss)
 
     def stream_finish(self, step: Step) -> None:
         """Moves the weights by the losses of the step."""

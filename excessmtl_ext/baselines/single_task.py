@@ -10,7 +10,7 @@ from torch import Tensor
 
 from excessmtl_ext.arguments import check_count
 from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.step import HeadWeighting, NonFinite, Step, WeightScale
+from excessmtl_ext.step import HeadWeighting, NonFinite, Step, StreamedWeight, WeightScale
 from excessmtl_ext.step_arguments import check_loss
 
 
@@ -118,10 +118,10 @@ class SingleTask(Balancer):
         """Counts the step."""
         self.num_steps += 1
 
-    def stream_task(self, step: Step) -> Tensor:
+    def stream_task(self, step: Step) -> StreamedWeight:
         """Returns the log-weight that never changes."""
         (task,) = step.tasks
-        return self.log_task_weights[task].clone()
+        return StreamedWeight(self.log_task_weights[task].clone())
 
     def stream_finish(self, step: Step) -> None:
         """Counts the step."""

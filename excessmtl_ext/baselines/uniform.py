@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.step import Step
+from excessmtl_ext.step import Step, StreamedWeight
 
 
 class Uniform(Balancer):
@@ -28,10 +26,10 @@ class Uniform(Balancer):
         """Counts the step."""
         self.num_steps += 1
 
-    def stream_task(self, step: Step) -> Tensor:
+    def stream_task(self, step: Step) -> StreamedWeight:
         """Returns the log-weight that never changes."""
         (task,) = step.tasks
-        return self.log_task_weights[task].clone()
+        return StreamedWeight(self.log_task_weights[task].clone())
 
     def stream_finish(self, step: Step) -> None:
         """Counts the step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from excessmtl_ext import functional
+from excessmtl_ext import gradient_sizes
 from excessmtl_ext.distributed.agreement import agree_on_end
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import RankStep, run_pass
@@ -30,12 +30,13 @@ def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
             torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             for parameter in parallel.shared
         ]
-        functional.weighted_sum_(
+        weights, shares = rule.sum_weights(), parallel.on_device(agreed.shares)
+        gradient_sizes.weighted_sum_(
             flat,
             outputs,
             parallel.layout,
-            rule.task_weights * parallel.on_device(agreed.shares),
-            found_nonfinite=rule.found_nonfinite,
+            weights * (shares if weights.dim() == 1 else shares[:, None]),
+            rule.found_nonfinite,
         )
         return parallel.averaged(outputs)
 
@@ -43,10 +44,11 @@ def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
 def weighted_step(parallel: Partition, step: RankStep) -> list[Tensor]:
     """A step that only applies the weights: T passes, and one average of P elements."""
     rule, agreed = step.rule, step.agreed
+    weights = rule.pass_weights()
     totals: list[Tensor | None] = [None] * len(parallel.shared)
     for task in agreed.tasks:
         grads = run_pass(parallel, step, task) or [None] * len(parallel.shared)
-        factor = rule.task_weights[task] * agreed.shares[task]
+        factor = weights[task] * agreed.shares[task]
         for index, grad in enumerate(grads):
             if grad is not None:
                 scaled = grad * factor.to(grad.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from excessmtl_ext import functional
+from excessmtl_ext import functional, gradient_sizes
 from excessmtl_ext.distributed.agreement import agree_on_end
 from excessmtl_ext.distributed.collectives import PendingShard
 from excessmtl_ext.distributed.partition import Partition
@@ -41,8 +41,20 @@ def exact_step(parallel: Partition, step: RankStep) -> list[Tensor]:
         if not agreed.averages_shared:
             repair(parallel, rule, parts, unscale)
             return _combined_here(parallel, rule, local)
-        own = torch.empty(parallel.shard_numel, dtype=parallel.grad_dtype, device=parallel.device)
+        own = torch.zeros(parallel.shard_numel, dtype=parallel.grad_dtype, device=parallel.device)
         state = rule.step_state
+        weights = rule.sum_weights()
+        if weights.dim() == 2:
+            repair(parallel, rule, parts, unscale)
+            first, sizes = parallel.own_pieces
+            gradient_sizes.weighted_sum_(
+                parallel.cut(parts),
+                parallel.cut([own]),
+                ParamLayout(sizes),
+                weights[:, first : first + len(sizes)] / parallel.ranks.size,
+                state.found_nonfinite,
+            )
+            return parallel.unpacked(parallel.ranks.all_gather(own))
         state = state._replace(task_weights=state.task_weights / parallel.ranks.size)
         functional.combine_(parts, [own], parallel.state_layout, state, rule.step_options, unscale)
         return parallel.unpacked(parallel.ranks.all_gather(own))
@@ -82,13 +94,16 @@ def _times_size(parallel: Partition, scale: Tensor | None) -> Tensor:
 def _combined_here(parallel: Partition, rule: FisherRule, local: dict[int, Tensor]) -> list[Tensor]:
     """This rank's own weighted sum, for DistributedDataParallel to average."""
     none = torch.empty(0, dtype=parallel.wire_dtype, device=parallel.device)
+    total = torch.zeros_like(next(iter(local.values())), dtype=parallel.grad_dtype)
     rows = [local.get(task, none) for task in range(parallel.num_tasks)]
-    total = torch.empty_like(next(iter(local.values())), dtype=parallel.grad_dtype)
-    functional.weighted_sum_(
-        rows,
-        [total],
-        ParamLayout([total.numel()]),
-        rule.task_weights,
-        found_nonfinite=rule.found_nonfinite,
-    )
+    outputs, layout, weights = [total], ParamLayout([total.numel()]), rule.sum_weights()
+    if weights.dim() == 2:
+        layout, numels = parallel.layout, list(parallel.layout.numels)
+        cut = [
+            row[: layout.num_params].split(numels) if row.numel() > 0 else [row] * len(numels)
+            for row in [*rows, total]
+        ]
+        rows = [piece for row in cut[:-1] for piece in row]
+        outputs = list(cut[-1])
+    gradient_sizes.weighted_sum_(rows, outputs, layout, weights, rule.found_nonfinite)
     return parallel.unpacked(total)

@@ -134,6 +134,30 @@ class Partition:
         rest = self.ranks.size * self.shard_numel - self.layout.num_params
         return [*self.layout.numels, rest]
 
+    @property
+    def own_pieces(self) -> tuple[int, list[int]]:
+        """The first tensor in this rank's part of a packed vector; the elements there of it and those that follow."""
+        start = self.ranks.rank * self.shard_numel
+        stop = min(start + self.shard_numel, self.layout.num_params)
+        first, sizes, begin = 0, [], 0
+        for index, numel in enumerate(self.layout.numels):
+            size = min(stop, begin + numel) - max(start, begin)
+            if size > 0:
+                first = first if sizes else index
+                sizes.append(size)
+            elif sizes and numel == 0 and begin < stop:
+                sizes.append(0)
+            begin += numel
+        return first, sizes
+
+    def cut(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's parts of T packed vectors, cut where a parameter ends; the padding is left out."""
+        _, sizes = self.own_pieces
+        pieces: list[Tensor] = []
+        for part in parts:
+            pieces += part[: sum(sizes)].split(sizes) if part.numel() > 0 else [part] * len(sizes)
+        return pieces
+
     def unpacked(self, packed: Tensor) -> list[Tensor]:
         """The L parameters' parts of one vector [W * shard], in their shapes and dtypes."""
         pieces = packed[: self.layout.num_params].split_with_sizes(list(self.layout.numels))

@@ -8,6 +8,7 @@ from torch import Tensor
 from excessmtl_ext import functional
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement
+from excessmtl_ext.gradient_sizes import sums_of_squares
 from excessmtl_ext.step import FisherRule
 
 
@@ -20,10 +21,14 @@ def update_from_own(
 ) -> None:
     """Risks of the rank's own gradients: averaged, or summed where each rank has a part of one gradient."""
     sums = _own_risk_sums(parallel, rule, flat, scale)
+    squares = None
+    if not rule.has_plain_step:
+        squares = sums_of_squares(flat, len(parallel.shared), scale)
     if not parallel.is_sharded:
-        sums *= parallel.on_device(agreed.shares) / parallel.ranks.size
-    parallel.ranks.all_reduce(sums)
-    _update_weights(parallel, rule, sums, agreed)
+        factors = parallel.on_device(agreed.shares) / parallel.ranks.size
+        sums *= factors
+        squares = None if squares is None else squares * factors[:, None]
+    _update_weights(parallel, rule, sums, squares, agreed)
 
 
 def update_from_parts(
@@ -34,8 +39,16 @@ def update_from_parts(
     unscale: Tensor,
 ) -> None:
     sums = _own_risk_sums(parallel, rule, parts, unscale)
-    parallel.ranks.all_reduce(sums)
-    _update_weights(parallel, rule, sums, agreed)
+    squares = None
+    if not rule.has_plain_step:
+        squares = torch.zeros(
+            parallel.num_tasks, len(parallel.shared), dtype=torch.float64, device=parallel.device
+        )
+        first, sizes = parallel.own_pieces
+        if sizes:
+            pieces = parallel.cut(parts)
+            squares[:, first : first + len(sizes)] = sums_of_squares(pieces, len(sizes), unscale)
+    _update_weights(parallel, rule, sums, squares, agreed)
 
 
 def _own_risk_sums(
@@ -56,12 +69,17 @@ def _own_risk_sums(
     return sums
 
 
-def _update_weights(parallel: Partition, rule: FisherRule, sums: Tensor, agreed: Agreement) -> None:
+def _update_weights(
+    parallel: Partition, rule: FisherRule, sums: Tensor, squares: Tensor | None, agreed: Agreement
+) -> None:
     """From here on every rank computes the same from the same bits."""
-    state, options = rule.step_state, rule.step_options
-    state.found_nonfinite.zero_()
-    functional.update_task_risks_(sums, agreed.tasks, parallel.layout, state, options)
-    functional.update_task_weights_(agreed.tasks, state, options)
+    if squares is None:
+        parallel.ranks.all_reduce(sums)
+    else:
+        both = torch.cat([sums[:, None], squares], dim=1)
+        parallel.ranks.all_reduce(both)
+        sums, squares = both[:, 0].contiguous(), both[:, 1:].contiguous()
+    rule.commit(sums, squares, agreed.tasks)
 
 
 def repair(parallel: Partition, rule: FisherRule, flat: list[Tensor], scale: Tensor | None) -> None:

@@ -18,7 +18,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from excessmtl_ext import functional
 from excessmtl_ext.arguments import checked_parameters
 from excessmtl_ext.engines.exact import (
     ExactEngine,
@@ -26,6 +25,7 @@ from excessmtl_ext.engines.exact import (
     show_gradients,
     step_without_task_grads,
     update_and_combine,
+    weights_of_heads,
 )
 from excessmtl_ext.engines.undo import Before, all_or_nothing
 from excessmtl_ext.given_gradients import given_task_grads
@@ -42,7 +42,6 @@ from excessmtl_ext.passes.per_task import (
     start_of,
 )
 from excessmtl_ext.passes.weighted import apply_weights
-from excessmtl_ext.state import StepOptions, StepState
 from excessmtl_ext.step import (
     NO_TARGETS,
     FisherRule,
@@ -170,9 +169,8 @@ class SubsetEngine(CheaperEngine):
             assert rule.layout is not None
             grads = TaskGrads(flat_rows(rows), rule.layout, range(rule.num_tasks))
             self.take_estimate(rule, step, grads, before)
-        apply_weights(
-            step, guarded_weights(rule), weighted_heads=rule.head_weighting == "task_weights"
-        )
+        weights = guarded_weights(rule)
+        apply_weights(step, weights, head_weights=weights_of_heads(rule, weights))
 
 
 def subset_rows(
@@ -218,7 +216,9 @@ class FeatureEngine(CheaperEngine):
             cut.deposit_heads(head_grads)
         else:
             present = {task: grads for task, grads in enumerate(head_grads) if grads}
-            HeadGrads(cut.heads, present).add(weights)
+            factors = weights_of_heads(rule, weights)
+            assert factors is not None
+            HeadGrads(cut.heads, present).add(factors)
 
 
 class RotationEngine(CheaperEngine):
@@ -266,17 +266,16 @@ class RotationEngine(CheaperEngine):
         rows = subset_rows(step, self.subset, turn)
         with torch.no_grad():
             self._refresh(rule, step, turn, flat_rows(rows))
-        apply_weights(
-            step, guarded_weights(rule), weighted_heads=rule.head_weighting == "task_weights"
-        )
+        weights = guarded_weights(rule)
+        apply_weights(step, weights, head_weights=weights_of_heads(rule, weights))
 
     def _run_whole(self, rule: FisherRule, step: Step, turn: Sequence[int]) -> None:
         """Whole gradients of the tasks whose turn it is: what is applied of them needs no second pass."""
         others = [None if task in turn else root for task, root in enumerate(step.roots)]
         mine = [root if task in turn else None for task, root in enumerate(step.roots)]
         left = [task for task in step.tasks if task not in turn]
-        weighted_heads = rule.head_weighting == "task_weights"
-        heads = HeadGrads.of(mine, step.shared) if weighted_heads else None
+        keeps_heads = rule.head_weighting == "task_weights"
+        heads = HeadGrads.of(mine, step.shared) if keeps_heads else None
         rows, tensors = backward_per_task(
             mine,
             step.shared,
@@ -289,11 +288,10 @@ class RotationEngine(CheaperEngine):
             weights = guarded_weights(rule)
             for task in turn:
                 add_scaled_grads(step.shared, rows[task], weights[task])
-            if heads is not None:
-                heads.add(weights)
-        apply_weights(
-            replace(step, roots=others, tasks=left), weights, weighted_heads=weighted_heads
-        )
+            head_weights = weights_of_heads(rule, weights)
+            if heads is not None and head_weights is not None:
+                heads.add(head_weights)
+        apply_weights(replace(step, roots=others, tasks=left), weights, head_weights=head_weights)
 
     def _refresh(
         self, rule: FisherRule, step: Step, turn: Sequence[int], tensors: list[Tensor]
@@ -306,8 +304,9 @@ class RotationEngine(CheaperEngine):
         assert rule.layout is not None
         layout, num_tensors = rule.layout, len(rule.layout.numels)
         step.task_grads = TaskGrads(tensors, layout, range(rule.num_tasks))
-        state, options = rule.prepare(step)
+        rule.prepare(step)
         rule.found_nonfinite.zero_()
+        rule.add_new_shares(False)  # of a step that was broken off
         for task in turn:
             grads = tensors[task * num_tensors : (task + 1) * num_tensors]
             step.task_grads = TaskGrads(grads, layout, [task])
@@ -315,14 +314,15 @@ class RotationEngine(CheaperEngine):
                 if observer.wants_gradients:
                     observer.on_gradients(rule, step)
             try:
-                functional.estimate_task_risk_(task, grads, layout, state, options, step.grad_scale)
+                rule.take_task(replace(step, tasks=[task]))
             except RuntimeError as error:
                 raise_argument_error(error)
                 raise
         if self.rotation.waiting:
             rule.num_skipped_steps += rule.found_nonfinite.any()
         else:
-            self._end_round(state, options)
+            self._end_round(rule)
+        rule.add_new_shares(True)  # of the tasks whose gradients were finite
         if rule.nonfinite == "raise":
             raise_if_nonfinite(rule)
 
@@ -332,13 +332,13 @@ class RotationEngine(CheaperEngine):
         if not turn:
             with torch.no_grad():
                 rule.found_nonfinite.zero_()
-                self._end_round(rule.step_state, rule.step_options)
+                self._end_round(rule)
             turn = self.rotation.take_turns(tasks)
         return turn
 
-    def _end_round(self, state: StepState, options: StepOptions) -> None:
-        """Moves the weights of the tasks that had their turn (Eq. 9); not if this step's gradients are not finite."""
-        functional.update_task_weights_(self.rotation.served, state, options)
+    def _end_round(self, rule: FisherRule) -> None:
+        """Moves the weights of the tasks that had their turn; not if this step's gradients are not finite."""
+        rule.move_weights(self.rotation.served)
         self.rotation.start_round()
 
 

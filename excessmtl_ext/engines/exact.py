@@ -148,11 +148,11 @@ def step_without_task_grads(rule: WeightingRule, step: Step) -> None:
                     raise_if_nonfinite(rule)
             else:
                 rule.found_nonfinite.zero_()  # the flags are those of the latest step
-            weights = guarded_weights(rule) if "losses" in rule.requires else rule.task_weights
+            weights = guarded_weights(rule) if "losses" in rule.requires else rule.pass_weights()
         apply_weights(
             step,
             weights,
-            weighted_heads=rule.head_weighting == "task_weights",
+            head_weights=weights_of_heads(rule, weights),
             is_uniform=is_uniform,
             graph=graph,
         )
@@ -166,7 +166,16 @@ def show_gradients(rule: WeightingRule, step: Step) -> None:
 
 
 def guarded_weights(rule: WeightingRule) -> Tensor:
-    """The weights [T]; NaN after a step that does not count, so that whoever guards the optimizer sees it."""
+    """The pass weights [T]; NaN after a step that does not count, so that whoever guards the optimizer sees it."""
+    return torch.where(rule.found_nonfinite.any(), float("nan"), rule.pass_weights())
+
+
+def weights_of_heads(rule: WeightingRule, pass_weights: Tensor) -> Tensor | None:
+    """Factors [T] of head gradients in a step of one pass: ``pass_weights`` itself where they are equal; None: 1."""
+    if rule.head_weighting == "none":
+        return None
+    if rule.pass_weights() is rule.task_weights:
+        return pass_weights
     return torch.where(rule.found_nonfinite.any(), float("nan"), rule.task_weights)
 
 

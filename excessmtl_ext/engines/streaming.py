@@ -7,19 +7,22 @@ normalised when the last task is in: equal to the plain step in real arithmetic.
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from excessmtl_ext import functional
+from excessmtl_ext import functional, gradient_sizes
 from excessmtl_ext.passes.per_task import HeadGrads, backward_of_task
 from excessmtl_ext.passes.targets import assign_grads, combine_targets
 from excessmtl_ext.state import segments
 from excessmtl_ext.step import (
     Step,
+    StreamedWeight,
     StreamingRule,
     TaskGrads,
+    has_floor,
     raise_argument_error,
     raise_if_nonfinite,
 )
@@ -51,9 +54,11 @@ class Stream:
         device = shared[0].device
         # [padded P]: sum of exp(log_weight_i - running_log_max) g_i
         self._running_sum = torch.zeros(rule.layout.padded_numel, dtype=wide, device=device)
-        # [padded P]: sum of g_i, only where the weights have a floor
-        self._plain_sum = torch.zeros_like(self._running_sum) if rule.min_weight > 0 else None
+        # [padded P]: sum of floor_i g_i, only where the weights have a floor
+        self._floored_sum = torch.zeros_like(self._running_sum) if has_floor(rule) else None
         self._running_log_max = torch.full((), float("-inf"), dtype=torch.float64, device=device)
+        self._floored_log_max = self._running_log_max.clone()
+        self._log_factors: Tensor | None = None  # [L], of the whole sum
         self._reached = [False] * len(shared)  # whether any task gave this parameter a gradient
         self._log_weights: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
@@ -91,20 +96,22 @@ class Stream:
         grads = step.task_grads
         (task,) = step.tasks
         try:
-            log_weight = rule.stream_task(step)
+            weight = rule.stream_task(step)
         except RuntimeError as error:
             raise_argument_error(error)
             raise
-        functional.fold_(
-            grads.tensors, grads.layout, log_weight, self._running_sum, self._running_log_max
+        self._running_log_max = _fold(
+            grads, weight.log_factor, self._running_sum, self._running_log_max
         )
-        if self._plain_sum is not None:
-            zero = torch.zeros_like(log_weight)
-            functional.fold_(grads.tensors, grads.layout, zero, self._plain_sum, zero.clone())
+        floor = rule.min_weight[task] if isinstance(rule.min_weight, tuple) else 1.0
+        if self._floored_sum is not None and floor > 0.0:
+            log_floor = torch.full_like(weight.log_weight, math.log(floor))
+            factor = StreamedWeight(log_floor, weight.log_scale).log_factor
+            self._floored_log_max = _fold(grads, factor, self._floored_sum, self._floored_log_max)
         self._reached = [
             was or grad is not None for was, grad in zip(self._reached, row, strict=True)
         ]
-        self._log_weights[task] = log_weight
+        self._log_weights[task] = weight.log_weight
         if step.losses is not None:
             self._losses[task] = step.losses
         if heads is not None:
@@ -120,7 +127,7 @@ class Stream:
             moves_weights=moves_weights(rule),
         )
         with torch.no_grad():
-            rule.stream_finish(step)
+            self._log_factors = rule.stream_finish(step)
             if rule.nonfinite == "raise":
                 raise_if_nonfinite(rule)
             self._combine(rule)
@@ -141,12 +148,17 @@ class Stream:
         # Every present task's log-weight moved by one common constant when it was normalised.
         first = min(self._log_weights)
         shift = rule.log_task_weights[first] - self._log_weights[first]
-        share = (self._running_log_max + shift - rule.log_task_weights.logsumexp(0)).exp()
-        factors = [rule.weight_total * (1.0 - rule.num_tasks * rule.min_weight) * share]
+        common = 0.0 if self._log_factors is None else self._log_factors
+        log_share = self._running_log_max + shift - rule.log_task_weights.logsumexp(0) + common
+        is_scalar = not isinstance(rule.min_weight, tuple)
+        total_floor = rule.num_tasks * rule.min_weight if is_scalar else sum(rule.min_weight)
+        factors = [rule.weight_total * (1.0 - total_floor) * log_share.exp()]
         buffers = [self._running_sum]
-        if self._plain_sum is not None:
-            factors.append(torch.full_like(share, rule.weight_total * rule.min_weight))
-            buffers.append(self._plain_sum)
+        if self._floored_sum is not None:
+            floor = rule.min_weight if is_scalar else 1.0
+            log_floored = self._floored_log_max + common
+            factors.append(rule.weight_total * floor * log_floored.exp())
+            buffers.append(self._floored_sum)
         sums = [part for each in buffers for part in segments(each, self._layout.param_numels)]
         flags = rule.found_nonfinite.any().expand(len(factors)).contiguous()
         row = [
@@ -154,15 +166,27 @@ class Stream:
             for parameter, was in zip(self._shared, self._reached, strict=True)
         ]
         targets = combine_targets(self._shared, [row])
-        functional.weighted_sum_(
+        gradient_sizes.weighted_sum_(
             sums,
             targets.outputs,
             self._layout,
             torch.stack(factors),
-            found_nonfinite=flags,
+            flags,
             accumulate=targets.accumulate,
         )
         assign_grads(self._shared, targets)
+
+
+def _fold(
+    grads: TaskGrads, log_factor: Tensor, running_sum: Tensor, running_log_max: Tensor
+) -> Tensor:
+    """Adds ``exp(log_factor)`` times the gradients of a task to ``running_sum``; returns the running maximum."""
+    if log_factor.dim() == 0:
+        functional.fold_(grads.tensors, grads.layout, log_factor, running_sum, running_log_max)
+        return running_log_max
+    log_max = running_log_max.expand_as(log_factor).contiguous()
+    gradient_sizes.fold_(grads.tensors, grads.layout, log_factor.contiguous(), running_sum, log_max)
+    return log_max
 
 
 def _on_host(scale: GivenScale) -> float | None:

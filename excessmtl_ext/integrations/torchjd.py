@@ -58,11 +58,12 @@ class BalancerWeighting(Weighting[Matrix], Stateful):
         self.balancer = balancer
 
     def forward(self, stat: Tensor, /) -> Tensor:
-        """Runs one step and returns a copy of the weights [T]."""
+        """Runs one step and returns the factors [T] of the rows: the weights, times what brings rows to one size."""
         balancer = self.balancer
         if balancer.task_weights.device != stat.device:
             balancer.to(stat.device)  # torchjd's own state follows the matrix too
-        weights = balancer.update_weights(stat.detach())
+        balancer.update_weights(stat.detach())
+        weights = balancer.pass_weights().clone()
         nan = weights.new_full((), float("nan"))
         return weights.where(~balancer.found_nonfinite.any(), nan).to(stat.dtype)
 
@@ -84,9 +85,9 @@ class BalancerAggregator(WeightedAggregator, Stateful):
         >>> import torch
         >>> from excessmtl_ext import ExcessMTL
         >>> aggregator = BalancerAggregator(ExcessMTL(num_tasks=2))
-        >>> # The weights of the first step are uniform.
-        >>> aggregator(torch.tensor([[2.0, 0.0], [0.0, 4.0]])).tolist()
-        [1.0, 2.0]
+        >>> # The weights of the first step are equal, and the rows are brought to the size of the larger one.
+        >>> [round(each, 5) for each in aggregator(torch.tensor([[2.0, 0.0], [0.0, 4.0]])).tolist()]
+        [2.0, 2.0]
     """
 
     def __init__(self, balancer: Balancer) -> None:

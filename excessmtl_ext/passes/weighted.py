@@ -24,11 +24,11 @@ def apply_weights(
     step: Step,
     task_weights: Tensor,
     *,
-    weighted_heads: bool,
+    head_weights: Tensor | None,
     is_uniform: bool = False,
     graph: HeadGraph | None = None,
 ) -> None:
-    """Passes for given weights: shared ``.grad`` gets sum_i a_i g_i, heads their own gradient (or a_i times it).
+    """Passes for given weights: shared ``.grad`` gets sum_i a_i g_i, heads their own gradient or a multiple of it.
 
     One pass from all losses, in which what a task's own graph hands on is multiplied by its weight;
     heads lie above that. Where a parameter that is not shared lies below, as behind a tensor that
@@ -37,13 +37,13 @@ def apply_weights(
     Args:
         step: Gives roots, shared parameters, scale and features; what is computed is added to ``.grad``.
         task_weights: [T] weights.
-        weighted_heads: Whether head gradients carry the task's weight too.
+        head_weights: [T] factors of the head gradients; ``task_weights`` itself where they are the same; None: 1.
         is_uniform: Whether all weights are known to be equal.
         graph: Of the step's roots, where it is known already.
     """
     if not step.tasks:
         return
-    if step.features is not None and not weighted_heads and not is_uniform:
+    if step.features is not None and head_weights is None and not is_uniform:
         cut = Cut(step.roots, step.features, step.shared, retain_graph=step.retain_graph)
         if cut.obstacle is None:
             cut.weighted_backward(step, task_weights)
@@ -51,15 +51,22 @@ def apply_weights(
     present = [root for root in step.roots if root is not None]
     starts = [start for start in starts_of(step.roots, step.grad_scale) if start is not None]
     keep = step.retain_graph
-    if weighted_heads:
+    if head_weights is task_weights:
         starts = weighted_starts(starts, step.tasks, task_weights)
         run_backward(present, starts, retain_graph=keep)
         return
-    if is_uniform or len(step.tasks) == 1:
+    if head_weights is None and (is_uniform or len(step.tasks) == 1):
         weight = task_weights[step.tasks[0]]
         uniform_backward(present, starts, step.shared, weight, retain_graph=keep)
         return
     graph = graph or HeadGraph(step.roots, step.shared)
+    if head_weights is not None:
+        if graph.heads:
+            heads = weighted_starts(starts, step.tasks, head_weights)
+            run_backward(present, heads, retain_graph=True, inputs=graph.heads)
+        starts = weighted_starts(starts, step.tasks, task_weights)
+        run_backward(present, starts, retain_graph=keep, inputs=step.shared)
+        return
     borders = None if graph.unseen is not None else graph.borders()
     if borders is not None:
         _pass_weighted_at(borders, present, starts, task_weights, retain_graph=keep)

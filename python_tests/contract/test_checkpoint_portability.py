@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from _inputs import Problem, make_problem
+from _published import published
 
 from excessmtl_ext import ExcessMTL
 from excessmtl_ext.balancer import STATE_VERSION
@@ -34,7 +35,7 @@ def train(problem: Problem, balancer: ExcessMTL, num_steps: int) -> None:
 
 def saved_after(num_steps: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     problem = problem_in(dtype)
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
     train(problem, balancer, num_steps)
     file = io.BytesIO()
     torch.save({"model": problem.encoder.state_dict(), "balancer": balancer.state_dict()}, file)
@@ -50,7 +51,7 @@ def test_a_float32_checkpoint_goes_on_beside_a_model_of_another_dtype(
     checkpoint, expected = saved_after(3), saved_after(4)["balancer"]
     problem = problem_in(dtype)
     problem.encoder.load_state_dict(checkpoint["model"])
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
     train(problem, balancer, int(has_begun))
     balancer.load_state_dict(checkpoint["balancer"])
     for name in ("task_weights", "baseline_excess_risk", "num_steps"):
@@ -68,7 +69,7 @@ def test_a_float32_checkpoint_goes_on_beside_a_model_of_another_dtype(
 def test_a_checkpoint_of_a_float64_model_goes_on_beside_float32() -> None:
     checkpoint = saved_after(3, torch.float64)
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
     balancer.load_state_dict(checkpoint["balancer"])
     train(problem, balancer, 1)
     assert torch.isfinite(balancer.task_weights).all()
@@ -85,7 +86,7 @@ def test_a_checkpoint_may_be_looked_at_without_its_data_and_loaded_onto_the_bala
     assert shapes["_extra_state"]["version"] == STATE_VERSION
     loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
     balancer.load_state_dict(loaded["balancer"])
     train(problem, balancer, 1)
     assert torch.equal(balancer.task_weights, saved_after(4)["balancer"]["task_weights"])
@@ -99,7 +100,7 @@ def test_a_checkpoint_saved_on_another_device_is_moved() -> None:
     problem.encoder.cuda()
     problem.heads.cuda()
     problem.inputs, problem.targets = problem.inputs.cuda(), problem.targets.cuda()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
     balancer.load_state_dict(checkpoint)
     assert balancer.sq_grad_sum.is_cuda
     train(problem, balancer, 1)
@@ -109,7 +110,7 @@ def test_a_newer_version_is_refused_and_changes_nothing() -> None:
     checkpoint = saved_after(3)["balancer"]
     checkpoint["_extra_state"]["version"] = STATE_VERSION + 1
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
     with pytest.raises(RuntimeError, match=r"but got version.*Install the newer excessmtl_ext"):
         balancer.load_state_dict(checkpoint)
     assert balancer.num_steps.item() == 0

@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch._functorch.config
 from _inputs import Problem, make_problem
+from _published import published
 from torch import Tensor, nn
-
-from excessmtl_ext import ExcessMTL
 
 NUM_STEPS = 4
 BACKEND = "aot_eager"  # the graph and its backward pass as compiled, without generating code
@@ -22,7 +21,7 @@ def train(
     compile_step: Callable[[Callable[[], None]], Callable[[], None]] = lambda step: step,
     verb: str = "backward",
 ) -> list[Tensor]:
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, robust_step_size=0.5)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, robust_step_size=0.5)
     optimizer = torch.optim.SGD(problem.parameters(), lr=0.05)
 
     def step() -> None:
@@ -96,7 +95,7 @@ def test_a_compiled_encoder_takes_several_passes_with_dynamic_shapes():
     results = []
     for is_compiled in (False, True):
         problem = _make_problem()
-        balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, robust_step_size=0.5)
+        balancer = published(problem.encoder.parameters(), num_tasks=3, robust_step_size=0.5)
         losses = _compiled_losses(problem, dynamic=True)
         for num_samples in (16, 16, 5):
             problem.zero_grad()
@@ -115,7 +114,7 @@ def test_a_compiled_encoder_takes_several_passes_with_dynamic_shapes():
 
 def test_a_graph_compiled_for_one_pass_is_an_error_with_the_remedy():
     problem = _make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     losses = _compiled_losses(problem, dynamic=True)
     with torch._functorch.config.patch(donated_buffer=True):  # somebody has turned it on again
         given = losses(16)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from _asserts import assert_equal_bits, assert_states_close
 from _inputs import DTYPES, PARAM_NUMELS, make_problem, make_task_grads
+from _published import published
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from excessmtl_ext import ExcessMTL, _extension, reference
+from excessmtl_ext import _extension, reference
 from excessmtl_ext import functional as F
 from excessmtl_ext.functional import ParamLayout, StepOptions, StepState, init_state
 
@@ -406,7 +407,7 @@ class _OpLog(TorchDispatchMode):
 )
 def test_a_balanced_step_is_one_op_unless_flags_are_read_in_between(nonfinite, expected):
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, nonfinite=nonfinite)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, nonfinite=nonfinite)
     losses = problem.losses()
     with _OpLog() as log:
         balancer.backward(losses)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from _inputs import Problem, make_problem
+from _published import published
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,11 +48,11 @@ def state_of(balancer: nn.Module) -> dict[str, str]:
 
 METHODS: dict[str, Callable[..., Any]] = {
     "exact": ExcessMTL,
-    "task_weights": lambda p, **o: ExcessMTL(p, head_weighting="task_weights", **o),
-    "subset": lambda p, **o: ExcessMTL(p, estimate_from=p[2:], **o),
-    "rotation": lambda p, **o: ExcessMTL(p, tasks_per_step=1, **o),
-    "update_every": lambda p, **o: ExcessMTL(p, update_every=2, **o),
-    "features": lambda p, **o: ExcessMTL(p, estimate_from="features", **o),
+    "task_weights": lambda p, **o: published(p, head_weighting="task_weights", **o),
+    "subset": lambda p, **o: published(p, estimate_from=p[2:], **o),
+    "rotation": lambda p, **o: published(p, tasks_per_step=1, **o),
+    "update_every": lambda p, **o: published(p, update_every=2, **o),
+    "features": lambda p, **o: published(p, estimate_from="features", **o),
     "uniform": Uniform,
     "groupdro": lambda p, **o: GroupDRO(p, robust_step_size=0.5, **o),
     "mgda": MGDA,
@@ -142,7 +143,7 @@ def test_two_balancers_share_the_losses():
     first, second = (nn.Linear(6, 4).double() for _ in range(2))
     heads = nn.ModuleList([nn.Linear(4, 1).double() for _ in range(2)])
     inputs = torch.randn(8, 6, dtype=torch.float64)
-    balancers = [ExcessMTL(e.parameters(), num_tasks=2) for e in (first, second)]
+    balancers = [published(e.parameters(), num_tasks=2) for e in (first, second)]
     z = first(inputs) + second(inputs)
     losses = [head(z).square().mean() for head in heads]
     want = [
@@ -541,7 +542,7 @@ def test_risks_from_features_are_summed_in_float32_under_autocast():
     results = []
     for inside in (False, True):
         problem = make_problem()
-        balancer = ExcessMTL(encoder_of(problem), num_tasks=3, estimate_from="features")
+        balancer = published(encoder_of(problem), num_tasks=3, estimate_from="features")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             z = problem.encoder(problem.inputs)
             losses = [head(z).float().square().mean() for head in problem.heads]

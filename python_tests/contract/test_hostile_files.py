@@ -18,13 +18,13 @@ import pytest
 import torch
 from _datasets import write_nyuv2, write_office_home
 from _inputs import make_problem
+from _published import published
 from _sweeps import write_sweep
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.io import savemat
 from scipy.sparse import eye_array
 
-from excessmtl_ext import ExcessMTL
 from excessmtl_ext.data.multimnist import read_mnist
 from excessmtl_ext.data.nyuv2 import read_frame
 from excessmtl_ext.data.office_home import load_office_home, read_image
@@ -496,7 +496,7 @@ def test_a_value_of_another_kind_in_a_file_of_a_sweep_is_drawn_or_an_error_that_
 
 def test_a_damaged_balancer_state_is_refused_and_nothing_is_taken_over() -> None:
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     for _ in range(2):
         balancer.backward(problem.losses())
     good = balancer.state_dict()

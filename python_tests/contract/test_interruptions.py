@@ -17,6 +17,7 @@ import pytest
 import torch
 from _asserts import assert_equal_bits
 from _inputs import Problem, make_problem
+from _published import published
 from _ranks import CONTEXT
 from test_faults import FAULTY, METHODS, Run, make_run
 from torch import Tensor
@@ -124,7 +125,7 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_each_part_as_before_or_after(
 
 def test_a_streamed_step_that_was_interrupted_can_be_finished_without_the_task():
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     losses = problem.losses()
     balancer.accumulate(0, losses[0], retain_graph=True)
 
@@ -272,7 +273,7 @@ class Weights(Dataset[Tensor]):
 def weights_of_large_steps(seed: int) -> Tensor:
     """Steps over enough elements for several threads."""
     generator = torch.Generator().manual_seed(seed)
-    balancer = ExcessMTL(num_tasks=2, robust_step_size=0.5)
+    balancer = published(num_tasks=2, robust_step_size=0.5)
     for _ in range(3):
         balancer.update_weights(torch.randn(2, 200_000, generator=generator))
     return balancer.task_weights

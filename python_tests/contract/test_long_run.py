@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 from _paths import ROOT
+from _published import published
 
-from excessmtl_ext import ExcessMTL
 from excessmtl_ext import functional as F
 from excessmtl_ext.functional import ParamLayout, StepOptions, init_state
 
@@ -43,7 +43,7 @@ def test_3000_steps_keep_sum_and_memory(monkeypatch):
 
 def test_a_late_step_makes_the_calls_of_an_early_one():
     """Those of Python and of built-ins: what a step costs, counted instead of timed."""
-    balancer = ExcessMTL(num_tasks=7, robust_step_size=0.02)
+    balancer = published(num_tasks=7, robust_step_size=0.02)
     generator = torch.Generator().manual_seed(0)
 
     def num_calls_of_a_step() -> int:

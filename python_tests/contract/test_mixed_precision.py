@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from _inputs import Problem, make_problem
+from _published import published
 from _ranks import run_ranks
 from torch import Tensor
-
-from excessmtl_ext import ExcessMTL
 
 NUM_STEPS = 60
 STATE = ("log_task_weights", "baseline_excess_risk", "excess_risk", "num_steps", "num_task_steps")
@@ -29,7 +28,7 @@ def losses_under(problem: Problem, dtype: torch.dtype | None) -> list[Tensor]:
 
 def weights_of_run(dtype: torch.dtype | None, scaler: Any = None, verb: str = "backward") -> Tensor:
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, robust_step_size=1.0)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, robust_step_size=1.0)
     optimizer = torch.optim.SGD(problem.parameters(), lr=0.05)
     rows = []
     for _ in range(NUM_STEPS):
@@ -75,7 +74,7 @@ def overflow(
     if num_ranks > 1:
         group = torch.distributed.group.WORLD
         ranks = {"process_group": group, "model": torch.nn.ModuleList([problem.encoder])}
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, **options, **ranks)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, **options, **ranks)
     optimizer = torch.optim.Adam(problem.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
@@ -129,7 +128,7 @@ def test_an_overflow_on_one_rank_backs_off_the_scaler_of_every_rank() -> None:
 def train_scaled(rank: int, num_ranks: int, scale: float | None, reduce: Any) -> list[Tensor]:
     problem = make_problem()
     group = torch.distributed.group.WORLD
-    balancer = ExcessMTL(
+    balancer = published(
         problem.encoder.parameters(), num_tasks=3, process_group=group, reduce=reduce
     )
     rows = slice(rank, None, num_ranks)

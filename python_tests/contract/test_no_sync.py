@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _inputs import make_problem
+from _published import published
 from _ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -93,7 +94,7 @@ def test_a_step_reads_no_value(
     options: dict[str, Any], verb: Callable[[ExcessMTL, list[Tensor]], None]
 ) -> None:
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, **options)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, **options)
     for _ in range(4):
         problem.zero_grad()
         losses = problem.losses()
@@ -116,7 +117,7 @@ def test_losses_that_are_handed_over_are_not_read() -> None:
 def test_raising_on_a_nonfinite_gradient_does_read() -> None:
     """As documented; and so a step that reads is seen."""
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, nonfinite="raise")
+    balancer = published(problem.encoder.parameters(), num_tasks=3, nonfinite="raise")
     losses = problem.losses()
     with pytest.raises(AssertionError, match="waits for the device"), NoReading():
         balancer.backward(losses)
@@ -134,7 +135,7 @@ def step_of_ranks(rank: int, num_ranks: int, kind: str) -> int:
     if kind == "ddp":
         encoder = DistributedDataParallel(problem.encoder)
         problem.encoder, options = encoder, {"model": encoder}  # type: ignore[assignment]
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, **options)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, **options)
     for _ in range(3):
         problem.zero_grad()
         losses = problem.losses()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from _asserts import assert_equal_bits
 from _inputs import DTYPES, make_problem
+from _published import published
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -285,7 +286,7 @@ def test_streaming_and_the_scalar_equal_plain_steps(
     runs = []
     for verb in ("backward", how):
         problem = make_problem(options["num_tasks"], dtype=torch.float64)
-        balancer = ExcessMTL(problem.encoder.parameters(), **options)
+        balancer = published(problem.encoder.parameters(), **options)
         train(problem, balancer, range(6), absent, verb)
         runs.append([balancer.task_weights, balancer.excess_risk, *problem.parameters()])
     for plain, other in zip(*runs, strict=True):
@@ -298,13 +299,13 @@ def test_save_load_continue_equals_continue(
     options: dict[str, Any], absent: int, num_before: int
 ) -> None:
     problem = make_problem(options["num_tasks"])
-    balancer = ExcessMTL(problem.encoder.parameters(), **options)
+    balancer = published(problem.encoder.parameters(), **options)
     train(problem, balancer, range(num_before), absent, "backward")
     file = io.BytesIO()
     torch.save(balancer.state_dict(), file)
     file.seek(0)
     again = copy.deepcopy(problem)
-    resumed = ExcessMTL(again.encoder.parameters(), **options)
+    resumed = published(again.encoder.parameters(), **options)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     steps = range(num_before, num_before + 4)
     train(problem, balancer, steps, absent, "backward")

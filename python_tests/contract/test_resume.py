@@ -20,11 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from _inputs import make_problem
+from _published import published
 from _rank_model import NUM_TASKS, Net, losses_of, own_rows
 from _ranks import CONTEXT, run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
-from excessmtl_ext import ExcessMTL
 from excessmtl_ext.distributed import full_state_dict
 from excessmtl_ext.training import TrainConfig, TrainingInterrupted, train
 from excessmtl_ext.training.run.record import write_atomically
@@ -304,7 +304,7 @@ def train_ranks(rank: int, num_ranks: int, folder: str, kill_at: int | None) -> 
     path, table = Path(folder, "checkpoint.pt"), Path(folder, "weights.csv")
     net = Net(make_problem(NUM_TASKS))
     model = DistributedDataParallel(net)
-    balancer = ExcessMTL(
+    balancer = published(
         net.encoder.parameters(), num_tasks=NUM_TASKS, robust_step_size=0.3, model=model
     )
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from _asserts import assert_equal_bits
 from _inputs import PARAM_NUMELS, make_problem, make_task_grads
+from _published import published
 
 from excessmtl_ext import ExcessMTL, _extension, reference
 from excessmtl_ext import functional as F
@@ -350,7 +351,7 @@ def test_weights_of_a_training_stay_near_those_of_float32_state(options, distanc
     trajectories, losses = [], []
     for state_dtype in (None, torch.bfloat16):
         problem = make_problem(num_tasks=3)
-        balancer = ExcessMTL(
+        balancer = published(
             problem.encoder.parameters(), num_tasks=3, state_dtype=state_dtype, **options
         )
         optimizer = torch.optim.SGD(problem.parameters(), lr=0.01)
@@ -374,7 +375,7 @@ def test_weights_of_a_training_stay_near_those_of_float32_state(options, distanc
 
 
 def balancer_of(problem, **options) -> ExcessMTL:
-    return ExcessMTL(
+    return published(
         problem.encoder.parameters(),
         num_tasks=3,
         robust_step_size=0.3,
@@ -425,7 +426,7 @@ def test_state_saved_in_another_type_is_taken_in_ones_own():
     problem = make_problem()
     narrow = balancer_of(problem)
     run(narrow, problem, 2)
-    wide = ExcessMTL(problem.encoder.parameters(), num_tasks=3, gradient_momentum=0.9)
+    wide = published(problem.encoder.parameters(), num_tasks=3, gradient_momentum=0.9)
     wide.load_state_dict(narrow.state_dict())
     assert wide.sq_grad_sum.dtype == torch.float32
     assert_equal_bits([wide.sq_grad_sum], [narrow.sq_grad_sum.float()])
@@ -447,7 +448,7 @@ def test_to_another_type_leaves_the_state_alone(dtype):
 def test_state_takes_half_of_the_memory():
     problem = make_problem()
     narrow = balancer_of(problem)
-    wide = ExcessMTL(problem.encoder.parameters(), num_tasks=3, gradient_momentum=0.9)
+    wide = published(problem.encoder.parameters(), num_tasks=3, gradient_momentum=0.9)
     for balancer in (narrow, wide):
         run(balancer, problem, 1)
     for name in ("sq_grad_sum", "grad_mean"):
@@ -472,11 +473,11 @@ def test_what_bfloat16_state_cannot_do_is_said():
     problem = make_problem()
     parameters = list(problem.encoder.parameters())
     with pytest.raises(ValueError, match="Expected `state_dtype` to be None"):
-        ExcessMTL(parameters, num_tasks=3, state_dtype=torch.float16)
+        published(parameters, num_tasks=3, state_dtype=torch.float16)
     with pytest.raises(ValueError, match="Expected `rounding_seed` >= 0"):
-        ExcessMTL(parameters, num_tasks=3, rounding_seed=-1)
+        published(parameters, num_tasks=3, rounding_seed=-1)
     with pytest.raises(ValueError, match="`state_dtype` to be None with several ranks"):
-        ExcessMTL(parameters, num_tasks=3, state_dtype=torch.bfloat16, model=problem.encoder)
+        published(parameters, num_tasks=3, state_dtype=torch.bfloat16, model=problem.encoder)
     double = make_problem(dtype=torch.float64)
     balancer = balancer_of(double)
     with pytest.raises(ValueError, match="narrower than float64"):
@@ -484,6 +485,6 @@ def test_what_bfloat16_state_cannot_do_is_said():
 
 
 def test_repr_rebuilds_the_balancer():
-    balancer = ExcessMTL(num_tasks=2, state_dtype=torch.bfloat16, rounding_seed=8)
+    balancer = published(num_tasks=2, state_dtype=torch.bfloat16, rounding_seed=8)
     again = eval(repr(balancer), {"ExcessMTL": ExcessMTL, "torch": torch})
     assert (again.state_dtype, again.rounding_seed) == (torch.bfloat16, 8)

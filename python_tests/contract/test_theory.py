@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from _published import published as published_balancer
 from torch import Tensor
 
 from excessmtl_ext import ExcessMTL, GroupDRO, functional
@@ -120,7 +121,9 @@ def published() -> Weigh:
 
 
 def momentum() -> Weigh:
-    return estimated(ExcessMTL(num_tasks=NUM_TASKS, gradient_momentum=0.98, fisher="linear"))
+    return estimated(
+        published_balancer(num_tasks=NUM_TASKS, gradient_momentum=0.98, fisher="linear")
+    )
 
 
 def estimated(balancer: ExcessMTL) -> Weigh:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from _asserts import assert_equal_bits, never_waiting_for_the_gpu
 from _inputs import Problem, make_problem
+from _published import published
 from torch import Tensor
 
 from excessmtl_ext import (
@@ -91,7 +92,7 @@ def excess_mtl(problem: Problem, **options: Any) -> ExcessMTL:
     if options.get("estimate_from") == "last layer":
         options["estimate_from"] = list(problem.encoder[2].parameters())  # type: ignore[index]
     options = {"robust_step_size": 1.0, "gradient_momentum": 0.9, "fisher": "linear", **options}
-    return ExcessMTL(problem.encoder.parameters(), num_tasks=NUM_TASKS, **options)
+    return published(problem.encoder.parameters(), num_tasks=NUM_TASKS, **options)
 
 
 def baseline(problem: Problem, kind: type[Balancer], **options: Any) -> Balancer:

@@ -31,7 +31,8 @@ def test_the_loop_runs_with_a_task_that_is_absent_from_every_second_batch():
     balancer = names["balancer"]
     assert balancer.num_steps.item() == 20
     assert balancer.num_task_steps.tolist() == [20, 10]
-    assert balancer.task_weights.std() > 0
+    assert balancer.excess_risk.min() > 0
+    assert balancer.risk_share_sum.max() > 0
     resumed = ExcessMTL.from_preset("recommended", names["encoder"].parameters(), num_tasks=2)
     resumed.load_state_dict(names["checkpoint"]["balancer"])
     assert torch.equal(resumed.sq_grad_sum, balancer.sq_grad_sum)
@@ -91,11 +92,12 @@ def test_one_pass_at_the_features_is_what_the_page_says():
     balancer = ExcessMTL.from_preset(
         "recommended", encoder.parameters(), num_tasks=2, estimate_from="features"
     )
-    for _ in range(3):
+    for _ in range(5):
         z = encoder(x)
         losses = [(head(z) - task).square().mean() for task, head in enumerate(heads)]
         balancer.backward(losses, features=z)
-    assert balancer.task_weights.std() > 0
+    assert balancer.excess_risk.min() > 0
+    assert balancer.risk_share_sum.max() > 0
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)\s:]+)\)", TEXT))

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from _paths import ROOT
+from _published import published
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from excessmtl_ext import Balancer, ExcessMTL
+from excessmtl_ext import Balancer
 
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 
@@ -216,7 +217,7 @@ def test_libmtl_weighs_heads_and_sums_to_the_number_of_tasks(libmtl_weighting):
 def test_libmtl_never_recovers_from_a_zero_baseline_or_a_nan_where_we_do(libmtl_weighting):
     for bad in (0.0, float("nan")):
         theirs, model = libmtl_weighting(Regression()), Regression()
-        ours = ExcessMTL(model.encoder.parameters(), num_tasks=2, robust_step_size=0.5)
+        ours = published(model.encoder.parameters(), num_tasks=2, robust_step_size=0.5)
         for scales in ((1.0, bad), (1.0, 1.0), (1.0, 1.0)):
             weights = theirs.step(scales)
             ours.backward(model.losses(scales))
@@ -244,7 +245,7 @@ def torchjd_weighting():
 
 def test_torchjd_moves_the_weights_in_the_first_step_by_the_raw_risk(torchjd_weighting):
     grads = torch.randn(2, 50) * torch.tensor([[1.0], [2.0]])
-    theirs, ours = torchjd_weighting(), ExcessMTL(num_tasks=2)
+    theirs, ours = torchjd_weighting(), published(num_tasks=2)
     assert theirs.robust_step_size == 1.0
     assert ours.robust_step_size == 0.01
     assert theirs(grads)[1] > 0.99
@@ -257,7 +258,7 @@ def test_torchjd_gives_all_weight_to_a_task_whose_baseline_was_zero(torchjd_weig
     grads = torch.randn(2, 50)
     theirs, ours = (
         torchjd_weighting(0.5, n_warmup_steps=1),
-        ExcessMTL(num_tasks=2, robust_step_size=0.5),
+        published(num_tasks=2, robust_step_size=0.5),
     )
     for matrix in (grads * torch.tensor([[1.0], [0.0]]), grads):
         weights = theirs(matrix)
@@ -270,7 +271,7 @@ def test_torchjd_never_recovers_from_a_nan_where_we_do(torchjd_weighting):
     grads = torch.randn(2, 50)
     bad = grads.clone()
     bad[0, 0] = float("nan")
-    theirs, ours = torchjd_weighting(0.01), ExcessMTL(num_tasks=2)
+    theirs, ours = torchjd_weighting(0.01), published(num_tasks=2)
     for matrix in (grads, bad, grads):
         weights = theirs(matrix)
         ours.update_weights(matrix)
@@ -281,7 +282,7 @@ def test_torchjd_never_recovers_from_a_nan_where_we_do(torchjd_weighting):
 
 def test_torchjd_keeps_its_state_in_the_type_of_the_gradients(torchjd_weighting):
     grads = torch.randn(2, 50, dtype=torch.bfloat16)
-    theirs, ours = torchjd_weighting(), ExcessMTL(num_tasks=2)
+    theirs, ours = torchjd_weighting(), published(num_tasks=2)
     theirs(grads)
     ours.update_weights(grads)
     assert theirs._sq_grad_sum.dtype == torch.bfloat16

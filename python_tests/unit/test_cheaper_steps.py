@@ -9,6 +9,7 @@ import pytest
 import torch
 from _asserts import assert_equal_bits
 from _inputs import Problem, make_problem
+from _published import published
 from torch import Tensor, nn
 
 from excessmtl_ext import ExcessMTL, functional, reference
@@ -30,7 +31,7 @@ def make_balancer(problem: Problem, num_tasks: int = 3, **options: Any) -> Exces
     if options.get("estimate_from") == "last layer":
         options["estimate_from"] = last_layer(problem)
     parameters = list(problem.encoder.parameters())
-    return ExcessMTL(parameters, num_tasks=num_tasks, **{**RECOMMENDED, **options})
+    return published(parameters, num_tasks=num_tasks, **{**RECOMMENDED, **options})
 
 
 def change_batch(problem: Problem, number: int) -> None:
@@ -88,7 +89,7 @@ cheaper = pytest.mark.parametrize("options", CHEAPER.values(), ids=CHEAPER)
 def test_risks_from_a_subset_follow_the_equations_by_hand():
     """The example of the class, g = 3 and 1, then 4 and 1, is task gradients of `seen`; `unseen` only gets the sum."""
     seen, unseen = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
-    balancer = ExcessMTL([unseen, seen], num_tasks=2, estimate_from=[seen], **BY_HAND)
+    balancer = published([unseen, seen], num_tasks=2, estimate_from=[seen], **BY_HAND)
     balancer.backward([3 * seen + 5 * unseen, seen + 7 * unseen])
     assert balancer.task_weights.tolist() == [0.5, 0.5]
     seen.grad = unseen.grad = None
@@ -157,7 +158,7 @@ class Adapted(nn.Module):
 def test_risks_from_features_follow_the_equations_by_hand():
     """Two samples, z = 1 and 2: g = slope * (1 + 2) is 3 and 1, then 4 and 1, as in the example of the class."""
     shared = nn.Parameter(torch.ones(1, 1))
-    balancer = ExcessMTL([shared], num_tasks=2, estimate_from="features", **BY_HAND)
+    balancer = published([shared], num_tasks=2, estimate_from="features", **BY_HAND)
     expected = torch.tensor([16 / 25, 1 / 2], dtype=torch.float64).softmax(0).tolist()
     for slopes, after in (((1.0, 1 / 3), [0.5, 0.5]), ((4 / 3, 1 / 3), expected)):
         shared.grad = None
@@ -191,7 +192,7 @@ def test_positions_of_a_feature_map_share_the_adapter():
     encoder = nn.Conv2d(1, 3, 3)
     risks = []
     for as_samples in (False, True):
-        balancer = ExcessMTL(encoder.parameters(), num_tasks=2, estimate_from="features")
+        balancer = published(encoder.parameters(), num_tasks=2, estimate_from="features")
         features = encoder(torch.ones(2, 1, 5, 5) + torch.arange(5.0))
         z = features.movedim(1, -1).flatten(0, -2) if as_samples else features
         dims = (0,) if as_samples else (0, 2, 3)
@@ -231,7 +232,7 @@ def test_a_step_from_features_walks_the_encoder_once(num_tasks):
 def test_rotation_follows_the_equations_by_hand():
     """Two rounds of two steps: g = 3 then 1 set the baselines, 4 then 1 move the weights, as in the class's example."""
     shared = nn.Parameter(torch.zeros(()))
-    balancer = ExcessMTL([shared], num_tasks=2, tasks_per_step=1, **BY_HAND)
+    balancer = published([shared], num_tasks=2, tasks_per_step=1, **BY_HAND)
     slopes = [(3.0, 9.0), (9.0, 1.0), (4.0, 9.0), (9.0, 1.0)]  # 9 is never looked at
     expected = torch.tensor([16 / 25, 1 / 2], dtype=torch.float64).softmax(0).tolist()
     weights = [[0.5, 0.5]] * 3 + [expected]
@@ -524,7 +525,7 @@ def test_errors_name_the_argument_and_the_way_out():
     with pytest.raises(
         ValueError, match="`shared_parameters` with `estimate_from` or `tasks_per_s"
     ):
-        ExcessMTL(num_tasks=3, tasks_per_step=1)
+        published(num_tasks=3, tasks_per_step=1)
     with pytest.raises(ValueError, match="no `tasks_per_step` with estimate_from='features'"):
         make_balancer(problem, estimate_from="features", tasks_per_step=1)
     with pytest.raises(ValueError, match="batched=False with `estimate_from` or `tasks_per_step`"):

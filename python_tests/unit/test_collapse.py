@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from _asserts import assert_equal_bits, never_waiting_for_the_gpu
+from _published import published
 from torch import Tensor, nn
 
 from excessmtl_ext import ExcessMTL, GroupDRO, TaskCollapseWarning, Uniform
@@ -63,7 +64,7 @@ def feed_noise(balancer: ExcessMTL, calls: int, seed: int = 0) -> None:
 
 
 def collapsing(**options: object) -> ExcessMTL:
-    return ExcessMTL(num_tasks=2, robust_step_size=20.0, **options)  # type: ignore[arg-type]
+    return published(num_tasks=2, robust_step_size=20.0, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from _asserts import assert_equal_bits
 from _inputs import make_problem
+from _published import published
 from torch import nn
 
 from excessmtl_ext import ExcessMTL, excess_mtl
@@ -24,7 +25,7 @@ def test_docstring_examples_are_true(module):
 def test_the_task_far_from_its_optimum_gains_weight_whatever_its_loss():
     """Task 0 converges at once with a large irreducible loss; task 1 goes on: loss would favour the first."""
     shared = nn.Parameter(torch.zeros(2))
-    balancer = ExcessMTL([shared], num_tasks=2, robust_step_size=0.5)
+    balancer = published([shared], num_tasks=2, robust_step_size=0.5)
     for step in range(20):
         near = (shared[0] - 0.0) * (1.0 if step == 0 else 1e-3) + 100.0
         far = (shared[1] - 1.0).square()
@@ -34,7 +35,7 @@ def test_the_task_far_from_its_optimum_gains_weight_whatever_its_loss():
 
 def test_permuting_tasks_permutes_the_result():
     order, numels = [2, 0, 1], (5, 40)
-    plain, permuted = (ExcessMTL(num_tasks=3, robust_step_size=1.0) for _ in range(2))
+    plain, permuted = (published(num_tasks=3, robust_step_size=1.0) for _ in range(2))
     for _ in range(4):
         rows = [[torch.randn(n) for n in numels] for _ in range(3)]
         plain.update_weights(rows)
@@ -44,7 +45,7 @@ def test_permuting_tasks_permutes_the_result():
 
 
 def test_splitting_a_parameter_changes_nothing_but_rounding():
-    whole, split = (ExcessMTL(num_tasks=2, robust_step_size=1.0) for _ in range(2))
+    whole, split = (published(num_tasks=2, robust_step_size=1.0) for _ in range(2))
     for _ in range(4):
         grads = torch.randn(2, 1000)
         whole.update_weights(grads)
@@ -54,7 +55,7 @@ def test_splitting_a_parameter_changes_nothing_but_rounding():
 
 @pytest.mark.parametrize(("fisher", "power"), [("sqrt", 1), ("linear", 0)])
 def test_scaling_all_losses_scales_the_risk_as_the_equations_say(fisher, power):
-    plain, scaled = (ExcessMTL(num_tasks=2, fisher=fisher, eps=1e-30) for _ in range(2))
+    plain, scaled = (published(num_tasks=2, fisher=fisher, eps=1e-30) for _ in range(2))
     for _ in range(3):
         grads = torch.randn(2, 50)
         plain.update_weights(grads)
@@ -64,7 +65,7 @@ def test_scaling_all_losses_scales_the_risk_as_the_equations_say(fisher, power):
 
 
 def test_weights_stay_above_the_floor():
-    balancer = ExcessMTL(num_tasks=4, robust_step_size=50.0, min_weight=0.1)
+    balancer = published(num_tasks=4, robust_step_size=50.0, min_weight=0.1)
     for _ in range(20):
         balancer.update_weights(
             torch.randn(4, 10) * torch.tensor([[9.0], [1.0], [1.0], [1.0]]).roll(1, 0)
@@ -75,8 +76,8 @@ def test_weights_stay_above_the_floor():
 
 def test_momentum_reads_a_steady_gradient_as_risk_and_pure_noise_as_little():
     """Both tasks have the same mean square gradient; only one of them has a mean."""
-    balancer = ExcessMTL(num_tasks=2, gradient_momentum=0.95, fisher="linear", robust_step_size=1.0)
-    plain = ExcessMTL(num_tasks=2, fisher="linear", robust_step_size=1.0)
+    balancer = published(num_tasks=2, gradient_momentum=0.95, fisher="linear", robust_step_size=1.0)
+    plain = published(num_tasks=2, fisher="linear", robust_step_size=1.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         steady, noise = torch.ones(500), torch.randn(500, generator=generator)
@@ -88,7 +89,7 @@ def test_momentum_reads_a_steady_gradient_as_risk_and_pure_noise_as_little():
 
 def test_without_warmup_no_task_takes_all_the_weight_at_the_first_step():
     """The first risk is its own baseline, so every task moves alike, whatever the scale of its gradient."""
-    balancer = ExcessMTL(num_tasks=3, num_warmup_steps=0, robust_step_size=1.0)
+    balancer = published(num_tasks=3, num_warmup_steps=0, robust_step_size=1.0)
     balancer.update_weights(torch.randn(3, 50) * torch.tensor([[1e3], [1.0], [1e-3]]))
     assert balancer.relative_excess_risk.tolist() == [1.0] * 3
     assert balancer.task_weights.tolist() == pytest.approx([1 / 3] * 3)
@@ -97,10 +98,10 @@ def test_without_warmup_no_task_takes_all_the_weight_at_the_first_step():
 
 def test_half_precision_gradients_neither_overflow_nor_stall_in_the_state():
     """300 squared is beyond float16; 2,000 equal squares summed in bfloat16 would stop at a fraction of the truth."""
-    large = ExcessMTL(num_tasks=1)
+    large = published(num_tasks=1)
     large.update_weights(torch.full((1, 8), 300.0, dtype=torch.float16))
     assert large.sq_grad_sum[0, 0].item() == 90_000.0
-    long = ExcessMTL(num_tasks=1)
+    long = published(num_tasks=1)
     for _ in range(2_000):
         long.update_weights(torch.ones(1, 8, dtype=torch.bfloat16))
     assert long.sq_grad_sum[0, 0].item() == 2_000.0
@@ -122,7 +123,7 @@ def test_equal_runs_give_equal_bits():
 
 def test_state_is_sized_by_the_first_step_and_moves_to_the_gradients(device):
     layer = nn.Linear(3, 3).to(device)
-    balancer = ExcessMTL(num_tasks=2)
+    balancer = published(num_tasks=2)
     assert balancer.sq_grad_sum.shape == (2, 0)
     balancer.update_weights([[p.detach() for p in layer.parameters()]] * 2)
     assert balancer.sq_grad_sum.shape == (2, 64)
@@ -132,7 +133,7 @@ def test_state_is_sized_by_the_first_step_and_moves_to_the_gradients(device):
 
 def test_many_tasks_train():
     problem = make_problem(num_tasks=60)
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=60, robust_step_size=0.1)
+    balancer = published(problem.encoder.parameters(), num_tasks=60, robust_step_size=0.1)
     for _ in range(3):
         problem.zero_grad()
         balancer.backward(problem.losses())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from _inputs import Problem, make_problem
+from _published import published
 from test_gradients import CountingIdentity
 from torch import Tensor, nn
 
@@ -96,21 +97,21 @@ FORWARDS: list[Forward] = [
 
 def excess_from_last_layer(parameters: Iterable[Tensor], **options) -> ExcessMTL:
     shared = list(parameters)
-    return ExcessMTL(
+    return published(
         shared, num_tasks=3, robust_step_size=0.5, estimate_from=shared[-2:], **options
     )
 
 
 MAKES: dict[str, Callable[..., Balancer]] = {
-    "excess": lambda p, **o: ExcessMTL(p, num_tasks=3, robust_step_size=0.5, **o),
-    "weighted_heads": lambda p, **o: ExcessMTL(
+    "excess": lambda p, **o: published(p, num_tasks=3, robust_step_size=0.5, **o),
+    "weighted_heads": lambda p, **o: published(
         p, num_tasks=3, robust_step_size=0.5, head_weighting="task_weights", **o
     ),
-    "between_updates": lambda p, **o: ExcessMTL(
+    "between_updates": lambda p, **o: published(
         p, num_tasks=3, robust_step_size=0.5, update_every=2, **o
     ),
     "subset": lambda p, **o: excess_from_last_layer(p, **o),
-    "rotation": lambda p, **o: ExcessMTL(
+    "rotation": lambda p, **o: published(
         p, num_tasks=3, robust_step_size=0.5, tasks_per_step=1, **o
     ),
     "mgda": lambda p, **o: MGDA(p, num_tasks=3, **o),
@@ -163,7 +164,7 @@ def test_features_change_no_result(make, forward, how):
 @pytest.mark.parametrize("stacked", [False, True])
 def test_every_head_is_walked_once_and_the_encoder_once_per_task(stacked):
     problem = make_problem(num_tasks=4)
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=4)
+    balancer = published(problem.encoder.parameters(), num_tasks=4)
     hidden = CountingIdentity.apply(problem.encoder(problem.inputs))
     assert isinstance(hidden, Tensor)
     features = hidden * 1.0
@@ -195,7 +196,7 @@ def test_a_step_with_known_weights_walks_the_encoder_once(make):
 
 def test_heads_are_freed_before_the_encoder_is_walked():
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     features = problem.encoder(problem.inputs)
     losses = [head(features).square().mean() for head in problem.heads]
 
@@ -217,7 +218,7 @@ def test_hooks_run_as_often_as_without_features():
     counts = {}
     for with_features in (False, True):
         problem = make_problem()
-        balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+        balancer = published(problem.encoder.parameters(), num_tasks=3)
         features = problem.encoder(problem.inputs)
         losses = [head(features).square().mean() for head in problem.heads]
         seen: list[str] = []
@@ -235,7 +236,7 @@ def test_hooks_run_as_often_as_without_features():
 
 def test_a_hook_on_an_accumulated_head_gradient_runs_once_behind_the_cut():
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     features, losses = one_tensor(problem)
     seen = []
     weight = problem.heads[1].weight
@@ -249,7 +250,7 @@ def test_a_hook_on_an_accumulated_head_gradient_runs_once_behind_the_cut():
 def test_sparse_gradients_of_a_head_stay_sparse():
     problem = make_problem()
     table = nn.Embedding(4, 8, sparse=True)
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     features, losses = one_tensor(problem)
     losses[0] = losses[0] + (features[0] * table(torch.tensor([2]))).sum()
     balancer.backward(losses, features=features)
@@ -261,7 +262,7 @@ def test_parameters_below_the_features_that_are_not_shared_get_their_own_gradien
     def grads(*, with_features: bool) -> list[Tensor | None]:
         problem = make_problem()
         last = list(problem.encoder.parameters())[-2:]
-        balancer = ExcessMTL(last, num_tasks=3)
+        balancer = published(last, num_tasks=3)
         features, losses = one_tensor(problem)
         balancer.backward(losses, features=features if with_features else None)
         return problem.grads()
@@ -287,7 +288,7 @@ def test_parameters_below_the_features_that_are_not_shared_get_their_own_gradien
 @pytest.mark.parametrize("how", ["backward", "scalar"])
 def test_wrong_features_raise_and_change_nothing(change, error, message, how):
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     features, losses = one_tensor(problem)
     before = {
         name: value.clone()
@@ -306,7 +307,7 @@ def test_wrong_features_raise_and_change_nothing(change, error, message, how):
 
 def test_a_loss_that_reaches_a_shared_parameter_past_the_features_is_refused():
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     features, losses = one_tensor(problem)
     losses[2] = losses[2] + problem.encoder[0].weight.square().sum()
     with pytest.raises(
@@ -317,7 +318,7 @@ def test_a_loss_that_reaches_a_shared_parameter_past_the_features_is_refused():
 
 def test_a_loss_that_does_not_need_the_features_is_refused():
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     features, losses = one_tensor(problem)
     losses[1] = problem.heads[1](features[0].detach()).square().mean()
     with pytest.raises(ValueError, match=r"`losses\[1\]` to depend on `features`"):

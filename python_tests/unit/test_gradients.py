@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from _inputs import Problem, make_problem
+from _published import published
 from torch import Tensor, nn
 
-from excessmtl_ext import ExcessMTL, GroupDRO, Uniform
+from excessmtl_ext import GroupDRO, Uniform
 
 
 class CountingIdentity(torch.autograd.Function):
@@ -46,7 +47,7 @@ def counted_losses(problem: Problem, *, own_inputs: bool) -> list[Tensor]:
 @pytest.mark.parametrize("own_inputs", [False, True])
 def test_a_step_costs_one_encoder_pass_per_task(passes, own_inputs, stacked):
     problem = make_problem(num_tasks=4)
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=4)
+    balancer = published(problem.encoder.parameters(), num_tasks=4)
     losses = counted_losses(problem, own_inputs=own_inputs)
     balancer.backward(torch.stack(losses) if stacked else losses)
     assert passes.count == 4
@@ -63,7 +64,7 @@ def test_methods_without_task_gradients_cost_one_pass(passes, make):
 
 def test_steps_between_updates_cost_one_pass(passes):
     problem = make_problem(num_tasks=4)
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=4, update_every=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=4, update_every=3)
     counts = []
     for _ in range(4):
         passes.count = 0
@@ -90,8 +91,8 @@ def expected_grads(
 
 
 METHODS = {
-    "excessmtl": lambda p, **kw: ExcessMTL(p, num_tasks=3, robust_step_size=1.0, **kw),
-    "excessmtl_between_updates": lambda p, **kw: ExcessMTL(p, num_tasks=3, robust_step_size=1.0, update_every=2, **kw),
+    "excessmtl": lambda p, **kw: published(p, num_tasks=3, robust_step_size=1.0, **kw),
+    "excessmtl_between_updates": lambda p, **kw: published(p, num_tasks=3, robust_step_size=1.0, update_every=2, **kw),
     "groupdro": lambda p, **kw: GroupDRO(p, num_tasks=3, robust_step_size=1.0, **kw),
     "uniform": lambda p, **kw: Uniform(p, num_tasks=3, **kw),
 }  # fmt: skip
@@ -134,7 +135,7 @@ def test_unused_and_frozen_shared_parameters_keep_no_gradient():
     unused = nn.Parameter(torch.ones(3))
     frozen = next(problem.encoder.parameters())
     frozen.requires_grad_(False)
-    balancer = ExcessMTL([*problem.encoder.parameters(), unused], num_tasks=3)
+    balancer = published([*problem.encoder.parameters(), unused], num_tasks=3)
     for _ in range(2):
         balancer.backward(problem.losses())
     assert unused.grad is None
@@ -144,7 +145,7 @@ def test_unused_and_frozen_shared_parameters_keep_no_gradient():
 
 def test_a_parameter_that_one_task_does_not_use_gets_the_others_share():
     shared, extra = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    balancer = ExcessMTL([shared, extra], num_tasks=2)
+    balancer = published([shared, extra], num_tasks=2)
     balancer.backward([(shared * extra).sum(), shared.sum()])
     torch.testing.assert_close(extra.grad, torch.full((2,), 0.5))
 
@@ -179,7 +180,7 @@ def test_parameters_whose_gradients_share_memory_get_their_own_sums(make, join):
 def test_a_gradient_shared_in_a_later_task_only_is_not_written():
     """Task 0 does not reach b, so b's sum could go where task 1 keeps the gradients of both."""
     a, b = nn.Parameter(torch.randn(6, 1)), nn.Parameter(torch.randn(2, 3))
-    balancer = ExcessMTL([b, a], num_tasks=2, robust_step_size=1.0)
+    balancer = published([b, a], num_tasks=2, robust_step_size=1.0)
     inputs = torch.randn(2, 6)
     losses = [(inputs[0] @ a.view(-1)).square(), (inputs[1] @ sum_of_views(a, b)).square()]
     expected = [
@@ -195,7 +196,7 @@ def test_tied_parameters_count_once():
     layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
     other.weight = layer.weight
     encoder = nn.Sequential(layer, nn.Tanh(), other)
-    balancer = ExcessMTL(encoder.parameters(), num_tasks=2)
+    balancer = published(encoder.parameters(), num_tasks=2)
     x = torch.randn(5, 4)
     z = encoder(x)
     losses = [z.square().mean(), z.sum()]
@@ -207,7 +208,7 @@ def test_tied_parameters_count_once():
 def test_parameters_outside_the_shared_ones_that_serve_several_tasks_get_the_plain_sum():
     for make in (
         lambda p: GroupDRO(p, num_tasks=2, robust_step_size=1.0),
-        lambda p: ExcessMTL(p, num_tasks=2, update_every=2, robust_step_size=1.0),
+        lambda p: published(p, num_tasks=2, update_every=2, robust_step_size=1.0),
         lambda p: Uniform(p, num_tasks=2),
     ):
         inner, outer = nn.Linear(3, 3), nn.Linear(3, 3)
@@ -231,7 +232,7 @@ def test_channels_last_gradients_are_combined_in_the_right_order():
     plain.load_state_dict(conv.state_dict())
     x = torch.randn(2, 3, 6, 6)
     for layer, inputs in ((conv, x.to(memory_format=torch.channels_last)), (plain, x.contiguous())):
-        balancer = ExcessMTL(layer.parameters(), num_tasks=2, robust_step_size=1.0)
+        balancer = published(layer.parameters(), num_tasks=2, robust_step_size=1.0)
         for _ in range(2):
             layer.zero_grad()
             z = layer(inputs)
@@ -245,7 +246,7 @@ def test_a_sparse_shared_gradient_is_refused_before_anything_moves(mode):
     layer = nn.Linear(4, 2)
     shared = [*embedding.parameters(), *layer.parameters()]
     options = {"subset": {"estimate_from": [embedding.weight]}, "rotation": {"tasks_per_step": 1}}
-    balancer = ExcessMTL(shared, num_tasks=2, **options.get(mode, {}))
+    balancer = published(shared, num_tasks=2, **options.get(mode, {}))
     before = {key: str(value) for key, value in balancer.state_dict().items()}
     z = layer(embedding(torch.tensor([1, 2, 2])))
     losses = [z.sum(), z.square().sum()]
@@ -280,7 +281,7 @@ def test_sparse_gradients_stay_sparse_where_no_weight_comes_from_them():
 
 def test_losses_in_half_precision_and_shapes_of_one_element_work():
     problem = make_problem(dtype=torch.bfloat16)
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    balancer = published(problem.encoder.parameters(), num_tasks=3)
     balancer.backward([loss.reshape(1) for loss in problem.losses()])
     balancer.backward(torch.stack(problem.losses()))
     assert balancer.sq_grad_sum.dtype == torch.float32

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from _published import published
 from torch import nn
 
 from excessmtl_ext import ExcessMTL, _extension
@@ -32,7 +33,7 @@ tasks, width = int(sys.argv[2]), int(sys.argv[3])
 encoder = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
 heads = nn.ModuleList([nn.Linear(width, 1) for _ in range(tasks)])
 parameters = [*encoder.parameters(), *heads.parameters()]
-balancer = ExcessMTL(encoder.parameters(), num_tasks=tasks)
+balancer = published(encoder.parameters(), num_tasks=tasks)
 optimizer = torch.optim.SGD(parameters, lr=1e-3)
 inputs = torch.randn(2, width)
 sbrk = ctypes.CDLL(None).sbrk
@@ -78,7 +79,7 @@ def test_a_step_keeps_the_memory_of_its_gradients():
 
 def stepped(width: int) -> tuple[ExcessMTL, nn.Linear]:
     encoder = nn.Linear(width, width, bias=False)
-    balancer = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS)
+    balancer = published(encoder.parameters(), num_tasks=NUM_TASKS)
     features = encoder(torch.ones(1, width))
     balancer.backward([(features * (task + 1)).square().mean() for task in range(NUM_TASKS)])
     return balancer, encoder

@@ -12,6 +12,7 @@ import pytest
 import torch
 from _asserts import assert_equal_bits, never_waiting_for_the_gpu
 from _inputs import Problem, make_problem
+from _published import published
 from torch import Tensor
 
 from excessmtl_ext import IMTL, MGDA, Balancer, ExcessMTL, GradNorm, GroupDRO, SingleTask, Uniform
@@ -57,7 +58,7 @@ def test_recording_changes_no_bit_of_a_streamed_step(momentum: float) -> None:
     results = []
     for is_recorded in (False, True):
         problem = make_problem()
-        balancer = make(ExcessMTL, problem, gradient_momentum=momentum)
+        balancer = make(published, problem, gradient_momentum=momentum)
         if is_recorded:
             balancer.record_history(gradients=True, flush_every=3)
         for _ in range(4):
@@ -70,7 +71,7 @@ def test_recording_changes_no_bit_of_a_streamed_step(momentum: float) -> None:
 
 def test_state_dict_is_the_same_with_a_history() -> None:
     problem = make_problem()
-    balancer = make(ExcessMTL, problem)
+    balancer = make(published, problem)
     names = set(balancer.state_dict())
     balancer.record_history(gradients=True)
     train(problem, balancer, 2)
@@ -81,7 +82,7 @@ def test_state_dict_is_the_same_with_a_history() -> None:
 @pytest.mark.parametrize("flush_every", [1, 4, 100])
 def test_records_are_the_states_after_each_step(flush_every: int) -> None:
     problem = make_problem()
-    balancer = make(ExcessMTL, problem)
+    balancer = make(published, problem)
     history = balancer.record_history(flush_every=flush_every)
     expected: dict[str, list[Tensor]] = {name: [] for name in STATE}
     for _ in range(9):
@@ -107,7 +108,7 @@ def test_every_third_call_is_recorded_and_the_oldest_are_dropped() -> None:
 
 def test_every_verb_is_a_step() -> None:
     problem = make_problem()
-    balancer = make(ExcessMTL, problem)
+    balancer = make(published, problem)
     history = balancer.record_history()
     balancer.backward(problem.losses())
     balancer(problem.losses()).backward()
@@ -124,7 +125,7 @@ def test_a_flush_is_one_transfer_and_a_step_is_none(monkeypatch: pytest.MonkeyPa
     # Whatever would wait for a GPU goes through one of these.
     calls: list[str] = []
     problem = make_problem()
-    balancer = make(ExcessMTL, problem)
+    balancer = make(published, problem)
     # Of a counter that lies on a GPU the guard starts a copy every five calls, and waits for none.
     balancer.observers = [each for each in balancer.observers if not isinstance(each, SkipGuard)]
     balancer.record_history(flush_every=4, gradients=True)
@@ -157,7 +158,7 @@ def test_a_flush_is_one_transfer_and_a_step_is_none(monkeypatch: pytest.MonkeyPa
 def test_gradient_norms_and_cosines_are_those_of_the_gradients() -> None:
     problem = make_problem(dtype=torch.float64)
     shared = list(problem.encoder.parameters())
-    balancer = make(ExcessMTL, problem, robust_step_size=0.5)
+    balancer = make(published, problem, robust_step_size=0.5)
     history = balancer.record_history(gradients=True)
     expected = []
     for _ in range(3):
@@ -179,7 +180,7 @@ def test_a_loss_scale_is_undone() -> None:
     rows = []
     for scale in (None, 1024.0):
         problem = make_problem()
-        balancer = make(ExcessMTL, problem)
+        balancer = make(published, problem)
         history = balancer.record_history(gradients=True)
         for _ in range(3):
             balancer.backward(problem.losses(), grad_scale=scale)
@@ -190,7 +191,7 @@ def test_a_loss_scale_is_undone() -> None:
 
 def feed(gradients: Tensor, **options: float) -> HistoryRecords:
     """Records what a balancer of one parameter makes of [N, T, P] gradients."""
-    balancer = ExcessMTL(num_tasks=gradients.shape[1], **options)  # type: ignore[arg-type]
+    balancer = published(num_tasks=gradients.shape[1], **options)  # type: ignore[arg-type]
     history = balancer.record_history(gradients=True)
     for step in gradients:
         balancer.update_weights(step)
@@ -220,7 +221,7 @@ def test_noise_share_by_hand() -> None:
 
 
 def test_an_absent_task_keeps_its_statistics_and_has_no_gradient() -> None:
-    balancer = ExcessMTL(num_tasks=2)
+    balancer = published(num_tasks=2)
     history = balancer.record_history(gradients=True)
     one, two = torch.ones(3), torch.full((3,), 2.0)
     for grads in ([[one], [two]], [[one], [-two]], [[one], []], [[one], [two]]):
@@ -233,7 +234,7 @@ def test_an_absent_task_keeps_its_statistics_and_has_no_gradient() -> None:
 
 
 def test_a_non_finite_step_is_counted_and_leaves_the_statistics_alone() -> None:
-    balancer = ExcessMTL(num_tasks=2)
+    balancer = published(num_tasks=2)
     history = balancer.record_history(gradients=True)
     good, bad = (
         [[torch.ones(3)], [torch.ones(3)]],
@@ -249,7 +250,7 @@ def test_a_non_finite_step_is_counted_and_leaves_the_statistics_alone() -> None:
 
 
 def test_a_step_that_raises_is_not_recorded_and_spoils_nothing() -> None:
-    balancer = ExcessMTL(num_tasks=1, nonfinite="raise")
+    balancer = published(num_tasks=1, nonfinite="raise")
     history = balancer.record_history(gradients=True)
     with pytest.raises(FloatingPointError):
         balancer.update_weights([[torch.tensor([float("nan")])]])
@@ -263,7 +264,7 @@ def test_streaming_has_norms_and_noise_but_no_cosine() -> None:
     rows = {}
     for is_streamed in (False, True):
         problem = make_problem()
-        balancer = make(ExcessMTL, problem)
+        balancer = make(published, problem)
         history = balancer.record_history(gradients=True)
         for _ in range(3):
             if is_streamed:
@@ -294,12 +295,12 @@ def test_a_method_without_task_gradients_has_none_to_record(method: type[Balance
 def test_csv_holds_every_record_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "new" / "history.csv"
     problem = make_problem()
-    balancer = make(ExcessMTL, problem)
+    balancer = make(published, problem)
     names = ["depth", "normals", "edges"]
     with balancer.record_history(flush_every=2, task_names=names, writers=[CSVWriter(path)]):
         train(problem, balancer, 3)
 
-    resumed = make(ExcessMTL, problem)
+    resumed = make(published, problem)
     resumed.load_state_dict(balancer.state_dict())
     with pytest.raises(FileExistsError, match="append=True"):
         CSVWriter(path)
@@ -332,7 +333,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     problem = make_problem()
-    balancer = make(ExcessMTL, problem)
+    balancer = make(published, problem)
     writer = TensorBoardWriter(tmp_path)
     with balancer.record_history(flush_every=2, gradients=True, writers=[writer]) as history:
         train(problem, balancer, 3)
@@ -371,7 +372,7 @@ def test_task_names_must_tell_tasks_apart(names: list[str]) -> None:
 
 
 def test_reset_begins_a_new_record() -> None:
-    balancer = ExcessMTL(num_tasks=1)
+    balancer = published(num_tasks=1)
     history = balancer.record_history(gradients=True)
     balancer.update_weights([[torch.ones(3)]])
     balancer.reset()
@@ -395,7 +396,7 @@ def test_nothing_waits_for_the_gpu_between_flushes() -> None:
     problem.encoder.cuda()
     problem.heads.cuda()
     problem.inputs, problem.targets = problem.inputs.cuda(), problem.targets.cuda()
-    balancer = make(ExcessMTL, problem)
+    balancer = make(published, problem)
     history = balancer.record_history(gradients=True, flush_every=100)
     train(problem, balancer, 2)
     losses = problem.losses()

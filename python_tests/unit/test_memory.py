@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _published import published
 from torch import nn
 
 from excessmtl_ext import ExcessMTL, GroupDRO, memory
@@ -42,7 +43,7 @@ def step_of(balancer: Balancer, net: Net, *, streaming: bool = False):
 
 
 def balancer_for(net: Net, **options) -> ExcessMTL:
-    return ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **options)
+    return published(net.encoder.parameters(), num_tasks=NUM_TASKS, **options)
 
 
 def is_kept(grad: torch.Tensor | None, balancer: Balancer) -> bool:
@@ -133,4 +134,4 @@ def test_report_prints_every_kind_and_how_the_peak_was_measured():
 
 def test_report_without_any_size_says_what_to_do():
     with pytest.raises(ValueError, match="after the first step"):
-        ExcessMTL(num_tasks=2).memory_report()
+        published(num_tasks=2).memory_report()

@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 from _inputs import make_problem
+from _published import published
 from test_features import FORWARDS, MAKES, Forward, one_tensor, own_inputs, train
 from torch import Tensor, nn
 
-from excessmtl_ext import ExcessMTL, GradNorm
+from excessmtl_ext import GradNorm
 from excessmtl_ext.passes import vectorised
 from excessmtl_ext.passes.vectorised import HOPELESS, NUM_TIMED_STEPS, NUM_UNTIMED_STEPS
 
@@ -56,7 +57,7 @@ def test_common_layers_can_be_batched(layers):
         features = encoder(inputs)
         heads = [nn.Linear(features[0].numel(), 2).double() for _ in range(3)]
         losses = [head(features.flatten(1)).square().mean() for head in heads]
-        balancer = ExcessMTL(encoder.parameters(), num_tasks=3, batched=batched)
+        balancer = published(encoder.parameters(), num_tasks=3, batched=batched)
         balancer.backward(losses, features=features)
         expected = (
             "one vectorised pass (batched=True)" if batched else "one pass per task (batched=False)"
@@ -82,9 +83,9 @@ class WithoutRule(torch.autograd.Function):
 @pytest.mark.parametrize("batched", [True, "auto"])
 def test_a_layer_that_cannot_be_batched_falls_back_and_says_so(batched):
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, batched=batched)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, batched=batched)
     twin = make_problem()
-    plain = ExcessMTL(twin.encoder.parameters(), num_tasks=3)
+    plain = published(twin.encoder.parameters(), num_tasks=3)
     for _ in range(3):
         for p, b, options in ((problem, balancer, True), (twin, plain, False)):
             features = WithoutRule.apply(p.encoder(p.inputs))
@@ -111,7 +112,7 @@ def test_the_reason_for_ordinary_passes_is_told(forward: Forward, given, reason)
 
 def test_a_hook_on_a_shared_parameter_sees_the_gradient_of_one_task():
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, batched=True)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, batched=True)
     shapes = []
     problem.encoder[0].weight.register_hook(lambda grad: shapes.append(grad.shape))
     features, losses = one_tensor(problem)
@@ -142,7 +143,7 @@ class Clock:
 def test_auto_tries_both_and_keeps_the_faster(monkeypatch, faster):
     clock = Clock(monkeypatch, {faster: 1.0, not faster: 1.5})
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, batched="auto")
+    balancer = published(problem.encoder.parameters(), num_tasks=3, batched="auto")
     for _ in range(MEASURED_STEPS + 3):
         features, losses = one_tensor(problem)
         balancer.backward(losses, features=features)
@@ -157,7 +158,7 @@ def test_auto_tries_both_and_keeps_the_faster(monkeypatch, faster):
 def test_auto_gives_a_hopeless_pass_up_after_its_first_timed_step(monkeypatch):
     clock = Clock(monkeypatch, {True: HOPELESS + 0.5, False: 1.0})
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, batched="auto")
+    balancer = published(problem.encoder.parameters(), num_tasks=3, batched="auto")
     for _ in range(MEASURED_STEPS):
         features, losses = one_tensor(problem)
         balancer.backward(losses, features=features)
@@ -167,7 +168,7 @@ def test_auto_gives_a_hopeless_pass_up_after_its_first_timed_step(monkeypatch):
 def test_reset_measures_again(monkeypatch):
     clock = Clock(monkeypatch, {True: 1.0, False: 1.5})
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, batched="auto")
+    balancer = published(problem.encoder.parameters(), num_tasks=3, batched="auto")
     for _ in range(MEASURED_STEPS):
         features, losses = one_tensor(problem)
         balancer.backward(losses, features=features)
@@ -180,7 +181,7 @@ def test_reset_measures_again(monkeypatch):
 
 def test_the_gradient_left_behind_does_not_keep_those_of_all_tasks_alive():
     problem = make_problem()
-    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, batched=True)
+    balancer = published(problem.encoder.parameters(), num_tasks=3, batched=True)
     features, losses = one_tensor(problem)
     balancer.backward(losses, features=features)
     assert balancer.backward_mode == "one vectorised pass (batched=True)"
@@ -192,7 +193,7 @@ def test_the_gradient_left_behind_does_not_keep_those_of_all_tasks_alive():
 @pytest.mark.parametrize("value", ["yes", None, 1])
 def test_wrong_batched_raises(value):
     with pytest.raises(ValueError, match="Expected `batched` to be True, False or 'auto'"):
-        ExcessMTL(make_problem().encoder.parameters(), num_tasks=3, batched=value)
+        published(make_problem().encoder.parameters(), num_tasks=3, batched=value)
     with pytest.raises(ValueError, match="Expected `batched` to be True, False or 'auto'"):
         GradNorm(make_problem().encoder.parameters(), num_tasks=3, batched=value)
 
@@ -201,7 +202,7 @@ def bytecodes_of_a_step(num_tasks: int, num_layers: int, how: str) -> int:
     """Bytecode instructions that the interpreter executes in a step; what runs in built-ins and in torch is none."""
     encoder = nn.Sequential(*[nn.Linear(4, 4) for _ in range(num_layers)])
     heads = [nn.Linear(4, 1) for _ in range(num_tasks)]
-    balancer = ExcessMTL(encoder.parameters(), num_tasks=num_tasks, batched=how == "batched")
+    balancer = published(encoder.parameters(), num_tasks=num_tasks, batched=how == "batched")
     inputs = torch.randn(3, 4)
     count = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _published import published
 from torch import Tensor, nn
 
 from excessmtl_ext import Balancer, ExcessMTL, Uniform
@@ -12,7 +13,7 @@ from excessmtl_ext.report import NOT_RECORDED, BalancerReport
 
 def report_of(gradients: Tensor, **options: object) -> BalancerReport:
     """The report on [N, T, P] gradients."""
-    balancer = ExcessMTL(num_tasks=gradients.shape[1], **options)  # type: ignore[arg-type]
+    balancer = published(num_tasks=gradients.shape[1], **options)  # type: ignore[arg-type]
     with balancer.record_history(gradients=True, task_names=["clean", "other"]):
         for step in gradients:
             balancer.update_weights(step)
@@ -45,7 +46,7 @@ def test_the_table_shows_the_numbers_and_the_data_hold_them() -> None:
 
 
 def test_without_a_history_the_gradients_are_not_recorded() -> None:
-    balancer = ExcessMTL(num_tasks=2)
+    balancer = published(num_tasks=2)
     balancer.update_weights([[torch.ones(3)], [torch.ones(3)]])
     report = balancer.report()
     assert [task.name for task in report.tasks] == ["task0", "task1"]
@@ -69,7 +70,7 @@ def test_a_method_without_risks_and_gradients_says_so() -> None:
 
 
 def test_absent_and_skipped_steps_are_counted_by_task() -> None:
-    balancer = ExcessMTL(num_tasks=2)
+    balancer = published(num_tasks=2)
     balancer.record_history(gradients=True)
     one, bad = torch.ones(3), torch.full((3,), float("nan"))
     for grads in ([[one], [one]], [[one], []], [[one], []], [[one], [bad]]):

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 from _paths import ROOT
+from _published import published
 
-from excessmtl_ext import ExcessMTL, _extension
+from excessmtl_ext import _extension
 
 for package in ("matplotlib", "rich", "torchvision"):
     pytest.importorskip(package, reason=f"the benchmarks need {package}")
@@ -398,7 +399,7 @@ def test_a_measurement_survives_its_file():
 
 def test_a_mode_is_one_more_row(template):
     def with_momentum(problem):
-        balancer = ExcessMTL(problem.shared, num_tasks=problem.num_tasks, gradient_momentum=0.5)
+        balancer = published(problem.shared, num_tasks=problem.num_tasks, gradient_momentum=0.5)
         return lambda features, losses: balancer.backward(losses)
 
     row = rows.Row("momentum", "ExcessMTL, momentum", "ours", with_momentum)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _inputs import make_problem
+from _published import published
 from _rank_model import NUM_TASKS, TOLERANCE, Net, losses_of, own_rows
 from _ranks import raised_by, run_ranks
 from torch import Tensor, nn
@@ -20,6 +21,13 @@ from excessmtl_ext import ExcessMTL, _extension
 from excessmtl_ext.distributed import DataParallel, Ranks
 
 NUM_STEPS = 6
+DEFAULT = {
+    "robust_step_size": None,
+    "combine": None,
+    "fisher": "linear",
+    "gradient_momentum": 0.98,
+    "eps": 1e-30,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "official": {"robust_step_size": 0.1},
     "paper": {"robust_step_size": 0.1, "fisher": "linear", "num_warmup_steps": 2},
@@ -29,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "head_weighting": "task_weights",
         "weight_scale": "num_tasks",
     },
+    "default": {**DEFAULT, "update_every": 2},
     "every_second": {"robust_step_size": 0.1, "update_every": 2, "min_weight": 0.05},
 }
 
@@ -63,7 +72,7 @@ def train(
     ranks: dict[str, Any] = {}
     if num_ranks > 1:
         ranks = {"process_group": dist.group.WORLD, "model": model}
-    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **options, **ranks)
+    balancer = published(net.encoder.parameters(), num_tasks=NUM_TASKS, **options, **ranks)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     generator = torch.Generator().manual_seed(1)
     states = []
@@ -102,7 +111,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(
     assert_same(results, train(0, 1, options, [20]))
 
 
-@pytest.mark.parametrize("options", [OPTIONS["official"], OPTIONS["momentum"]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS["official"], OPTIONS["momentum"], DEFAULT], ids=str)
 def test_four_ranks_equal_one_process_on_the_joined_batch(options: dict[str, Any]) -> None:
     assert_same(run_ranks(4, train, options, [5] * 4), train(0, 1, options, [20]))
 
@@ -141,7 +150,7 @@ def accumulate_with_no_sync(rank: int, num_ranks: int) -> list[dict[str, Tensor]
     net = Net(problem)
     model = DistributedDataParallel(net) if num_ranks > 1 else net
     ranks = {"model": model} if num_ranks > 1 else {}
-    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    balancer = published(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
     rows = own_rows(rank, [20 // num_ranks] * num_ranks)
     states = []
     for _ in range(2):  # twice: the reducer must be left ready for the next round
@@ -174,7 +183,7 @@ def mix_with_other_losses(rank: int, num_ranks: int, has_own_hook: bool) -> list
         if has_own_hook:
             model.register_comm_hook(None, default_hooks.allreduce_hook)
         ranks, waiting = {"model": model}, model.no_sync
-    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    balancer = published(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
     rows = own_rows(rank, [20 // num_ranks] * num_ranks)
 
     def losses() -> list[Tensor]:
@@ -216,7 +225,7 @@ def train_with_absent(rank: int, num_ranks: int, ddp: dict[str, Any] | None) -> 
     ranks: dict[str, Any] = {}
     if num_ranks > 1:
         ranks = {"process_group": dist.group.WORLD, "model": model}
-    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    balancer = published(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     rows = own_rows(rank, [20 // num_ranks] * num_ranks)
     last = own_rows(num_ranks - 1, [20 // num_ranks] * num_ranks) if num_ranks > 1 else None
@@ -268,7 +277,7 @@ def train_with_an_idle_rank(
     ranks: dict[str, Any] = {}
     if num_ranks > 1:
         ranks = {"process_group": dist.group.WORLD, "model": model}
-    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    balancer = published(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     is_idle = rank == 1
     states = []
@@ -306,7 +315,7 @@ def test_a_rank_without_samples_changes_nothing(kind: str, ddp: dict[str, Any] |
 def step_with_a_branch(rank: int, num_ranks: int) -> list[bool]:
     """Parameter 1 is used on rank 1 alone, parameter 2 nowhere."""
     parameters = [nn.Parameter(torch.ones(3)) for _ in range(3)]
-    balancer = ExcessMTL(parameters, num_tasks=2, process_group=dist.group.WORLD)
+    balancer = published(parameters, num_tasks=2, process_group=dist.group.WORLD)
     used = parameters[0].sum() + (parameters[1].sum() if rank == 1 else 0.0)
     balancer.backward([used, used**2])
     assert num_ranks == 2
@@ -319,7 +328,7 @@ def step_with_a_branch(rank: int, num_ranks: int) -> list[bool]:
 
 def rest(rank: int, num_ranks: int) -> list[bool]:
     problem = make_problem(NUM_TASKS)
-    balancer = ExcessMTL(
+    balancer = published(
         problem.encoder.parameters(),
         num_tasks=NUM_TASKS,
         process_group=dist.group.WORLD,
@@ -363,7 +372,7 @@ def measure(
         if ddp == "own_hook":
             model.register_comm_hook(None, default_hooks.allreduce_hook)
         ranks = {"model": model}
-    balancer = ExcessMTL(encoder.parameters(), num_tasks=num_tasks, reduce=reduce, **ranks)
+    balancer = published(encoder.parameters(), num_tasks=num_tasks, reduce=reduce, **ranks)
 
     def step() -> None:
         encoder.zero_grad()
@@ -423,7 +432,7 @@ def approximate(rank: int, num_ranks: int, is_same_batch: bool) -> list[dict[str
     ranks: dict[str, Any] = {}
     if num_ranks > 1:
         ranks = {"process_group": dist.group.WORLD, "model": net, "reduce": "risks"}
-    balancer = ExcessMTL(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
+    balancer = published(net.encoder.parameters(), num_tasks=NUM_TASKS, **ranks)
     rows = slice(0, 20) if is_same_batch else own_rows(rank, [20 // num_ranks] * num_ranks)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     states = []
@@ -454,7 +463,7 @@ def update(rank: int, num_ranks: int, reduce: str = "grads") -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shared = [torch.zeros(7, 3, requires_grad=True), torch.zeros(5, requires_grad=True)]
     ranks: dict[str, Any] = {"process_group": dist.group.WORLD} if num_ranks > 1 else {}
-    balancer = ExcessMTL(shared, num_tasks=2, robust_step_size=0.5, reduce=reduce, **ranks)
+    balancer = published(shared, num_tasks=2, robust_step_size=0.5, reduce=reduce, **ranks)
     for number in range(5):
         grads = torch.randn(4, 2, 26, generator=generator)
         own = grads[rank * (4 // num_ranks) : (rank + 1) * (4 // num_ranks)].mean(0)
@@ -481,18 +490,18 @@ def test_update_weights_averages_what_it_is_given(num_ranks: int, reduce: str) -
 def test_arguments_without_ranks_are_refused() -> None:
     encoder = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="Expected `process_group`, or a `model`"):
-        ExcessMTL(encoder.parameters(), num_tasks=2, model=encoder)
+        published(encoder.parameters(), num_tasks=2, model=encoder)
     with pytest.raises(ValueError, match="Expected `reduce` to be one of"):
-        ExcessMTL(encoder.parameters(), num_tasks=2, reduce="mean")  # type: ignore[arg-type]
+        published(encoder.parameters(), num_tasks=2, reduce="mean")  # type: ignore[arg-type]
 
 
 def refuse(rank: int, num_ranks: int) -> list[tuple[str, str]]:
     encoder = nn.Linear(3, 2)
-    balancer = ExcessMTL(encoder.parameters(), num_tasks=2, process_group=dist.group.WORLD)
+    balancer = published(encoder.parameters(), num_tasks=2, process_group=dist.group.WORLD)
     group = dist.group.WORLD
     assert Ranks(group).size == num_ranks and Ranks(group).rank == rank  # type: ignore[arg-type]
     return [
-        raised_by(lambda: ExcessMTL(num_tasks=2, process_group=group)),
+        raised_by(lambda: published(num_tasks=2, process_group=group)),
         raised_by(lambda: balancer.accumulate(0, encoder(torch.ones(1, 3)).sum())),
         raised_by(lambda: balancer.record_history(gradients=True)),
     ]

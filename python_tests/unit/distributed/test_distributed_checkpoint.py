@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from _inputs import make_problem
+from _published import published
 from _rank_model import NUM_TASKS, TOLERANCE, Net, losses_of, own_rows
 from _ranks import raised_by, run_ranks
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from excessmtl_ext import ExcessMTL
 from excessmtl_ext.distributed import DataParallel, full_state_dict
 
 OPTIONS: dict[str, Any] = {"robust_step_size": 0.3, "gradient_momentum": 0.9}
@@ -43,7 +43,7 @@ class Run:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.net.encoder if kind == "fsdp_encoder" else self.net, mesh=mesh)
             ranks = {"model": self.net}
-        self.balancer = ExcessMTL(
+        self.balancer = published(
             self.net.encoder.parameters(), num_tasks=NUM_TASKS, **OPTIONS, **options, **ranks
         )
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05)
@@ -273,11 +273,11 @@ def refuse(rank: int, num_ranks: int) -> list[str]:
     return [
         raised_by(lambda: run.balancer.backward(losses))[1],
         raised_by(own_heads.step)[1],
-        raised_by(lambda: ExcessMTL([*run.net.encoder.parameters(), plain], num_tasks=NUM_TASKS))[
+        raised_by(lambda: published([*run.net.encoder.parameters(), plain], num_tasks=NUM_TASKS))[
             1
         ],
         raised_by(
-            lambda: ExcessMTL(run.net.encoder.parameters(), num_tasks=NUM_TASKS, reduce="risks")
+            lambda: published(run.net.encoder.parameters(), num_tasks=NUM_TASKS, reduce="risks")
         )[1],
     ]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from _inputs import make_problem
+from _published import published
 from _rank_model import NUM_TASKS
 from _ranks import raised_by, run_ranks
 from torch import Tensor, nn
 
-from excessmtl_ext import ExcessMTL
 from excessmtl_ext.distributed import full_state_dict
 
 # ---- errors reach every rank
@@ -21,7 +21,7 @@ from excessmtl_ext.distributed import full_state_dict
 def fail(rank: int, num_ranks: int, kind: str) -> tuple[tuple[str, str], bool, bool]:
     problem = make_problem(NUM_TASKS)
     options: dict[str, Any] = {"robust_step_size": 0.5 if kind == "options" and rank else 0.1}
-    balancer = ExcessMTL(
+    balancer = published(
         problem.encoder.parameters(),
         num_tasks=NUM_TASKS,
         process_group=dist.group.WORLD,
@@ -91,7 +91,7 @@ def test_an_error_on_one_rank_is_an_error_on_all_and_changes_nothing(
 
 def skip(rank: int, num_ranks: int, nonfinite: str, reduce: str) -> Any:
     problem = make_problem(NUM_TASKS)
-    balancer = ExcessMTL(
+    balancer = published(
         problem.encoder.parameters(),
         num_tasks=NUM_TASKS,
         nonfinite=nonfinite,

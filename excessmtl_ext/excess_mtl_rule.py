@@ -1,0 +1,199 @@
+"""The rule of ExcessMTL: how its weights move and how gradients are combined, for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from excessmtl_ext import bounded_moves, functional, gradient_sizes
+from excessmtl_ext.excess_mtl_state import ExcessMTLState
+from excessmtl_ext.state import MAX_LOG_STEP
+from excessmtl_ext.step import Step, StreamedWeight, Targets
+
+
+class ExcessMTLRule(ExcessMTLState):
+    """What the engines ask of :class:`excessmtl_ext.ExcessMTL`."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
+
+    _new_shares: Tensor | None = None
+    """[T], of the tasks that a step under way has taken in."""
+
+    def update(self, step: Step) -> None:
+        """Moves the weights by one step (He et al. 2024, Eqs. 6, 7 and 9)."""
+        state, options = self.prepare(step)
+        grads, moves = step.task_grads, self.move_options
+        if moves.is_plain:
+            functional.fused_step_(grads.tensors, grads.layout, state, options, step.grad_scale)
+        else:
+            bounded_moves.step_(
+                grads.tensors, grads.layout, state, self.move_state, options, moves, step.grad_scale
+            )
+
+    def combine(self, step: Step, targets: Targets) -> None:
+        """Writes the weighted sum to ``targets``; after a non-finite step repairs the state and writes NaN."""
+        grads, state, options = step.task_grads, self.step_state, self.step_options
+        if self.combination != "sum":
+            functional.repair_(
+                grads.tensors,
+                grads.layout,
+                state.sq_grad_sum,
+                state.grad_mean,
+                state.found_nonfinite,
+                options,
+                step.grad_scale,
+                state=state,
+            )
+            gradient_sizes.weighted_sum_(
+                grads.tensors,
+                targets.outputs,
+                grads.layout,
+                self.tensor_weights,
+                state.found_nonfinite,
+                accumulate=targets.accumulate,
+            )
+            return
+        functional.combine_(
+            grads.tensors,
+            targets.outputs,
+            grads.layout,
+            state,
+            options,
+            step.grad_scale,
+            accumulate=targets.accumulate,
+        )
+
+    def update_and_combine(self, step: Step, targets: Targets) -> None:
+        """:meth:`update` and :meth:`combine`, in one op where it does both."""
+        if not self.move_options.is_plain:
+            self.update(step)
+            self.combine(step, targets)
+            return
+        state, options = self.prepare(step)
+        grads = step.task_grads
+        functional.fused_step_combine_(
+            grads.tensors,
+            targets.outputs,
+            grads.layout,
+            state,
+            options,
+            step.grad_scale,
+            accumulate=targets.accumulate,
+        )
+
+    @property
+    def has_plain_step(self) -> bool:
+        """Whether the ops do all there is to do."""
+        return self.move_options.is_plain
+
+    def sum_weights(self) -> Tensor:
+        """Factors [T] or [T, L] of the task gradients in the sum of the latest step."""
+        return self.task_weights if self.combination == "sum" else self.tensor_weights
+
+    def commit(self, risk_sums: Tensor, square_sums: Tensor | None, tasks: Sequence[int]) -> None:
+        """Moves the weights by the sums of a step, of all ranks; S and m have taken it in."""
+        state, options, layout = self.step_state, self.step_options, self.layout
+        assert layout is not None
+        state.found_nonfinite.zero_()
+        if square_sums is None:
+            functional.update_task_risks_(risk_sums, tasks, layout, state, options)
+            functional.update_task_weights_(tasks, state, options)
+            return
+        bounded_moves.commit_(
+            risk_sums,
+            square_sums,
+            tasks,
+            layout,
+            state,
+            self.move_state,
+            options,
+            self.move_options,
+        )
+
+    def pass_weights(self) -> Tensor:
+        """Factors [T] of the task gradients in a step of one pass for all tasks."""
+        ratios = self._pass_ratios()
+        return self.task_weights if ratios is None else self.task_weights * ratios
+
+    def _pass_ratios(self) -> Tensor | None:
+        """[T], or None while there is nothing to bring to one size."""
+        has_sizes = self.combination != "sum" and self.tensor_mean_square.shape[1] > 0
+        if not has_sizes or self.layout is None:
+            return None
+        return gradient_sizes.pass_ratios(
+            self.tensor_mean_square, self.num_tensor_steps, self.layout
+        )
+
+    def take_task(self, step: Step) -> Tensor | None:
+        """Takes in the gradients of one task: everything but the weights.
+
+        Returns:
+            [L], the mean squares of the gradients; None where nobody needs them.
+        """
+        (task,) = step.tasks
+        state, options = self.prepare(step)
+        grads, moves = step.task_grads, self.move_options
+        if moves.max_log_ratio is None and not moves.has_sizes:
+            functional.estimate_task_risk_(
+                task, grads.tensors, grads.layout, state, options, step.grad_scale
+            )
+            return None
+        shares, squares = bounded_moves.take_task_(
+            task,
+            grads.tensors,
+            grads.layout,
+            state,
+            self.move_state,
+            options,
+            step.grad_scale,
+        )
+        self._new_shares = shares if self._new_shares is None else self._new_shares + shares
+        return squares
+
+    def move_weights(self, tasks: Sequence[int]) -> None:
+        """Moves the weights once the tasks of a step, or of a round, have been taken in."""
+        bounded_moves.move_weights_(
+            tasks, self.step_state, self.move_state, self.step_options, self.move_options
+        )
+
+    def add_new_shares(self, counts: Tensor | bool) -> None:
+        """Adds the shares of the tasks taken in to their sums, if the step counts."""
+        if self._new_shares is not None:
+            self.risk_share_sum += self._new_shares * counts
+        self._new_shares = None
+
+    def stream_task(self, step: Step) -> StreamedWeight:
+        """Takes in the gradients of one task; returns its new log-weight, not normalised."""
+        (task,) = step.tasks
+        if not step.moves_weights:
+            self.prepare(step)
+            ratios = self._pass_ratios()
+            scale = None if ratios is None else ratios[task].log()
+            return StreamedWeight(self.log_task_weights[task].clone(), scale)
+        squares = self.take_task(step)
+        state, options = self.step_state, self.step_options
+        scale = None
+        if squares is not None and self.combination != "sum":
+            size = gradient_sizes.sizes_now(self.tensor_mean_square[task], squares)
+            scale = -0.5 * size.log()
+        if self.robust_step_size is None:
+            log_weights = bounded_moves.log_weights(
+                state, self.move_state, options, self.max_log_ratio
+            )
+            return StreamedWeight(log_weights[task], scale)
+        is_past_warmup = (state.num_steps >= self.num_warmup_steps).to(state.log_task_weights.dtype)
+        log_step = self.robust_step_size * state.relative_excess_risk[task]
+        moved = state.log_task_weights[task] + is_past_warmup * log_step.clamp(max=MAX_LOG_STEP)
+        return StreamedWeight(moved, scale)
+
+    def stream_finish(self, step: Step) -> Tensor | None:
+        """Moves the weights once the risk of every task of the step is known; returns log-factors [L] of the sum."""
+        if not step.moves_weights:
+            return None
+        self.move_weights(step.tasks)
+        self.add_new_shares(~self.found_nonfinite.any())
+        if self.combination == "sum":
+            return None
+        return 0.5 * gradient_sizes.largest_sizes(self.tensor_mean_square).log()

@@ -1,0 +1,183 @@
+r"""Task gradients brought to one size before they are summed, tensor by tensor.
+
+Among raw gradients a layer follows whichever task has the larger ones in it, and a unit, a hard
+task or label noise makes gradients large. Here the gradient of task i for tensor l is multiplied by
+
+.. math:: f_{il} = \alpha_i \sqrt{\max_k n_{kl} / n_{il}}
+
+with the running mean square :math:`n_{il}` of its elements. Every task then pulls at a tensor with
+its weight, whatever the size of its loss. The size taken is the largest one, so that equal sizes
+give the plain sum, and no task's pull against weight decay becomes smaller than in the plain sum.
+
+Related: dividing by one norm per task (GradNorm, DB-MTL) does the same with one number for all
+tensors. Steps of one pass for all tasks take one number per task, too: :func:`pass_ratios`.
+
+Symbols: T tasks, R rows of tasks, L shared tensors of N_l elements.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import functional
+from excessmtl_ext.state import ParamLayout
+
+SIZE_MEMORY = 100
+"""Steps that a running mean square looks back; the mean of all steps until then."""
+
+OUTLIER_RATIO = 100.0
+"""A mean square counts as at most so many times the running one, so that no single batch decides a size."""
+
+_LARGEST_SQUARE_SUM = torch.finfo(torch.float32).max
+
+
+def sums_of_squares(
+    task_grads: Sequence[Tensor], num_tensors: int, grad_scale: Tensor | None
+) -> Tensor:
+    """Sums the squares of each gradient, without the scale it carries.
+
+    Args:
+        task_grads: R * L gradients, task-major; a tensor without elements counts 0.
+        num_tensors: L, at least 1.
+        grad_scale: [], or None.
+
+    Returns:
+        [R, L] float64. Sums below 1e-38 may be 0, those above 3.4e38 count as that, as in the float32 state.
+    """
+    wide = torch.float32
+    if any(grad.dtype == torch.float64 and grad.numel() > 0 for grad in task_grads):
+        wide = torch.float64
+    present = [grad for grad in task_grads if grad.numel() > 0]
+    norms = iter(torch._foreach_norm(present, 2, wide) if present else [])
+    zero = torch.zeros((), dtype=wide, device=(present or task_grads)[0].device)
+    rows = [next(norms) if grad.numel() > 0 else zero for grad in task_grads]
+    squares = torch.stack(rows).double().square().view(-1, num_tensors)
+    if wide == torch.float32:
+        squares = squares.clamp(max=_LARGEST_SQUARE_SUM)
+    return squares if grad_scale is None else squares / grad_scale.to(squares).square()
+
+
+@functools.cache
+def _numels(layout: ParamLayout, device: torch.device) -> Tensor:
+    return layout.param_numels.to(device, torch.float64)
+
+
+def mean_squares(square_sums: Tensor, layout: ParamLayout) -> Tensor:
+    """[R, L] means over the elements of each tensor."""
+    return square_sums / _numels(layout, square_sums.device).clamp(min=1.0)
+
+
+def num_reached_params(num_tensor_steps: Tensor, layout: ParamLayout) -> Tensor:
+    """[R] float64: elements of all tensors in which a task has had a gradient."""
+    return (num_tensor_steps > 0).double() @ _numels(layout, num_tensor_steps.device)
+
+
+def update_sizes_(
+    mean_square: Tensor, num_tensor_steps: Tensor, now: Tensor, counts: Tensor
+) -> None:
+    r"""Moves the running mean squares: :math:`n \leftarrow n + (\min(x, 100 n) - n) / \min(t, 100)`.
+
+    A gradient that is zero in a whole tensor says nothing of its size and does not count as a step.
+
+    Args:
+        mean_square: n [R, L] float64, changed in place.
+        num_tensor_steps: t [R, L] int64, changed in place.
+        now: x [R, L], the mean squares of this step.
+        counts: bool, [] or [R, 1]: whether the step counts.
+    """
+    moves = (now > 0) & counts
+    steps = num_tensor_steps + 1
+    bounded = torch.where(num_tensor_steps == 0, now, now.minimum(OUTLIER_RATIO * mean_square))
+    moved = mean_square + (bounded - mean_square) / steps.clamp(max=SIZE_MEMORY)
+    mean_square.copy_(torch.where(moves, moved, mean_square))
+    num_tensor_steps.add_(moves)
+
+
+def sizes_now(mean_square: Tensor, now: Tensor) -> Tensor:
+    """[R, L] mean squares by which this step's gradients are divided; 1 where there is none yet."""
+    size = mean_square.maximum(now / OUTLIER_RATIO)
+    return torch.where(mean_square > 0, size, 1.0)
+
+
+def largest_sizes(mean_square: Tensor) -> Tensor:
+    """[L] largest mean square of each tensor; 1 where no task has had a gradient."""
+    largest = mean_square.amax(0)
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def tensor_weights(task_weights: Tensor, mean_square: Tensor, now: Tensor) -> Tensor:
+    """[T, L] factors of the gradients in the combined sum: f_il, or the weight where a task has no size yet."""
+    ratio = largest_sizes(mean_square) / sizes_now(mean_square, now)
+    return task_weights[:, None] * torch.where(mean_square > 0, ratio, 1.0).sqrt()
+
+
+def pass_ratios(mean_square: Tensor, num_tensor_steps: Tensor, layout: ParamLayout) -> Tensor:
+    """[T] factors besides the weights in steps of one pass: a size is the mean over all elements of a task."""
+    numels = _numels(layout, mean_square.device)
+    mean = (mean_square @ numels) / num_reached_params(num_tensor_steps, layout).clamp(min=1.0)
+    return torch.where(mean > 0, mean.amax() / torch.where(mean > 0, mean, 1.0), 1.0).sqrt()
+
+
+@functools.cache
+def _layout_of(numel: int) -> ParamLayout:
+    return ParamLayout([numel])
+
+
+def weighted_sum_(
+    task_grads: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    layout: ParamLayout,
+    weights: Tensor,
+    found_nonfinite: Tensor,
+    *,
+    accumulate: bool = False,
+) -> None:
+    """:func:`excessmtl_ext.functional.weighted_sum_` with weights [R] or [R, L]."""
+    if weights.dim() == 1:
+        functional.weighted_sum_(
+            task_grads,
+            outputs,
+            layout,
+            weights,
+            found_nonfinite=found_nonfinite,
+            accumulate=accumulate,
+        )
+        return
+    num_tensors = len(layout.numels)
+    columns = weights.t().contiguous()
+    for index, output in enumerate(outputs):
+        functional.weighted_sum_(
+            task_grads[index::num_tensors],
+            [output],
+            _layout_of(layout.numels[index]),
+            columns[index],
+            found_nonfinite=found_nonfinite,
+            accumulate=accumulate,
+        )
+
+
+def fold_(
+    task_grads: Sequence[Tensor],
+    layout: ParamLayout,
+    log_weights: Tensor,
+    running_sum: Tensor,
+    running_log_max: Tensor,
+) -> None:
+    """:func:`excessmtl_ext.functional.fold_` with log-weights and their running maximum [L]."""
+    start = 0
+    for index, grad in enumerate(task_grads):
+        each = _layout_of(layout.numels[index])
+        stop = start + each.padded_numel
+        if grad.numel() > 0:
+            functional.fold_(
+                [grad],
+                each,
+                log_weights[index],
+                running_sum[start:stop],
+                running_log_max[index],
+            )
+        start = stop
