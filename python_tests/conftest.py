@@ -12,6 +12,10 @@ import excessmtl_ext
 from excessmtl_ext import _extension
 
 NUM_LEFT_OUT = pytest.StashKey[int]()
+# The tensors of nearly all tests are small: a second thread gains nothing, and waits where the other core is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 PASSED = "excessmtl_ext/passed"  # in pytest's cache: the tests that passed in the last run
 
 

@@ -282,6 +282,11 @@ def weights_of_large_steps(seed: int) -> Tensor:
 # From Python 3.12 on, a fork of a process with threads warns; torch's default on Linux forks all the same.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_workers_forked_after_steps_of_the_parent_compute_the_same() -> None:
-    expected = [weights_of_large_steps(index) for index in range(4)]  # the threads exist now
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = [weights_of_large_steps(index) for index in range(4)]  # the threads exist now
+    finally:
+        torch.set_num_threads(num_threads)
     loader = DataLoader(Weights(), batch_size=None, num_workers=2, multiprocessing_context="fork")
     assert_equal_bits(list(loader), expected)
