@@ -26,8 +26,7 @@ class GroupDRO(Balancer):
         num_tasks: T, between 1 and 512.
         robust_step_size: :math:`\eta_\alpha > 0`. Larger moves the weights faster.
         weight_scale: See :class:`excessmtl_ext.Balancer`.
-        head_weighting: See :class:`excessmtl_ext.Balancer`. With ``"none"``, weights under 1e-12
-            count as 1e-12 in the pass.
+        head_weighting: See :class:`excessmtl_ext.Balancer`.
         nonfinite: See :class:`excessmtl_ext.Balancer`; looks at the losses.
 
     Raises:

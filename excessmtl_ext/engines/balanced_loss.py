@@ -96,7 +96,7 @@ class _BalancedLoss(torch.autograd.Function):
         step = replace(ctx.step, grad_scale=scale, moves_weights=moves_weights(ctx.rule))
         step.retain_graph = (
             step.retain_graph
-            or torch._C._autograd._get_current_graph_task_keep_graph()
+            or torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
             or _is_visited_later(step.roots)
         )
         with torch.enable_grad():
