@@ -73,7 +73,7 @@ class SkipGuard:
         counter = rule.num_skipped_steps
         self._num_moves += 1
         if counter.device.type == "cpu" and type(counter) is Tensor:
-            self._judge(rule, int(counter), self._num_moves)
+            self._judge(rule, int(counter.numpy()), self._num_moves)  # a view: no op runs
             self._num_moves = 0
         elif (
             counter.is_cuda
