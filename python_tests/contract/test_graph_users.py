@@ -16,7 +16,7 @@ from _published import published
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from excessmtl_ext import MGDA, ExcessMTL, GroupDRO, SkippedStepsWarning, Uniform
+from excessmtl_ext import MGDA, GroupDRO, SkippedStepsWarning, Uniform
 
 Grads = list[Tensor]
 
@@ -47,7 +47,7 @@ def state_of(balancer: nn.Module) -> dict[str, str]:
 
 
 METHODS: dict[str, Callable[..., Any]] = {
-    "exact": ExcessMTL,
+    "exact": published,
     "task_weights": lambda p, **o: published(p, head_weighting="task_weights", **o),
     "subset": lambda p, **o: published(p, estimate_from=p[2:], **o),
     "rotation": lambda p, **o: published(p, tasks_per_step=1, **o),

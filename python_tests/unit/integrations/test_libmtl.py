@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from _published import published
+from _published import PUBLISHED, published
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -72,7 +72,7 @@ def own_loop(make_balancer, epochs: int) -> tuple[nn.Module, Balancer]:
 @pytest.mark.parametrize(
     "method",
     [
-        partial(ExcessMTL, robust_step_size=0.5),
+        partial(ExcessMTL, **{**PUBLISHED, "robust_step_size": 0.5}),
         partial(ExcessMTL.from_preset, "official"),
         partial(GroupDRO, robust_step_size=0.1),
         MGDA,
@@ -104,7 +104,7 @@ def test_the_official_preset_repeats_libmtls_own_excessmtl():
 
 
 def test_what_the_trainer_saves_continues_bit_for_bit(tmp_path):
-    name = libmtl.weighting(partial(ExcessMTL, robust_step_size=0.5))
+    name = libmtl.weighting(partial(ExcessMTL, **{**PUBLISHED, "robust_step_size": 0.5}))
     whole = make_trainer(name)
     train(whole, 2)
     torch.save(whole.model.state_dict(), tmp_path / "best.pt")  # as the Trainer with save_path
@@ -115,7 +115,7 @@ def test_what_the_trainer_saves_continues_bit_for_bit(tmp_path):
 
 
 def test_repeated_weight_args_are_accepted_and_contradicting_ones_refused():
-    name = libmtl.weighting(partial(ExcessMTL, robust_step_size=0.5))
+    name = libmtl.weighting(partial(ExcessMTL, **{**PUBLISHED, "robust_step_size": 0.5}))
     train(make_trainer(name, weight_args={"robust_step_size": 0.5}), 1)
     with pytest.raises(ValueError, match=r"robust_step_size=0\.1.*Give options to the balancer"):
         train(make_trainer(name, weight_args={"robust_step_size": 0.1}), 1)
