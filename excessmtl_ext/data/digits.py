@@ -25,6 +25,7 @@ NUM_TEST_DIGITS = 360
 
 # Pairs, not digits, are the samples: each digit meets several partners.
 DEFAULT_NUM_TRAIN = 8_000
+MAX_NUM_TRAIN = 1_077 * 1_077  # each training digit with each: 170 MB
 NUM_VALIDATION_PAIRS = 2_000
 NUM_TEST_PAIRS = 4_000
 
@@ -44,7 +45,7 @@ def load_digit_pairs(
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
-        ValueError: ``num_train`` is below 1.
+        ValueError: ``num_train`` is out of range.
     """
     try:
         from sklearn.datasets import load_digits
@@ -54,8 +55,8 @@ def load_digit_pairs(
             name=error.name,
         ) from error
     num_train = DEFAULT_NUM_TRAIN if num_train is None else num_train
-    if num_train < 1:
-        raise ValueError(f"Expected `num_train` of at least 1, but got {num_train}.")
+    if not 1 <= num_train <= MAX_NUM_TRAIN:
+        raise ValueError(f"Expected `num_train` in [1, {MAX_NUM_TRAIN:,}], but got {num_train}.")
     images, labels = load_digits(return_X_y=True)
     # Grey levels 0 to 16, exact in float64, fit into uint8.
     digits = LabelledDigits(

@@ -1,6 +1,7 @@
 """MultiMNIST: pairs of MNIST digits, the first benchmark of He et al. 2024 (Sec. 5)."""
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from excessmtl_ext.data.digit_pairs import (
 )
 from excessmtl_ext.data.folder_search import find_folder, listing
 from excessmtl_ext.data.multitask_data import MultiTaskData
+from excessmtl_ext.data.regular_file import open_regular
 from excessmtl_ext.data.seeding import seeded_generator
 
 # Geometry of Sener & Koltun 2018 (their multi_mnist_loader.py): a 36 x 36 canvas, the second digit shifted by 6
@@ -26,6 +28,9 @@ SIZE = 28
 
 # 6,000 of the 60,000 training digits: an accuracy of 0.9 has a standard error of 0.4 % on them.
 VALIDATION_SHARE = 0.1
+
+# Ten times the largest of the four files.
+MAX_BYTES = 470_000_000
 
 _DOWNLOAD = (
     "Download it with "
@@ -136,25 +141,34 @@ def _read_idx(path: Path, num_dims: int) -> torch.Tensor:
             f"Expected {path}, but {path.parent} is: {listing(path.parent)}. "
             + _DOWNLOAD.format(root=path.parents[2] if path.parent.name == "raw" else path.parent)
         )
-    content = path.read_bytes()
     header_bytes = 4 + 4 * num_dims
     magic = bytes((0, 0, _UINT8_CODE, num_dims))
-    if content[:4] != magic or len(content) < header_bytes:
-        raise ValueError(
-            f"Expected {path} to start with the idx header {magic.hex(' ')} and {num_dims} sizes, but got "
-            f"{content[:4].hex(' ') or 'nothing'} in a file of {len(content):,} bytes. "
-            "Is it still compressed, or an error page? Delete it and download MNIST again."
-        )
-    shape = [
-        int.from_bytes(content[start : start + 4], "big") for start in range(4, header_bytes, 4)
-    ]
-    expected_bytes = header_bytes + math.prod(
-        shape
-    )  # in Python's integers: a hostile header cannot overflow them
-    if len(content) != expected_bytes:
-        raise ValueError(
-            f"Expected {path} to have {expected_bytes:,} bytes for {shape}, but got {len(content):,}: "
-            "the download is incomplete or damaged. Delete it and download MNIST again."
-        )
-    # bytearray: a tensor over read-only memory would warn.
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header_bytes:].reshape(shape)
+    with open_regular(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        header = file.read(header_bytes)
+        if header[:4] != magic or len(header) < header_bytes:
+            raise ValueError(
+                f"Expected {path} to start with the idx header {magic.hex(' ')} and {num_dims} sizes, but got "
+                f"{header[:4].hex(' ') or 'nothing'} in a file of {num_bytes:,} bytes. "
+                "Is it still compressed, or an error page? Delete it and download MNIST again."
+            )
+        shape = [
+            int.from_bytes(header[start : start + 4], "big") for start in range(4, header_bytes, 4)
+        ]
+        # In Python's integers: a hostile header cannot overflow them.
+        expected_bytes = header_bytes + math.prod(shape)
+        if num_bytes != expected_bytes:
+            raise ValueError(
+                f"Expected {path} to have {expected_bytes:,} bytes for {shape}, but got {num_bytes:,}: "
+                "the download is incomplete or damaged. Delete it and download MNIST again."
+            )
+        if num_bytes > MAX_BYTES:
+            raise ValueError(
+                f"Expected {path} to have at most {MAX_BYTES:,} bytes, but got {num_bytes:,} for {shape}. "
+                "Delete it and download MNIST again."
+            )
+        # bytearray: a tensor over read-only memory would warn.
+        values = bytearray(file.read(num_bytes - header_bytes))
+    if not values:
+        return torch.empty(shape, dtype=torch.uint8)
+    return torch.frombuffer(values, dtype=torch.uint8).reshape(shape)

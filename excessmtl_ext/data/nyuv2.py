@@ -1,5 +1,7 @@
 """NYUv2: segmentation, depth and normals of indoor scenes (Silberman et al. 2012), as Liu et al. 2019 lay it out."""
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from excessmtl_ext.data.channel_statistics import (
 from excessmtl_ext.data.folder_search import find_folder, listing
 from excessmtl_ext.data.label_noise import choose_corrupted, corrupt_pixels
 from excessmtl_ext.data.multitask_data import IGNORED_CLASS, Batch, MultiTaskData, Task
+from excessmtl_ext.data.regular_file import open_regular
 from excessmtl_ext.data.seeding import seeded_generator
 
 NUM_CLASSES = 13
@@ -28,12 +31,16 @@ TASKS = (
 
 VALIDATION_SHARE = 0.1
 
+# Of a frame, 150 times those of the public files: 200 MB as float32 image.
+MAX_PIXELS = 4_096 * 4_096
+
 # Liu et al. 2019: a crop of 1 / scale of height and width, enlarged to full size.
 CROP_SCALES = (1.0, 1.2, 1.5)
 
 # Folder -> channels of its arrays; 0 stands for [H, W] without channels.
 _CHANNELS = {"image": 3, "label": 0, "depth": 1, "normal": 3}
 _LAYOUTS = ("nyuv2", ".")
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
 _CPU = torch.device("cpu")
 _DOWNLOAD = (
     "Download the preprocessed NYUv2 (288 x 384 pixels, 13 classes, .npy files) that "
@@ -128,7 +135,8 @@ def load_nyuv2(
     epoch (see `augment`). Images are standardised with statistics of 64 training frames; depth stays in metres, for
     its relative error. Only the training labels of segmentation carry noise: on the chosen frames, every pixel's.
 
-    Frames are read when they are needed and checked then; this function checks which files there are.
+    Frames are read when they are needed and checked then; this function checks which files there are, and by the
+    headers of the images that all have one size, unless they are resized.
 
     Args:
         data_root: Folder with ``train`` and ``val``, or the folder above it where they lie in ``nyuv2``.
@@ -141,9 +149,10 @@ def load_nyuv2(
         FileNotFoundError: the folder or a file is missing; says which, and where to download them.
         ValueError: a file is not what its name says, or ``num_train`` or ``size`` is out of range.
     """
-    if size is not None and min(size) < 1:
+    if size is not None and not (min(size) >= 1 and math.prod(size) <= MAX_PIXELS):
         raise ValueError(
-            f"Expected `size` to be a height and a width of at least 1, but got {size}."
+            f"Expected `size` to be a height and a width of at least 1 with at most {MAX_PIXELS:,} pixels, "
+            f"but got {size}."
         )
     folder = find_folder(
         Path(data_root),
@@ -158,6 +167,11 @@ def load_nyuv2(
         raise ValueError(
             f"Expected at least 2 frames in {folder / 'train'}, to train and to validate on, but got {len(numbers)}."
         )
+    test_numbers = _find_numbers(folder / "val")
+    if size is None:
+        # The frames of a batch are stacked; an evaluation takes its own.
+        _check_sizes(folder / "train", numbers)
+        _check_sizes(folder / "val", test_numbers)
     order = torch.randperm(
         len(numbers), generator=seeded_generator(seed, "split", "nyuv2")
     ).tolist()
@@ -184,7 +198,7 @@ def load_nyuv2(
         validation=FrameSplit(
             folder / "train", pick(order[:num_validation]), statistics, size, seed
         ),
-        test=FrameSplit(folder / "val", _find_numbers(folder / "val"), statistics, size, seed),
+        test=FrameSplit(folder / "val", test_numbers, statistics, size, seed),
         clean_train=clean_train,
         corrupted={"segmentation": corrupted},
     )
@@ -280,11 +294,12 @@ def _find_numbers(part: Path) -> tuple[int, ...]:
     found: dict[str, set[int]] = {}
     for kind in _CHANNELS:
         files = list((part / kind).glob("*.npy"))
-        strange = [file for file in files if not file.stem.isdecimal()]
+        # 01.npy is not 1.npy: one of two such files would be passed over.
+        strange = [file for file in files if not _NUMBER.fullmatch(file.stem)]
         if strange:
             raise ValueError(
-                f"Expected files named by number, such as 0.npy, in {part / kind}, but got {strange[0].name}. "
-                "Move it elsewhere."
+                f"Expected files named by number without leading zeros, 0.npy, 1.npy, 2.npy, ..., in {part / kind}, "
+                f"but got {min(strange).name}. Rename it, or move it elsewhere."
             )
         if not files:
             raise FileNotFoundError(
@@ -302,13 +317,31 @@ def _find_numbers(part: Path) -> tuple[int, ...]:
     return tuple(sorted(found["image"]))
 
 
-def _read_array(path: Path) -> np.ndarray:
+def _check_sizes(folder: Path, numbers: Sequence[int]) -> None:
+    """Raises ValueError unless the headers of all images promise one size, so that batches can be made of them."""
+    first: tuple[int, ...] = ()
+    for number in numbers:
+        path = folder / "image" / f"{number}.npy"
+        shape = _map_array(path).shape
+        first = first or shape
+        if len(shape) != 3 or shape[2] != _CHANNELS["image"]:
+            read_frame(folder, number)  # says what is wrong
+        if shape != first:
+            raise ValueError(
+                f"Expected frames of one size, {list(first)} as in {numbers[0]}.npy, but got {list(shape)} in {path}. "
+                "Pass a size (--image-size) to resize them to."
+            )
+
+
+def _map_array(path: Path) -> np.ndarray:
+    """Maps an array of numbers into memory, which reads its header only, and checks what that promises."""
     if not path.is_file():
         raise FileNotFoundError(f"Expected {path}, but it is missing. {_DOWNLOAD}")
+    open_regular(path).close()
     try:
         # Mapped and not loaded: never unpickled, as a pickle can run code, never taken for an archive, and a header
         # that promises more than the file holds allocates nothing.
-        array = np.array(np.lib.format.open_memmap(path, mode="r"))
+        array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # of a damaged header numpy raises whatever its parser trips over
         raise ValueError(
             f"Expected {path} to be an array of numbers, but reading its {path.stat().st_size:,} bytes failed: "
@@ -316,9 +349,26 @@ def _read_array(path: Path) -> np.ndarray:
         ) from error
     if array.dtype.kind not in "fiu":
         raise ValueError(f"Expected {path} to hold numbers, but got {array.dtype}. {_DOWNLOAD}")
-    if not np.isfinite(array).all():
+    if math.prod(array.shape[:2]) > MAX_PIXELS or array.ndim > 3:
         raise ValueError(
-            f"Expected finite numbers in {path}, but {int((~np.isfinite(array)).sum()):,} are not. "
-            "Delete it and unpack the download again."
+            f"Expected {path} to be a frame of at most {MAX_PIXELS:,} pixels, but got {list(array.shape)}. {_DOWNLOAD}"
         )
+    return array
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """Reads an array of numbers that float32 holds."""
+    array = np.array(_map_array(path))
+    for is_good, what in (
+        (np.isfinite(array), "finite numbers"),
+        (
+            np.abs(array.astype(np.float64)) <= np.finfo(np.float32).max,
+            "numbers that float32 holds",
+        ),
+    ):
+        if not is_good.all():
+            raise ValueError(
+                f"Expected {what} in {path}, but {int((~is_good).sum()):,} are not. "
+                "Delete it and unpack the download again."
+            )
     return array

@@ -1,5 +1,6 @@
 """Office-Home: everyday objects in four styles (Venkateswara et al. 2017). Each style is a task with its own images."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from excessmtl_ext.data.channel_statistics import (
 from excessmtl_ext.data.folder_search import find_folder, listing
 from excessmtl_ext.data.label_noise import corrupt_classes
 from excessmtl_ext.data.multitask_data import Batch, MultiTaskData, Task
+from excessmtl_ext.data.regular_file import open_regular, read_bounded
 from excessmtl_ext.data.seeding import seeded_generator
 
 DOMAINS = ("Art", "Clipart", "Product", "Real World")
@@ -32,6 +34,13 @@ TEST_SHARE = 0.2
 TEST_SPLIT_SEED = 0
 
 DEFAULT_IMAGE_SIZE = 224
+MAX_IMAGE_SIZE = 4_096
+
+# Of an image that is decoded: 100 MB as RGB. A few kilobytes of PNG can promise a hundred times as many.
+MAX_PIXELS = 1 << 25
+
+# A list of all images of a domain has 300 KB.
+MAX_LIST_BYTES = 1 << 26
 
 # Of the number of a class in a split list.
 MAX_LABEL_DIGITS = 9
@@ -39,6 +48,8 @@ MAX_LABEL_DIGITS = 9
 _CPU = torch.device("cpu")
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 _FORMATS = ("JPEG", "PNG")
+# As Pillow names them: what converts to RGB of 8 bits without loss of range.
+_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 _LAYOUTS = ("office_home", "OfficeHomeDataset_10072016", "OfficeHome", ".")
 _DOWNLOAD = "Download Office-Home from https://www.hemanthdv.org/officeHomeDataset.html and unpack it there."
 
@@ -154,6 +165,10 @@ def load_office_home(
     _import_pillow()
     if image_size < 1:
         raise ValueError(f"Expected `image_size` of at least 1, but got {image_size}.")
+    if image_size > MAX_IMAGE_SIZE:
+        raise ValueError(
+            f"Expected `image_size` of at most {MAX_IMAGE_SIZE:,}, but got {image_size}."
+        )
     root = find_folder(
         Path(data_root),
         _LAYOUTS,
@@ -217,10 +232,18 @@ def read_image(path: Path, image_size: int) -> Tensor:
     size = (image_size, image_size)
     try:
         # No other format, whatever the name says: some have decoders that start programs.
-        with image_module.open(path, formats=_FORMATS) as image:
+        with open_regular(path) as file, image_module.open(file, formats=_FORMATS) as image:
+            if image.mode not in _MODES:
+                # Such as 16 bits a pixel, which Pillow would cut at 255: all white.
+                raise ValueError(f"its pixels are of mode {image.mode!r}, and not of 8 bits")
             # Lets the JPEG decoder shrink large photographs, to no less than this size.
             image.draft("RGB", size)
+            if math.prod(image.size) > MAX_PIXELS:
+                width, height = image.size
+                raise ValueError(f"it has {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}")
             resized = image.convert("RGB").resize(size, image_module.Resampling.BILINEAR)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # of a damaged file Pillow raises whatever its parser trips over
         raise ValueError(
             f"Expected {path} to be a JPEG or PNG image, but reading it failed: {error}. Unpack the download again."
@@ -349,7 +372,7 @@ def _read_lists(
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return read_bounded(file, MAX_LIST_BYTES, "a split list").decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected {file} to be text, but it is not UTF-8: {error}.") from error
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from excessmtl_ext.data.folder_search import find_folder, listing
 from excessmtl_ext.data.label_noise import corrupt_values, noise_share
+from excessmtl_ext.data.mat_file import MatFileError, read_matrix
 from excessmtl_ext.data.multitask_data import MultiTaskData, Task, TensorSplit
 from excessmtl_ext.data.seeding import seeded_generator
 
@@ -21,6 +22,9 @@ NUM_TORQUES = 7
 NUM_NOISY = 2
 
 VALIDATION_SHARE = 0.1
+
+# Ten times the rows of the public training file: 112 MB.
+MAX_ROWS = 500_000
 
 # Below this a tenth is no row to validate on.
 MIN_TRAIN_ROWS = 10
@@ -62,7 +66,6 @@ def load_sarcos(
     Raises:
         FileNotFoundError: the folder or a file is missing; says which, and where to download them.
         ValueError: a file is not what its name says, or ``num_train`` is out of range.
-        ModuleNotFoundError: scipy is not installed.
 
     Warns:
         UserWarning: test rows are in the training data, unless ``disjoint``. Names their number.
@@ -106,15 +109,20 @@ def load_sarcos(
     # A column that never changes says nothing; without this it would be NaN.
     std[std == 0] = 1.0
 
-    def standardised(part: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def standardised(part: Tensor, name: str) -> tuple[Tensor, tuple[Tensor, ...]]:
         values = ((part - mean) / std).float()
+        if not values.isfinite().all():
+            raise ValueError(
+                f"Expected the rows of {folder / name} to be finite when they are standardised with mean and deviation "
+                "of the training rows, but some are not. Delete it and download it again."
+            )
         return values[:, :NUM_INPUTS].contiguous(), values[:, NUM_INPUTS:].T.contiguous().unbind()
 
     tasks = tuple(
         Task(f"torque_{joint + 1}", 1, "regression", is_noisy=joint < NUM_NOISY)
         for joint in range(NUM_TORQUES)
     )
-    inputs, clean = standardised(train)
+    inputs, clean = standardised(train, "sarcos_inv.mat")
     noisy = {
         task.name: corrupt_values(target, fraction=noise, seed=seed, stream=task.name)
         for task, target in zip(tasks, clean, strict=True)
@@ -124,7 +132,7 @@ def load_sarcos(
         noisy[task.name].labels if task.is_noisy else target
         for task, target in zip(tasks, clean, strict=True)
     )
-    validation_inputs, validation_targets = standardised(validation)
+    validation_inputs, validation_targets = standardised(validation, "sarcos_inv.mat")
     observed = tuple(
         corrupt_values(target, fraction=noise, seed=seed, stream=f"{task.name}/validation").labels
         if task.is_noisy
@@ -135,7 +143,7 @@ def load_sarcos(
         tasks=tasks,
         train=TensorSplit(inputs, targets),
         validation=TensorSplit(validation_inputs, validation_targets),
-        test=TensorSplit(*standardised(torch.from_numpy(test_rows))),
+        test=TensorSplit(*standardised(torch.from_numpy(test_rows), "sarcos_inv_test.mat")),
         clean_train=TensorSplit(inputs, clean),
         corrupted={name: labels.corrupted for name, labels in noisy.items()},
         observed_validation=TensorSplit(validation_inputs, observed),
@@ -149,47 +157,36 @@ def load_sarcos(
 
 def _read_rows(folder: Path, part: str) -> NDArray[np.float64]:
     """Returns the rows of one file, float64 [N, 28], after checking it."""
-    try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'SARCOS comes as .mat files, which scipy reads: pip install ".[train]" in a clone.',
-            name=error.name,
-        ) from error
     key = _KEYS[part]
     path = folder / f"{key}.mat"
     if not path.is_file():
         raise FileNotFoundError(f"Expected {path}, but {folder} is: {listing(folder)}. {_DOWNLOAD}")
+    num_columns = NUM_INPUTS + NUM_TORQUES
+
+    def is_table(shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and shape[1] == num_columns and 1 <= shape[0] <= MAX_ROWS
+
     try:
-        content = loadmat(path)
-    except Exception as error:  # of a damaged file scipy raises whatever its parser trips over, IndexError included
+        rows = read_matrix(path, key, is_table, f"[N, {num_columns}]")
+    except LookupError as error:
+        raise ValueError(
+            f"Expected {path} to hold the variable {key!r}, but got {error.args[0]}. {_DOWNLOAD}"
+        ) from error
+    except TypeError as error:
+        raise ValueError(
+            f"Expected {key!r} in {path} to be floating point {error}. At most {MAX_ROWS:,} rows are read. {_DOWNLOAD}"
+        ) from error
+    except MatFileError as error:
         raise ValueError(
             f"Expected {path} to be a MATLAB 5 file, but reading its {path.stat().st_size:,} bytes failed: {error}. "
             "Is it an error page or an incomplete download? Delete it and download it again."
         ) from error
-    names = sorted(name for name in content if not name.startswith("__"))
-    if key not in content:
+    # Standardised, the numbers are float32; squares of larger ones would leave float64.
+    is_bad = ~(np.abs(rows) <= np.finfo(np.float32).max)
+    if is_bad.any():
         raise ValueError(
-            f"Expected {path} to hold the variable {key!r}, but got {', '.join(names) or 'none'}. {_DOWNLOAD}"
-        )
-    rows = content[key]
-    num_columns = NUM_INPUTS + NUM_TORQUES
-    is_array = isinstance(rows, np.ndarray)  # a sparse matrix is none
-    if (
-        not is_array
-        or rows.ndim != 2
-        or rows.shape[1] != num_columns
-        or rows.dtype.kind != "f"
-        or not len(rows)
-    ):
-        found = f"{rows.dtype} {list(rows.shape)}" if is_array else type(rows).__name__
-        raise ValueError(
-            f"Expected {key!r} in {path} to be floating point [N, {num_columns}], but got {found}. {_DOWNLOAD}"
-        )
-    if not np.isfinite(rows).all():
-        raise ValueError(
-            f"Expected finite numbers in {path}, but {int((~np.isfinite(rows)).any(axis=1).sum())} of its rows have "
-            "others. Delete it and download it again."
+            f"Expected finite numbers within the range of float32 in {path}, but {int(is_bad.any(axis=1).sum())} of "
+            "its rows have others. Delete it and download it again."
         )
     return np.ascontiguousarray(rows, dtype=np.float64)
 

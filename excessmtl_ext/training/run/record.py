@@ -66,7 +66,7 @@ CHECKPOINT_VERSION = 2
 # Enough to tell two floats of an accuracy or a float32 loss apart, without 17 digits of noise.
 _FLOAT_FORMAT = ".9g"
 
-_VERSIONS_OF = ("excessmtl-ext", "numpy", "scikit-learn", "scipy", "torchvision", "torchjd")
+_VERSIONS_OF = ("excessmtl-ext", "numpy", "scikit-learn", "torchvision", "torchjd")
 
 
 class RunRecord:

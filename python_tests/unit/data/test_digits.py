@@ -38,9 +38,11 @@ def test_no_digit_is_in_two_splits() -> None:
     assert torch.equal(kept.images.flatten(), kept.labels)
 
 
-def test_num_train_below_one_is_an_error() -> None:
-    with pytest.raises(ValueError, match="Expected `num_train` of at least 1, but got 0"):
+def test_num_train_out_of_range_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"Expected `num_train` in \[1, 1,159,929\], but got"):
         load_digit_pairs(num_train=0)
+    with pytest.raises(ValueError, match=r"but got 10000000000"):
+        load_digit_pairs(num_train=10**10)
 
 
 def test_without_scikit_learn_the_error_says_what_to_install(

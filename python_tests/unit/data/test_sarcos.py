@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -209,15 +208,6 @@ def test_a_file_with_other_content_is_an_error(
 ) -> None:
     savemat(data_root / "sarcos/sarcos_inv.mat", variables)
     with pytest.raises(ValueError, match=message):
-        load_sarcos(data_root)
-
-
-def test_without_scipy_the_error_says_what_to_install(
-    data_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("scipy", "scipy.io", "scipy.io.matlab"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "\.\[train\]" in a clone'):
         load_sarcos(data_root)
 
 
