@@ -161,9 +161,9 @@ def commit_(
     shares = take_(slice(None), risk_sums, square_sums, tasks, layout, state, move, options)
     move_weights_(tasks, state, move, options, moves, shares)
     now = gradient_sizes.mean_squares(square_sums, layout)
-    move.tensor_weights.copy_(
-        gradient_sizes.tensor_weights(state.task_weights, move.tensor_mean_square, now)
-    )
+    factors = gradient_sizes.tensor_weights(state.task_weights, move.tensor_mean_square, now)
+    counts = ~state.found_nonfinite.any()
+    move.tensor_weights.copy_(torch.where(counts, factors, move.tensor_weights))
 
 
 def take_task_(
