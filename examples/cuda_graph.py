@@ -15,7 +15,7 @@ torch.manual_seed(0)
 x, y = torch.randn(2048, 20), torch.randn(2048, 3)
 encoder = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()).to(device)
 heads = nn.ModuleList([nn.Linear(64, 1) for _ in range(3)]).to(device)
-balancer = ExcessMTL.from_preset("recommended", encoder.parameters(), num_tasks=3)
+balancer = ExcessMTL(encoder.parameters(), num_tasks=3)
 optimizer = torch.optim.Adam(
     [*encoder.parameters(), *heads.parameters()], lr=1e-3, fused=True, capturable=device == "cuda"
 )

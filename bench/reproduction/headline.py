@@ -21,7 +21,7 @@ RESULTS = ROOT / "bench" / "reproduction" / "results"
 NOISE = 0.8
 # Methods by row, with what the README calls them.
 METHODS = {
-    "excessmtl-recommended": 'ExcessMTL, `"recommended"`',
+    "excessmtl-recommended": 'ExcessMTL, `robust_step_size=3, combine="sum"`',
     "uniform": "Uniform",
     "groupdro": "GroupDRO",
     "single-task": "each task alone",
