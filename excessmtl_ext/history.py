@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -98,6 +100,7 @@ class History:
         self.every = every
         self._flush_every = flush_every
         self._writers = tuple(writers)
+        self._undelivered: list[deque[HistoryRecords]] = [deque() for _ in self._writers]
         self.has_gradients = gradients
         self.wants_gradients = gradients
         self._gradients = GradientStatistics(num_tasks) if gradients else None
@@ -166,8 +169,13 @@ class History:
         return self._num_nonfinite_steps.tolist()
 
     def flush(self) -> None:
-        """Brings what is on the device to the host in one copy and hands it to the writers."""
+        """Brings what is on the device to the host in one copy and hands it to the writers.
+
+        Every writer gets every record once: where one raises, the others get theirs before the error is raised, and the
+        one that raised gets its records again at the next flush.
+        """
         if not self._pending:
+            self._deliver()
             return
         assert self._ring is not None
         values = self._ring[: len(self._pending)].to("cpu", copy=True)  # the ring is written again
@@ -183,19 +191,34 @@ class History:
         self._num_kept += len(steps)
         while self._num_kept - len(self._kept[0].steps) >= self._keep:
             self._num_kept -= len(self._kept.popleft().steps)
-        for writer in self._writers:
-            writer.write(records)
+        for waiting in self._undelivered:
+            waiting.append(records)
+        self._deliver()
 
     def close(self) -> None:
         """Flushes, closes the writers and ends the recording; what was kept can still be read."""
         if self._is_closed:
             return
         self._is_closed = True
-        self.flush()
-        for writer in self._writers:
-            writer.close()
-        self._ring = self._gradients = None
-        self.wants_gradients = False
+        try:
+            self.flush()
+        finally:
+            self._ring = self._gradients = None
+            self.wants_gradients = False
+            _ask_all([writer.close for writer in self._writers])
+
+    def _deliver(self) -> None:
+        def deliver(writer: HistoryWriter, waiting: deque[HistoryRecords]) -> None:
+            while waiting:
+                writer.write(waiting[0])
+                waiting.popleft()
+
+        _ask_all(
+            [
+                partial(deliver, writer, waiting)
+                for writer, waiting in zip(self._writers, self._undelivered, strict=True)
+            ]
+        )
 
     def restart(self) -> None:
         """Forgets what was kept, after writing it: the balancer begins anew."""
@@ -273,6 +296,13 @@ class History:
             self._ring = torch.empty(shape, dtype=torch.float64, device=device)
             self._missing = torch.full(shape[2:], float("nan"), dtype=torch.float64, device=device)
         return self._ring
+
+
+def _ask_all(calls: Sequence[Callable[[], None]]) -> None:
+    """Makes every call in turn, also after one has raised; raises the last error at the end."""
+    with ExitStack() as stack:
+        for call in reversed(calls):
+            stack.callback(call)
 
 
 def _keeps_mean(rule: RecordedRule) -> bool:

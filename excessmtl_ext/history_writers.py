@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class HistoryWriter(Protocol):
     """Takes the records of a history, in order, once per flush."""
 
     def write(self, records: HistoryRecords) -> None:
-        """Takes at least one record."""
+        """Takes at least one record; records that it raises at are handed to it again at the next flush."""
         ...
 
     def close(self) -> None:
@@ -64,9 +65,13 @@ class HistoryWriter(Protocol):
 class CSVWriter:
     """Writes one row per record, with a header; a quantity that a step does not have is ``nan``.
 
+    A row is there as a whole or not at all: half a row, which a killed process or a full disk has left, is cut off
+    before the next one is written.
+
     Args:
         path: The file; its folder is made.
-        append: Go on with a file that is there, as after resuming a run.
+        append: Go on with a file that is there, after resuming the training that wrote it. Rows at its end from the
+            first new step on are replaced: the resumed training makes them again.
 
     Raises:
         FileExistsError: the file is there and ``append`` is False.
@@ -80,32 +85,60 @@ class CSVWriter:
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
+        self._end: int | None = None  # of what has been written as a whole
 
     def write(self, records: HistoryRecords) -> None:
-        """Appends the records.
+        """Appends the records: all of them or, where this fails, none.
 
         Raises:
             ValueError: the file was begun with other columns.
         """
         names, columns = zip(*records.columns(), strict=True)
         header = ["step", *names]
-        with self.path.open("r+", newline="") as file:
-            begun = next(csv.reader(file), None)
-            if begun not in (None, header):
-                raise ValueError(
-                    f"Expected {self.path} to have the columns of this history, but it was begun by a balancer with "
-                    "other tasks or quantities. Name another file."
-                )
-            file.seek(0, 2)
-            writer = csv.writer(file, lineterminator="\n")
-            if begun is None:
-                writer.writerow(header)
-            rows = torch.stack(columns, dim=1).tolist()
-            for step, row in zip(records.steps.tolist(), rows, strict=True):
-                writer.writerow([step, *(format(value, ".9g") for value in row)])
+        steps = records.steps.tolist()
+        with self.path.open("r+b") as file:
+            if self._end is None:
+                self._end = self._find_end(file, header, steps[0])
+            file.truncate(self._end)
+            file.seek(self._end)
+            rows: list[list[Any]] = [header] if self._end == 0 else []
+            values = torch.stack(columns, dim=1).tolist()
+            for step, row in zip(steps, values, strict=True):
+                rows.append([step, *(format(value, ".9g") for value in row)])
+            file.write(_as_csv(rows))
+            file.flush()
+            self._end = file.tell()
 
     def close(self) -> None:
         """Does nothing: the file is closed after every flush, so that a killed run has all that was flushed."""
+
+    def _find_end(self, file: BinaryIO, header: list[str], first_step: int) -> int:
+        """Returns where to go on: behind the last whole row of a step before ``first_step``; 0 for a new file."""
+        expected = _as_csv([header])
+        begin = file.readline()
+        if begin != expected and (begin.endswith(b"\n") or not expected.startswith(begin)):
+            raise ValueError(
+                f"Expected {self.path} to have the columns of this history, but it was begun by a balancer with "
+                "other tasks or quantities. Name another file."
+            )
+        if begin != expected:
+            return 0  # nothing, or half a header
+        position = end = len(begin)
+        for row in file:
+            position += len(row)
+            if not row.endswith(b"\n"):
+                break
+            step = row.partition(b",")[0]
+            # Of rows of several trainings only those at the end are made again.
+            if not step.isdigit() or int(step) < first_step:
+                end = position
+        return end
+
+
+def _as_csv(rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
 
 
 class TensorBoardWriter:

@@ -7,6 +7,7 @@ import csv
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,17 @@ from _inputs import Problem, make_problem
 from _published import published
 from torch import Tensor
 
-from excessmtl_ext import IMTL, MGDA, Balancer, ExcessMTL, GradNorm, GroupDRO, SingleTask, Uniform
+from excessmtl_ext import (
+    IMTL,
+    MGDA,
+    Balancer,
+    ExcessMTL,
+    GradNorm,
+    GroupDRO,
+    SingleTask,
+    Uniform,
+    history_writers,
+)
 from excessmtl_ext.gradient_statistics import GRADIENT_MEMORY
 from excessmtl_ext.history import CSVWriter, HistoryRecords, TensorBoardWriter
 from excessmtl_ext.skips import SkipGuard
@@ -315,6 +326,147 @@ def test_csv_holds_every_record_and_goes_on_after_a_resume(tmp_path: Path) -> No
     for name, weight in zip(names, last.tolist(), strict=True):
         assert float(rows[-1][f"balancer/{name}_weight"]) == pytest.approx(weight, rel=1e-8)
     assert {row["balancer/skipped"] for row in rows} == {"0"}
+
+
+@pytest.mark.parametrize("lost", range(0, 200, 7))
+def test_csv_cut_anywhere_by_a_kill_has_every_record_once_after_a_resume(
+    tmp_path: Path, lost: int
+) -> None:
+    """Also half a header, and rows of steps after the checkpoint, which the resumed training makes again."""
+    whole, cut = tmp_path / "whole.csv", tmp_path / "cut.csv"
+    problem = make_problem()
+    balancer = make(published, problem)
+    names = ["a", "b", "c"]
+    writers = [CSVWriter(whole), CSVWriter(cut)]
+    with balancer.record_history(flush_every=2, task_names=names, writers=writers):
+        train(problem, balancer, 3)
+        state = balancer.state_dict()
+        train(problem, balancer, 3)
+    content = whole.read_bytes()
+    ends = [index for index, letter in enumerate(content) if letter == 10]
+    # From within the header to within the last row; never more than what the checkpoint had.
+    size = ends[3] + 1 + lost * (len(content) - ends[3]) // 200
+    cut.write_bytes(content[:size])
+    resumed = make(published, problem)
+    resumed.load_state_dict(state)
+    with resumed.record_history(task_names=names, writers=[CSVWriter(cut, append=True)]):
+        train(problem, resumed, 3)
+    assert read_steps(cut) == [1, 2, 3, 4, 5, 6]
+
+
+def read_steps(path: Path) -> list[int]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(None not in row and None not in row.values() for row in rows)
+    return [int(row["step"]) for row in rows]
+
+
+@pytest.mark.parametrize("size", [0, 1, 10, 60])
+def test_half_a_header_is_written_anew(tmp_path: Path, size: int) -> None:
+    whole, cut = tmp_path / "whole.csv", tmp_path / "cut.csv"
+    problem = make_problem()
+    balancer = make(published, problem)
+    with balancer.record_history(writers=[CSVWriter(whole)]):
+        train(problem, balancer, 1)
+    problem = make_problem()
+    cut.write_bytes(whole.read_bytes()[:size])
+    balancer = make(published, problem)
+    with balancer.record_history(writers=[CSVWriter(cut, append=True)]):
+        train(problem, balancer, 1)
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_a_reset_begins_anew_behind_the_rows_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    problem = make_problem()
+    balancer = make(published, problem)
+    with balancer.record_history(writers=[CSVWriter(path)]):
+        train(problem, balancer, 3)
+        balancer.reset()
+        train(problem, balancer, 2)
+        state = balancer.state_dict()
+        train(problem, balancer, 1)
+    resumed = make(published, problem)
+    resumed.load_state_dict(state)
+    with resumed.record_history(writers=[CSVWriter(path, append=True)]):
+        train(problem, resumed, 2)
+    assert read_steps(path) == [1, 2, 3, 1, 2, 3, 4]
+
+
+class FailingWriter:
+    """Raises at some of its calls, before it takes anything."""
+
+    def __init__(self, *fails_at: int) -> None:
+        self.fails_at = fails_at
+        self.num_calls = 0
+        self.steps: list[int] = []
+        self.is_closed = False
+
+    def write(self, records: HistoryRecords) -> None:
+        self.num_calls += 1
+        if self.num_calls in self.fails_at:
+            raise OSError(f"call {self.num_calls}")
+        self.steps += records.steps.tolist()
+
+    def close(self) -> None:
+        self.is_closed = True
+        if 0 in self.fails_at:
+            raise OSError("closing")
+
+
+def test_a_writer_that_fails_keeps_no_record_from_the_others_and_gets_its_own_later() -> None:
+    problem = make_problem()
+    balancer = make(published, problem)
+    failing, sound = FailingWriter(1, 2), FailingWriter()
+    history = balancer.record_history(flush_every=2, writers=[failing, sound])
+    train(problem, balancer, 1)
+    with pytest.raises(OSError, match="call 1"):
+        train(problem, balancer, 1)
+    assert (failing.steps, sound.steps) == ([], [1, 2])
+    with pytest.raises(OSError, match="call 2"):
+        history.flush()
+    train(problem, balancer, 3)
+    history.close()
+    assert failing.steps == sound.steps == [1, 2, 3, 4, 5]
+    assert failing.is_closed
+    assert sound.is_closed
+
+
+def test_every_writer_is_closed_where_one_fails() -> None:
+    problem = make_problem()
+    balancer = make(published, problem)
+    writers = [FailingWriter(1), FailingWriter(0), FailingWriter()]
+    history = balancer.record_history(writers=writers)
+    train(problem, balancer, 1)
+    with pytest.raises(OSError, match="closing"):
+        history.close()
+    assert all(writer.is_closed for writer in writers)
+    assert history.is_closed
+
+
+def test_a_full_disk_leaves_whole_rows_and_no_record_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "history.csv"
+    problem = make_problem()
+    balancer = make(published, problem)
+    history = balancer.record_history(flush_every=2, writers=[CSVWriter(path)])
+    train(problem, balancer, 3)
+    ordinary = history_writers._as_csv
+
+    def half(rows: Any) -> bytes:
+        content = ordinary(rows)
+        with path.open("ab") as file:  # what a full disk has taken
+            file.write(content[: len(content) // 2])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history_writers, "_as_csv", half)
+        with pytest.raises(OSError, match="No space left"):
+            train(problem, balancer, 1)
+    train(problem, balancer, 2)
+    history.close()
+    assert read_steps(path) == [1, 2, 3, 4, 5, 6]
 
 
 def test_csv_of_another_balancer_is_not_mixed(tmp_path: Path) -> None:
