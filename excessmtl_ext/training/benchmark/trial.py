@@ -31,7 +31,6 @@ class Trial:
         method: Key of the method.
         setting: Number of the method's setting.
         seed: Decides splits, noise, initial parameters and batch order.
-        task: Of a method that trains one task at a time, its number; None otherwise.
         is_quick: With fewer samples and epochs.
     """
 
@@ -40,20 +39,19 @@ class Trial:
     method: str
     setting: int
     seed: int
-    task: int | None = None
     is_quick: bool = False
 
     @property
     def name(self) -> str:
         """Names its file."""
-        task = "" if self.task is None else f"_task{self.task}"
         dose = self.dose.replace(" ", "-").replace("%", "")
-        return f"{self.dataset}/{dose}/{self.method}_{self.setting}{task}_seed{self.seed}"
+        return f"{self.dataset}/{dose}/{self.method}_{self.setting}_seed{self.seed}"
 
     def __str__(self) -> str:
         """Returns its name for people."""
-        task = "" if self.task is None else f", task {self.task}"
-        return f"{self.dataset} ({self.dose}), {self.method}{task}, setting {self.setting}, seed {self.seed}"
+        return (
+            f"{self.dataset} ({self.dose}), {self.method}, setting {self.setting}, seed {self.seed}"
+        )
 
 
 def run_trial(
@@ -77,7 +75,8 @@ def run_trial(
         ``trial``; ``tasks`` with name, kind and whether labels are noisy; ``epochs``, a list with the ``scores`` of
         `evaluate` on ``test``, ``validation`` (clean labels) and ``observed`` (validation labels as good as those of
         the training), the primary ``metrics`` on ``test`` and the ``weights``, each by task; ``step_ms``, the
-        median time of a step, and ``cpu_ms``, its time on the processor; ``num_steps``; ``skipped_steps``.
+        median time of a step, and ``cpu_ms``, its time on the processor, of all runs where each task has one;
+        ``num_steps``; ``skipped_steps``.
 
     Raises:
         InterruptedError: ``should_stop`` returned True.
@@ -88,29 +87,54 @@ def run_trial(
     if dataset.needs_data_root:
         options["data_root"] = data_root
     data = _load(dataset, trial.dose, options)
-    torch.manual_seed(trial.seed)
-    model = dataset.build_model(data)
     setting = dict(method.settings[trial.setting])
-    if trial.task is not None:
-        setting["task"] = trial.task
-    steps_per_epoch = -(-len(data.train) // dataset.batch_size)
-    balancer = method.make(model.encoder.parameters(), len(data.tasks), setting, steps_per_epoch)
-    run = _Run(dataset, data, model, balancer, trial.seed, should_stop)
-    rows = [run.epoch(number) for number in range(epochs)]
+    runs: list[_Run] = []
+    rows: list[list[dict[str, Any]]] = []
+    for task in range(len(data.tasks)) if method.is_single_task else (None,):
+        torch.manual_seed(trial.seed)
+        model = dataset.build_model(data)
+        balancer = method.make(
+            model.encoder.parameters(),
+            len(data.tasks),
+            setting if task is None else {**setting, "task": task},
+            -(-len(data.train) // dataset.batch_size),
+        )
+        runs.append(_Run(dataset, data, model, balancer, trial.seed, should_stop))
+        rows.append([runs[-1].epoch(number) for number in range(epochs)])
+    names = [task.name for task in data.tasks]
     return {
         "trial": asdict(trial),
         "tasks": [
             {"name": task.name, "kind": task.kind, "is_noisy": task.is_noisy} for task in data.tasks
         ],
         "noise_shares": data.noise_shares,
-        "setting": dict(method.settings[trial.setting]),
-        "epochs": rows,
-        "step_ms": 1e3 * median(run.wall),
-        "cpu_ms": 1e3 * sum(run.cpu) / len(run.cpu),
-        "num_steps": len(run.wall),
-        "skipped_steps": run.num_skipped,
+        "setting": setting,
+        "epochs": _joined(rows, names) if method.is_single_task else rows[0],
+        "step_ms": 1e3 * sum(median(run.wall) for run in runs),
+        "cpu_ms": 1e3 * sum(sum(run.cpu) / len(run.cpu) for run in runs),
+        "num_steps": len(runs[0].wall),
+        "skipped_steps": sum(run.num_skipped for run in runs),
         "num_train": len(data.train),
     }
+
+
+def _joined(rows: Sequence[list[dict[str, Any]]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Takes each task's values from the run that has trained it alone."""
+
+    def of_tasks(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {name: own[name] for name, own in zip(names, values, strict=True)}
+
+    return [
+        {
+            "scores": {
+                split: of_tasks([row["scores"][split] for row in of_epoch])
+                for split in of_epoch[0]["scores"]
+            },
+            "metrics": of_tasks([row["metrics"] for row in of_epoch]),
+            "weights": of_tasks([row["weights"] for row in of_epoch]),
+        }
+        for of_epoch in zip(*rows, strict=True)
+    ]
 
 
 def _load(dataset: Dataset, dose: str, options: Mapping[str, Any]) -> MultiTaskData:

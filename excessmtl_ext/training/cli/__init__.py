@@ -9,6 +9,7 @@ from excessmtl_ext._ctrl_c import as_exception
 try:
     import click
 
+    from excessmtl_ext.training.cli.benchmark import benchmark
     from excessmtl_ext.training.cli.demo import demo
     from excessmtl_ext.training.cli.pictures import figures, report
     from excessmtl_ext.training.cli.sweep import sweep
@@ -39,5 +40,5 @@ def main() -> None:
     """Train one network on several tasks whose labels cannot all be trusted."""
 
 
-for _command in (train, sweep, demo, figures, report):
+for _command in (train, sweep, benchmark, demo, figures, report):
     main.add_command(_command)

@@ -30,14 +30,15 @@ def test_every_method_trains(key: str) -> None:
     method = METHODS[key]
     if reason := method.missing():
         pytest.skip(reason)
-    result = run_trial(digits(key, task=1 if method.is_single_task else None), DIGITS, method)
+    result = run_trial(digits(key), DIGITS, method)
     assert len(result["epochs"]) == 2
     last = result["epochs"][-1]
     assert last["scores"].keys() == {"test", "validation", "observed"}
     for scores in (*last["scores"].values(), last["metrics"]):
         assert scores.keys() == {"top_left", "bottom_right"}
         assert all(math.isfinite(value) for value in scores.values())
-    assert sum(last["weights"].values()) == pytest.approx(1.0)
+    # Each task alone: two runs, each with all the weight.
+    assert sum(last["weights"].values()) == pytest.approx(2.0 if method.is_single_task else 1.0)
     assert result["num_steps"] - result["skipped_steps"] > 0
     assert result["step_ms"] > 0
     assert result["cpu_ms"] > 0
@@ -122,7 +123,7 @@ def test_real_doses_give_observed_validation_labels(tmp_path: Path) -> None:
 
 def test_names_of_trials_tell_them_apart() -> None:
     trials = [
-        digits(), digits(seed=1), digits(setting=1), digits(task=0), digits(dose="none"),
+        digits(), digits(seed=1), digits(setting=1), digits(dose="none"),
         digits("mgda"), digits(dataset="qm9"),
     ]  # fmt: skip
     assert len({trial.name for trial in trials}) == len(trials)
