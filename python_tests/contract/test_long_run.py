@@ -54,17 +54,19 @@ def test_a_late_step_makes_the_calls_of_an_early_one():
             nonlocal num_calls
             num_calls += event in ("call", "c_call")
 
-        gc.collect()
-        gc.disable()  # finalisers of what other tests left would count
         sys.setprofile(count)
         try:
             balancer.update_weights(rows)
         finally:
             sys.setprofile(None)
-            gc.enable()
         return num_calls
 
-    counts = {step: num_calls_of_a_step() for step in range(600)}
+    gc.collect()
+    gc.disable()  # finalisers of what other tests left would count
+    try:
+        counts = {step: num_calls_of_a_step() for step in range(600)}
+    finally:
+        gc.enable()
     assert counts[599] > 0
     assert {counts[step] for step in range(500, 600)} <= {counts[step] for step in range(100, 200)}
 
