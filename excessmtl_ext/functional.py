@@ -10,13 +10,14 @@ Symbols: T tasks, L shared parameter tensors, P their elements in all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from excessmtl_ext import _extension, reference
-from excessmtl_ext.op_calls import call
+from excessmtl_ext.op_calls import COMPILED_FOR, NO_STATE, find_op, invoker, twin_parameters
 from excessmtl_ext.state import (
     CUDA_CHUNK_NUMEL,
     MAX_LOG_STEP,
@@ -31,6 +32,58 @@ from excessmtl_ext.state import (
     padded_numel,
     segments,
 )
+
+_DEFAULT_OPTIONS = StepOptions()
+
+
+def op_arguments(
+    name: str,
+    device: torch.device,
+    layout: ParamLayout | None = None,
+    state: StepState | None = None,
+    options: StepOptions = _DEFAULT_OPTIONS,
+    **given: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Lays out the arguments of an op by the names in its schema.
+
+    Args:
+        name: Of the op.
+        device: Of the step.
+        layout: Gives ``param_numels``, ``chunk_map`` and ``raw_risk_scale``.
+        state: Gives what the schema names as a field of the state.
+        options: Give what the schema names as one of the options.
+        **given: The other arguments, and those that are to be others than the state's.
+
+    Returns:
+        The positional and the keyword arguments.
+    """
+    given.update(layout=layout, state=state, options=options)
+    return invoker(name, frozenset(given))(_as_given, device, given, layout, state, options)
+
+
+def _as_given(*positional: Any, **keywords: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return positional, keywords
+
+
+_Invoke = Callable[..., None]
+_INVOKERS: dict[Callable[..., None], tuple[_Invoke, _Invoke]] = {}
+
+
+def _call(
+    twin: Callable[..., None], device: torch.device, given: dict[str, Any], name: str | None = None
+) -> None:
+    """Runs the op compiled for ``device``, named like ``twin`` unless ``name`` is given, or the twin."""
+    if device.type not in COMPILED_FOR:
+        if device.type == "cuda":
+            _extension.warn_of_missing_cuda_ops()
+        twin(**{name: given[name] for name in twin_parameters(twin)})
+        return
+    if twin not in _INVOKERS:
+        name = name or twin.__name__
+        _INVOKERS[twin] = find_op(name), invoker(name, frozenset(given))
+    run, invoke = _INVOKERS[twin]
+    state, options = given.get("state") or NO_STATE, given.get("options") or _DEFAULT_OPTIONS
+    invoke(run, device, given, given.get("layout"), state, options)
 
 
 def fused_step_(
@@ -59,16 +112,7 @@ def fused_step_(
     weights, risks and baselines alone; :func:`combine_` must follow with the same gradients to
     repair S and m.
     """
-    device = state.task_weights.device
-    call(
-        reference.fused_step_,
-        device,
-        layout,
-        state,
-        options,
-        task_grads=task_grads,
-        grad_scale=grad_scale,
-    )
+    _call(reference.fused_step_, state.task_weights.device, locals())
 
 
 def accumulate_excess_risk_(
@@ -99,20 +143,7 @@ def accumulate_excess_risk_(
         state: What the rows are of; only bfloat16 rows need it, whose rounding depends on the step.
         first_task: The task of the first row.
     """
-    call(
-        reference.accumulate_excess_risk_,
-        sq_grad_sum.device,
-        layout,
-        state,
-        options,
-        task_grads=task_grads,
-        sq_grad_sum=sq_grad_sum,
-        grad_mean=grad_mean,
-        excess_risk_sum=excess_risk_sum,
-        ticket=ticket,
-        grad_scale=grad_scale,
-        first_task=first_task,
-    )
+    _call(reference.accumulate_excess_risk_, sq_grad_sum.device, locals())
 
 
 def update_task_risks_(
@@ -133,16 +164,7 @@ def update_task_risks_(
         state: Changed in place.
         options: The choices.
     """
-    device = excess_risk_sum.device
-    call(
-        reference.update_task_risks_,
-        device,
-        layout,
-        state,
-        options,
-        excess_risk_sum=excess_risk_sum,
-        tasks=tasks,
-    )
+    _call(reference.update_task_risks_, excess_risk_sum.device, locals())
 
 
 def update_task_weights_(tasks: Sequence[int], state: StepState, options: StepOptions) -> None:
@@ -153,8 +175,7 @@ def update_task_weights_(tasks: Sequence[int], state: StepState, options: StepOp
         state: Changed in place.
         options: The choices.
     """
-    device = state.task_weights.device
-    call(reference.update_task_weights_, device, state=state, options=options, tasks=tasks)
+    _call(reference.update_task_weights_, state.task_weights.device, locals())
 
 
 def combine_(
@@ -180,18 +201,7 @@ def combine_(
         grad_scale: As in the step; ``outputs`` keep the scale.
         accumulate: Add to ``outputs`` instead of overwriting them.
     """
-    call(
-        reference.combine_,
-        state.task_weights.device,
-        layout,
-        state,
-        options,
-        task_grads=task_grads,
-        outputs=outputs,
-        grad_scale=grad_scale,
-        accumulate=accumulate,
-        first_task=0,
-    )
+    _call(reference.combine_, state.task_weights.device, {**locals(), "first_task": 0})
 
 
 def fused_step_combine_(
@@ -223,17 +233,7 @@ def fused_step_combine_(
     Raises:
         RuntimeError: an argument does not fit; neither state nor ``outputs`` have changed then.
     """
-    call(
-        reference.fused_step_combine_,
-        state.task_weights.device,
-        layout,
-        state,
-        options,
-        task_grads=task_grads,
-        outputs=outputs,
-        grad_scale=grad_scale,
-        accumulate=accumulate,
-    )
+    _call(reference.fused_step_combine_, state.task_weights.device, locals())
 
 
 def weighted_sum_(
@@ -259,20 +259,14 @@ def weighted_sum_(
     if found_nonfinite is None:
         found_nonfinite = torch.zeros(num_tasks, dtype=torch.bool, device=task_weights.device)
     no_rows = task_weights.new_empty(num_tasks, 0)
-    call(
-        reference.weighted_sum_,
-        task_weights.device,
-        layout,
-        op="combine_",
-        task_grads=task_grads,
-        outputs=outputs,
-        task_weights=task_weights,
-        found_nonfinite=found_nonfinite,
-        sq_grad_sum=no_rows,
-        grad_mean=no_rows,
-        grad_scale=None,
-        accumulate=accumulate,
-        first_task=0,
+    of_no_state = {
+        "sq_grad_sum": no_rows,
+        "grad_mean": no_rows,
+        "grad_scale": None,
+        "first_task": 0,
+    }
+    _call(
+        reference.weighted_sum_, task_weights.device, {**locals(), **of_no_state}, name="combine_"
     )
 
 
@@ -301,24 +295,9 @@ def repair_(
         state: As in :func:`accumulate_excess_risk_`.
         first_task: As there.
     """
-    device = sq_grad_sum.device
-    call(
-        reference.repair_,
-        device,
-        layout,
-        state,
-        options,
-        op="combine_",
-        task_grads=task_grads,
-        outputs=[],
-        task_weights=torch.zeros(sq_grad_sum.shape[0], dtype=torch.float64, device=device),
-        found_nonfinite=found_nonfinite,
-        sq_grad_sum=sq_grad_sum,
-        grad_mean=grad_mean,
-        grad_scale=grad_scale,
-        accumulate=False,
-        first_task=first_task,
-    )
+    weights = torch.zeros(sq_grad_sum.shape[0], dtype=torch.float64, device=sq_grad_sum.device)
+    nothing_written = {"outputs": [], "task_weights": weights, "accumulate": False}
+    _call(reference.repair_, sq_grad_sum.device, {**locals(), **nothing_written}, name="combine_")
 
 
 def estimate_task_risk_(
@@ -339,32 +318,22 @@ def estimate_task_risk_(
         options: The choices.
         grad_scale: As in :func:`fused_step_`.
     """
-    row = slice(task, task + 1)
-    excess_risk_sum = torch.zeros_like(state.excess_risk)
+    row, sums = slice(task, task + 1), torch.zeros_like(state.excess_risk)
+    rows = state.sq_grad_sum[row], state.grad_mean[row]
     accumulate_excess_risk_(
         grads,
         layout,
-        state.sq_grad_sum[row],
-        state.grad_mean[row],
-        excess_risk_sum[row],
+        *rows,
+        sums[row],
         state.ticket,
         options,
         grad_scale,
         state=state,
         first_task=task,
     )
-    update_task_risks_(excess_risk_sum, [task], layout, state, options)
-    repair_(
-        grads,
-        layout,
-        state.sq_grad_sum[row],
-        state.grad_mean[row],
-        state.found_nonfinite[row],
-        options,
-        grad_scale,
-        state=state,
-        first_task=task,
-    )
+    update_task_risks_(sums, [task], layout, state, options)
+    flag = state.found_nonfinite[row]
+    repair_(grads, layout, *rows, flag, options, grad_scale, state=state, first_task=task)
 
 
 def fold_(
@@ -383,15 +352,7 @@ def fold_(
         running_sum: [padded P], float32 or float64, zero before the first task; changed in place.
         running_log_max: [] float64, M, -inf before the first task; changed in place.
     """
-    call(
-        reference.fold_,
-        running_sum.device,
-        layout,
-        task_grads=task_grads,
-        log_weight=log_weight,
-        running_sum=running_sum,
-        running_log_max=running_log_max,
-    )
+    _call(reference.fold_, running_sum.device, locals())
 
 
 def cpu_capability() -> str:
@@ -422,6 +383,7 @@ __all__ = [
     "fused_step_",
     "fused_step_combine_",
     "init_state",
+    "op_arguments",
     "padded_numel",
     "repair_",
     "segments",

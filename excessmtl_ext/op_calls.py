@@ -1,6 +1,6 @@
-"""Calls an op of ``torch.ops.excessmtl_ext`` from named arguments, or its twin where none is compiled for the device.
+"""The ops of ``torch.ops.excessmtl_ext`` with the names of their arguments, and their fake kernels.
 
-The schemas in ``csrc/ops.cpp`` are flat. Here alone state and options are laid out for them, by name.
+The schemas in ``csrc/ops.cpp`` are flat; :mod:`excessmtl_ext.functional` lays state and options out by these names.
 """
 
 from __future__ import annotations
@@ -8,119 +8,61 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from excessmtl_ext import _extension
-from excessmtl_ext.state import ParamLayout, StepOptions, StepState
+from excessmtl_ext.state import StepOptions, StepState
 
-_NAMES = (*StepState._fields, *StepOptions._fields, "sqrt_fisher")
-_NO_STATE = (None,) * len(StepState._fields)
-_DEFAULT_OPTIONS = StepOptions()
+NO_STATE = (None,) * len(StepState._fields)
 
+COMPILED_FOR = frozenset(name for name in ("cpu", "cuda") if _extension.has_op_for(name))
+"""Types of devices that the ops are compiled for."""
 
-class _Op(NamedTuple):
-    """A compiled op, and the names of its arguments."""
-
-    run: Callable[..., None]
-    positional: tuple[str, ...]
-    keywords: tuple[str, ...]
-
-
-def _find_op(name: str) -> _Op:
-    run = getattr(torch.ops.excessmtl_ext, name).default
-    arguments = run._schema.arguments
-    positional = tuple(argument.name for argument in arguments if not argument.kwarg_only)
-    keywords = tuple(argument.name for argument in arguments if argument.kwarg_only)
-    return _Op(run, positional, keywords)
+_EXPRESSIONS = {
+    **{name: f"state[{index}]" for index, name in enumerate(StepState._fields)},
+    **{name: f"options[{index}]" for index, name in enumerate(StepOptions._fields)},
+    "sqrt_fisher": "options[0] == 'sqrt'",
+    "param_numels": "layout.param_numels",
+    "chunk_map": "layout.chunk_maps[device]",
+    "raw_risk_scale": "options.raw_risk_scale(layout)",
+}
 
 
-_OPS = {name: _find_op(name) for name in _extension.OP_NAMES} if _extension.ops_available else {}
-
-
-def op_arguments(
-    name: str,
-    device: torch.device,
-    layout: ParamLayout | None = None,
-    state: StepState | None = None,
-    options: StepOptions = _DEFAULT_OPTIONS,
-    **given: Any,
-) -> tuple[list[Any], dict[str, Any]]:
-    """Lays out the arguments of an op in the order of its schema.
-
-    Args:
-        name: Of the op.
-        device: Of the step.
-        layout: Gives ``param_numels``, ``chunk_map`` and ``raw_risk_scale``.
-        state: Gives what the schema names as a field of the state.
-        options: Give what the schema names as one of the options.
-        **given: The other arguments, and those that are to be others than the state's.
-
-    Returns:
-        The positional and the keyword arguments.
-    """
-    values = _flat(device, layout, state, options, given)
-    return [values[key] for key in _OPS[name].positional], {
-        key: values[key] for key in _OPS[name].keywords
-    }
-
-
-def _flat(
-    device: torch.device,
-    layout: ParamLayout | None,
-    state: StepState | None,
-    options: StepOptions,
-    given: dict[str, Any],
-) -> dict[str, Any]:
-    """Everything at hand by its name in the schemas."""
-    flat = (*(state or _NO_STATE), *options, options.fisher == "sqrt")
-    values = dict(zip(_NAMES, flat, strict=True))
-    if layout is not None:
-        values["param_numels"] = layout.param_numels
-        values["chunk_map"] = layout.chunk_map(device)
-        values["raw_risk_scale"] = options.raw_risk_scale(layout)
-    values.update(given)
-    return values
+def find_op(name: str) -> Any:
+    """The compiled op of this name."""
+    return getattr(torch.ops.excessmtl_ext, name).default
 
 
 @functools.cache
-def _parameters(twin: Callable[..., None]) -> tuple[str, ...]:
-    return tuple(inspect.signature(twin).parameters)
+def invoker(name: str, given: frozenset[str]) -> Callable[..., Any]:
+    """Compiles a function that calls with the arguments of an op, laid out by the names in its schema.
 
-
-def call(
-    twin: Callable[..., None],
-    device: torch.device,
-    layout: ParamLayout | None = None,
-    state: StepState | None = None,
-    options: StepOptions = _DEFAULT_OPTIONS,
-    *,
-    op: str | None = None,
-    **given: Any,
-) -> None:
-    """Runs the op compiled for ``device``, or its twin.
+    Compiled from source, as a dataclass compiles ``__init__``: looking up some twenty names in every step would take
+    longer than the op's own checks.
 
     Args:
-        twin: Takes what it needs of the arguments, by name.
-        device: Of the step.
-        layout: As in :func:`op_arguments`.
-        state: As there.
-        options: As there.
-        op: The op's name, where it is not the twin's.
-        **given: As there.
+        name: Of the op.
+        given: Arguments that the caller has by name; the others come from layout, state and options.
+
+    Returns:
+        ``invoke(run, device, given, layout, state, options)``, which returns what ``run`` returns.
     """
-    if _extension.has_op_for(device.type):
-        name = twin.__name__ if op is None else op
-        run, positional, keywords = _OPS[name]
-        values = _flat(device, layout, state, options, given)
-        run(*[values[key] for key in positional], **{key: values[key] for key in keywords})
-    else:
-        if device.type == "cuda":
-            _extension.warn_of_missing_cuda_ops()
-        given.update(layout=layout, state=state, options=options)
-        twin(**{name: given[name] for name in _parameters(twin)})
+    expressions = {**_EXPRESSIONS, **{each: f"given[{each!r}]" for each in given}}
+    arguments = ", ".join(
+        f"{each.name}={expressions[each.name]}" if each.kwarg_only else expressions[each.name]
+        for each in find_op(name)._schema.arguments
+    )
+    source = f"lambda run, device, given, layout, state, options: run({arguments})"
+    return eval(compile(source, f"<arguments of {name}>", "eval"), {})
+
+
+@functools.cache
+def twin_parameters(twin: Callable[..., None]) -> tuple[str, ...]:
+    """The names of the arguments that a twin takes."""
+    return tuple(inspect.signature(twin).parameters)
 
 
 def _fake_of(name: str) -> Callable[..., None]:
@@ -128,7 +70,7 @@ def _fake_of(name: str) -> Callable[..., None]:
 
     One meta tensor among others sends a call here, where it would pass for a step.
     """
-    names = _OPS[name].positional
+    names = [each.name for each in find_op(name)._schema.arguments if not each.kwarg_only]
 
     def fake(*args: Any, **kwargs: Any) -> None:
         devices: dict[torch.device, str] = {}
@@ -147,5 +89,5 @@ def _fake_of(name: str) -> Callable[..., None]:
     return fake
 
 
-for _name in _OPS:
+for _name in _extension.OP_NAMES if _extension.ops_available else ():
     torch.library.register_fake(f"excessmtl_ext::{_name}", _fake_of(_name))

@@ -55,6 +55,7 @@ class ParamLayout:
         param_numels: The sizes as an int64 tensor [L] on the CPU, as the ops take them.
         num_params: P, the sum of the sizes.
         padded_numel: Columns of the state.
+        chunk_maps: :meth:`chunk_map` by device; made on the first look.
     """
 
     def __init__(self, numels: Sequence[int]) -> None:
@@ -64,7 +65,7 @@ class ParamLayout:
         self.param_numels = torch.tensor(self.numels, dtype=torch.int64)
         self.num_params = sum(self.numels)
         self.padded_numel = sum(padded_numel(numel) for numel in self.numels)
-        self._chunk_maps: dict[torch.device, Tensor] = {}
+        self.chunk_maps = ChunkMaps(self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ParamLayout) and self.numels == other.numels
@@ -75,19 +76,20 @@ class ParamLayout:
     def __repr__(self) -> str:
         return f"ParamLayout(numels={list(self.numels)})"
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Each parameter's part [..., n_l] of a flat state tensor [..., padded P]."""
+        return list(segments(flat, self.param_numels))
+
     def chunk_map(self, device: torch.device) -> Tensor:
         """The plan of a CUDA launch as one int64 tensor on ``device``, made once; empty for other devices.
 
         Layout: chunk size, chunks, L, padded P, then L + 1 padded offsets, L sizes, and each
             chunk's first parameter.
         """
-        if device not in self._chunk_maps:
-            self._chunk_maps[device] = self._build_chunk_map(
-                CUDA_CHUNK_NUMEL if device.type == "cuda" else 0
-            ).to(device)
-        return self._chunk_maps[device]
+        return self.chunk_maps[device]
 
-    def _build_chunk_map(self, chunk_numel: int) -> Tensor:
+    def build_chunk_map(self, chunk_numel: int) -> Tensor:
+        """The plan for chunks of a given size; empty for size 0."""
         if chunk_numel == 0:
             return torch.empty(0, dtype=torch.int64)
         ends = torch.tensor(
@@ -101,6 +103,22 @@ class ParamLayout:
             [chunk_numel, num_chunks, len(self.numels), self.padded_numel], dtype=torch.int64
         )
         return torch.cat([head, offsets, self.param_numels, first_segments])
+
+
+class ChunkMaps(dict[torch.device, Tensor]):
+    """The chunk maps of a layout: a dict, so that a step finds one without a call."""
+
+    def __init__(self, layout: ParamLayout) -> None:
+        super().__init__()
+        self._layout = layout
+
+    def __missing__(self, device: torch.device) -> Tensor:
+        chunk_numel = CUDA_CHUNK_NUMEL if device.type == "cuda" else 0
+        self[device] = self._layout.build_chunk_map(chunk_numel).to(device)
+        return self[device]
+
+    def __reduce__(self) -> tuple[type[ChunkMaps], tuple[ParamLayout]]:
+        return ChunkMaps, (self._layout,)  # a copy makes its own
 
 
 class StepOptions(NamedTuple):

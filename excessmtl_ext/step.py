@@ -88,7 +88,7 @@ class Step:
     """One call of a verb: what the caller gave, and the gradients once they are known.
 
     Attributes:
-        roots: One per task, None where the task is absent.
+        roots: One per task, None where the task is absent; empty where a task streams in, or gradients are given.
         tasks: The tasks that are present.
         shared: The L shared parameters.
         losses: [T], detached, NaN for an absent task; None where no method asks for them.

@@ -91,10 +91,8 @@ def read_task(
     check_loss(loss, "loss")
     shared = bound_parameters(rule)
     check_device([loss], shared[0].device)
-    roots: list[Root | None] = [None] * rule.num_tasks
-    roots[task] = loss
     return Step(
-        roots=roots,
+        roots=[],  # the pass of the one task is run by itself
         tasks=[task],
         shared=shared,
         losses=loss.detach(),

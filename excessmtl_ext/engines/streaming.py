@@ -16,7 +16,6 @@ from torch import Tensor
 from excessmtl_ext import functional, gradient_sizes
 from excessmtl_ext.passes.per_task import HeadGrads, backward_of_task
 from excessmtl_ext.passes.targets import assign_grads, combine_targets
-from excessmtl_ext.state import segments
 from excessmtl_ext.step import (
     Step,
     StreamedWeight,
@@ -159,7 +158,7 @@ class Stream:
             log_floored = self._floored_log_max + common
             factors.append(rule.weight_total * floor * log_floored.exp())
             buffers.append(self._floored_sum)
-        sums = [part for each in buffers for part in segments(each, self._layout.param_numels)]
+        sums = [part for each in buffers for part in self._layout.views(each)]
         flags = rule.found_nonfinite.any().expand(len(factors)).contiguous()
         row = [
             torch.empty_like(parameter) if was else None
@@ -214,7 +213,7 @@ def accumulate(
     check_accumulation_hooks(step.shared)
     heads = None
     if rule.head_weighting == "task_weights":
-        heads = HeadGrads.of(step.roots, step.shared)
+        heads = HeadGrads.of([None] * task + [loss], step.shared)
     (row,), tensors = backward_of_task(
         task, loss, step.shared, scale=step.grad_scale, heads=heads, retain_graph=retain_graph
     )

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from excessmtl_ext import _extension
 from excessmtl_ext import functional as F
-from excessmtl_ext.functional import ParamLayout, StepOptions, init_state
-from excessmtl_ext.op_calls import op_arguments
+from excessmtl_ext.functional import ParamLayout, StepOptions, init_state, op_arguments
 
 pytestmark = pytest.mark.skipif(
     not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"

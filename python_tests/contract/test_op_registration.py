@@ -9,8 +9,7 @@ from test_fused_step import sample_args
 
 from excessmtl_ext import _extension
 from excessmtl_ext import functional as F
-from excessmtl_ext.functional import StepState
-from excessmtl_ext.op_calls import op_arguments
+from excessmtl_ext.functional import StepState, op_arguments
 
 
 @pytest.mark.parametrize("name", _extension.OP_NAMES)

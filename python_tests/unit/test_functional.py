@@ -20,7 +20,7 @@ def test_every_chunk_of_a_launch_begins_in_the_parameter_that_the_plan_names(
     numels: list[int],
 ) -> None:
     layout = ParamLayout(numels)
-    plan = layout._build_chunk_map(CUDA_CHUNK_NUMEL)
+    plan = layout.build_chunk_map(CUDA_CHUNK_NUMEL)
     head, offsets, sizes, first = plan.split(
         [4, len(numels) + 1, len(numels), len(plan) - 5 - 2 * len(numels)]
     )
@@ -32,7 +32,7 @@ def test_every_chunk_of_a_launch_begins_in_the_parameter_that_the_plan_names(
 
 
 def test_a_layout_without_parameters_has_no_chunk() -> None:
-    head = ParamLayout([])._build_chunk_map(CUDA_CHUNK_NUMEL).tolist()
+    head = ParamLayout([]).build_chunk_map(CUDA_CHUNK_NUMEL).tolist()
     assert head == [CUDA_CHUNK_NUMEL, 0, 0, 0, 0]
 
 
