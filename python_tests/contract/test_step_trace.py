@@ -1,0 +1,35 @@
+"""A step stays readable: how often it changes file within the package is counted and may not grow."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from excessmtl_ext import arguments
+
+_PATH = Path(__file__).parents[2] / "bench" / "step_trace.py"
+_SPEC = importlib.util.spec_from_file_location("step_trace", _PATH)
+assert _SPEC is not None and _SPEC.loader is not None
+step_trace = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(step_trace)
+
+MOST_CHANGES = {"plain": 30, "features": 104, "tasks_per_step": 152, "streaming": 116}
+GOALS = {"plain": 16, "features": 24, "tasks_per_step": 28, "streaming": 60}
+
+
+@pytest.mark.parametrize("mode", step_trace.MODES)
+def test_a_step_changes_file_no_more_often_than_it_did(mode: str) -> None:
+    assert step_trace.num_changes(mode) <= MOST_CHANGES[mode]
+
+
+@pytest.mark.parametrize("mode", step_trace.MODES)
+@pytest.mark.xfail(strict=True, reason="steps are not yet as direct as they should be")
+def test_a_step_changes_file_as_seldom_as_it_should(mode: str) -> None:
+    assert step_trace.num_changes(mode) <= GOALS[mode]
+
+
+def test_a_trace_names_the_file_of_a_call_and_ends_with_it() -> None:
+    assert step_trace.trace(lambda: arguments.check_count("number", 1, 1)) == ["arguments.py"]
+    assert step_trace.trace(lambda: None) == []
