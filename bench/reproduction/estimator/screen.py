@@ -147,7 +147,7 @@ def find_run(sweep: Path, cell: Cell) -> Path | None:
             [torch.nn.Parameter(torch.zeros(1))],
             num_tasks=len(json.loads((folder / FINAL_METRICS).read_text())["tasks"]),
             robust_step_size=cell.step_size,
-            options=cell.options,
+            options=cell.balancer_options(),
         )
         if (
             settings_of(found["balancer"]) <= settings_of(repr(balancer))

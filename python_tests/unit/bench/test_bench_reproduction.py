@@ -137,7 +137,13 @@ def test_the_study_takes_from_a_sweep_only_the_run_that_a_cell_asks_for(
     run = tmp_path / "runs" / "excessmtl-recommended_noise0.8_seed1"
     run.mkdir(parents=True)
     (run / "metrics.json").write_text(json.dumps({"tasks": [{}] * 7}))
-    balancer = make_balancer("excessmtl-recommended", [torch.zeros(1)], num_tasks=7)
+    balancer = make_balancer(
+        "excessmtl",
+        [torch.zeros(1)],
+        num_tasks=7,
+        robust_step_size=3.0,
+        options={"fisher": "linear", "eps": 1e-7, "gradient_momentum": 0.98, "combine": "sum"},
+    )
     config = next(cell for cell in cells if (cell.noise, cell.seed) == (0.8, 1)).config(None)
     record = {**dataclasses.asdict(config), "num_train": 13_219, "balancer": repr(balancer)}
     (run / "config.json").write_text(json.dumps(record))

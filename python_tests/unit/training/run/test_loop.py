@@ -158,7 +158,7 @@ def test_a_non_finite_step_changes_no_parameter(
         return [first * float("nan") if next(calls) == 4 else first, second]
 
     monkeypatch.setattr(loop, "task_losses", losses_with_a_nan)
-    result = train(CONFIG, tmp_path)
+    result = train(dataclasses.replace(CONFIG, method="excessmtl-official"), tmp_path)
     assert result["num_skipped_steps"] == 1
     assert all(value == value for value in result["final"].values())
     assert result["final"]["validation/top_left_accuracy"] > 0.2
@@ -200,7 +200,10 @@ def test_resume_on_cuda_ends_with_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_epochs_tell_the_weights_and_the_risks(tmp_path: Path) -> None:
-    train(dataclasses.replace(CONFIG, epochs=2, task_weight_interval=8), tmp_path / "run")
+    config = dataclasses.replace(
+        CONFIG, method="excessmtl-official", epochs=2, task_weight_interval=8
+    )
+    train(config, tmp_path / "run")
     rows = read_table(tmp_path / "run" / "metrics.csv")
     steps = read_table(tmp_path / "run" / "task_weights.csv")
     tasks = ("top_left", "bottom_right")
