@@ -17,7 +17,14 @@ from excessmtl_ext.baselines.gramian import (
     move_to_gradients,
     unit_gramian,
 )
-from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, WeightScale
+from excessmtl_ext.step import (
+    Batched,
+    HeadWeighting,
+    NonFinite,
+    Step,
+    StreamedWeight,
+    WeightScale,
+)
 
 Variant = Literal["G", "L", "both"]
 
@@ -163,11 +170,11 @@ class IMTL(GramianBalancer):
         """The scales of the losses, brought to the sum of the weights."""
         return self.weight_total * self.log_loss_scales.softmax(0)
 
-    def stream_task(self, step: Step) -> Tensor:
+    def stream_task(self, step: Step) -> StreamedWeight:
         """Returns the task's moved log-scale (``"L"`` alone)."""
         (task,) = step.tasks
         scales = self.log_loss_scales
-        return self._moved(scales[task], step.losses_like(scales).reshape(()))
+        return StreamedWeight(self._moved(scales[task], step.losses_like(scales).reshape(())))
 
     def stream_finish(self, step: Step) -> None:
         """Moves scales and weights by the losses of the step."""

@@ -34,7 +34,9 @@ METHODS: dict[str, Callable[..., Balancer]] = {
     "excessmtl": lambda p, **o: published(p, robust_step_size=0.3, **o),
     "official": lambda p, **o: ExcessMTL.from_preset("official", p, **o),
     "paper": lambda p, **o: ExcessMTL.from_preset("paper", p, num_warmup_steps=2, **o),
-    "recommended": lambda p, **o: ExcessMTL.from_preset("recommended", p, **o),
+    "momentum": lambda p, **o: published(
+        p, **{"gradient_momentum": 0.98, "fisher": "linear", "robust_step_size": 3.0, **o}
+    ),
     "uniform": Uniform,
     "single task": lambda p, **o: SingleTask(p, task=FAULTY if o["num_tasks"] == 3 else 0, **o),
     "groupdro": lambda p, **o: GroupDRO(p, robust_step_size=0.1, **o),
@@ -45,7 +47,7 @@ METHODS: dict[str, Callable[..., Balancer]] = {
     "imtl": lambda p, **o: IMTL(p, robust_step_size=0.1, **o),
     "moml": MOML,
 }
-EXCESS = ("excessmtl", "official", "paper", "recommended")
+EXCESS = ("excessmtl", "official", "paper", "momentum")
 # What a method looks at, and so what it can notice. MOML looks at validation gradients, which test_moml.py spoils.
 SEES_GRADIENTS = (*EXCESS, "gradnorm", "mgda", "imtl-g", "imtl")
 SEES_LOSSES = ("groupdro", "gradnorm", "imtl-l", "imtl")

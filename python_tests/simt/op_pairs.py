@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-os.environ["EXCESSMTL_DISABLE_OPS"] = "1"  # the library under test takes their names
+if (
+    "excessmtl_ext" not in sys.modules
+):  # as a script: the library under test takes the names of the ops
+    os.environ["EXCESSMTL_DISABLE_OPS"] = "1"
 from excessmtl_ext import reference as twins
 from excessmtl_ext.state import ParamLayout, StepOptions, StepState, padded_numel
 
