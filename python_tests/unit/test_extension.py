@@ -13,7 +13,7 @@ import pytest
 import torch
 from _paths import ROOT
 
-from excessmtl_ext import _build_facts, _extension, op_calls
+from excessmtl_ext import _build_facts, _extension, functional
 
 # An editable install finds its package before any folder on sys.path does: its finder goes.
 FROM_FOLDER = """
@@ -338,12 +338,14 @@ def test_steps_on_a_gpu_without_cuda_ops_are_told_once(monkeypatch):
     with pytest.warns(
         RuntimeWarning, match=r"without CUDA \(no GPU was found\).*EXCESSMTL_WITH_CUDA=ON"
     ):
-        op_calls.call(twin, torch.device("cuda"), "first")
-    op_calls.call(twin, torch.device("cuda"), "second")  # a second warning would be an error
+        functional._call(twin, torch.device("cuda"), {"layout": "first"})
+    functional._call(
+        twin, torch.device("cuda"), {"layout": "second"}
+    )  # a second warning would be an error
     assert steps == ["first", "second"]
     _extension.warn_of_missing_cuda_ops.cache_clear()
     monkeypatch.setattr(_extension, "build_info", None)  # that was told at import
-    op_calls.call(twin, torch.device("cuda"), "third")
+    functional._call(twin, torch.device("cuda"), {"layout": "third"})
     _extension.warn_of_missing_cuda_ops.cache_clear()
 
 
