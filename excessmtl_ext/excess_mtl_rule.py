@@ -8,8 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from excessmtl_ext import bounded_moves, functional, gradient_sizes
+from excessmtl_ext.bounded_moves import MoveOptions, MoveState
 from excessmtl_ext.excess_mtl_state import ExcessMTLState
-from excessmtl_ext.state import MAX_LOG_STEP
+from excessmtl_ext.state import MAX_LOG_STEP, StepOptions, StepState
 from excessmtl_ext.step import Step, StreamedWeight, Targets
 
 
@@ -20,6 +21,53 @@ class ExcessMTLRule(ExcessMTLState):
 
     _new_shares: Tensor | None = None
     """[T], of the tasks that a step under way has taken in."""
+
+    @property
+    def step_options(self) -> StepOptions:
+        """The choices as the stateless layer takes them."""
+        return StepOptions(
+            fisher=self.fisher,
+            eps=self.eps,
+            gradient_momentum=self.gradient_momentum,
+            robust_step_size=self.robust_step_size or 0.0,
+            num_warmup_steps=self.num_warmup_steps,
+            relative=self.relative,
+            min_weight=0.0 if isinstance(self.min_weight, tuple) else self.min_weight,
+            weight_total=self.weight_total,
+            rounding_seed=self.rounding_seed,
+        )
+
+    @property
+    def move_options(self) -> MoveOptions:
+        """The choices that the stateless layer does not know."""
+        return MoveOptions(
+            self.max_log_ratio if self.robust_step_size is None else None,
+            self.combination != "sum",
+            self.min_weight if isinstance(self.min_weight, tuple) else None,
+        )
+
+    @property
+    def move_state(self) -> MoveState:
+        """The state that the stateless layer does not know: the balancer's own tensors."""
+        buffers = self._buffers
+        return MoveState(*[buffers[name] for name in MoveState._fields])  # type: ignore[misc]
+
+    @property
+    def step_state(self) -> StepState:
+        """The state as the stateless layer takes it: the balancer's own tensors, not copies."""
+        buffers = self._buffers
+        return StepState(*[buffers[name] for name in StepState._fields])  # type: ignore[misc]
+
+    def prepare(self, step: Step) -> tuple[StepState, StepOptions]:
+        """State and options for the gradients of ``step``; the first ones size the state."""
+        grads = step.task_grads
+        device = next(
+            (grad for grad in grads.tensors if grad.numel() > 0), self.task_weights
+        ).device
+        sums = self.sq_grad_sum
+        if sums.shape[1] == 0 or sums.device != device or self.tensor_weights.shape[1] == 0:
+            self.size_state(grads, device)
+        return self.step_state, self.step_options
 
     def update(self, step: Step) -> None:
         """Moves the weights by one step (He et al. 2024, Eqs. 6, 7 and 9)."""

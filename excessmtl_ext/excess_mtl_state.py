@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.bounded_moves import MoveOptions, MoveState, init_move_state
-from excessmtl_ext.state import Fisher, ParamLayout, StepOptions, StepState, init_state
-from excessmtl_ext.step import Step
+from excessmtl_ext.bounded_moves import MoveState, init_move_state
+from excessmtl_ext.state import Fisher, ParamLayout, init_state
+from excessmtl_ext.step import TaskGrads
 
 if TYPE_CHECKING:
     from excessmtl_ext.distributed import DataParallel
@@ -56,42 +56,6 @@ class ExcessMTLState(Balancer):
     num_tensor_steps: Tensor
     tensor_weights: Tensor
     log_priorities: Tensor
-
-    @property
-    def step_options(self) -> StepOptions:
-        """The choices as the stateless layer takes them."""
-        return StepOptions(
-            fisher=self.fisher,
-            eps=self.eps,
-            gradient_momentum=self.gradient_momentum,
-            robust_step_size=self.robust_step_size or 0.0,
-            num_warmup_steps=self.num_warmup_steps,
-            relative=self.relative,
-            min_weight=0.0 if isinstance(self.min_weight, tuple) else self.min_weight,
-            weight_total=self.weight_total,
-            rounding_seed=self.rounding_seed,
-        )
-
-    @property
-    def move_options(self) -> MoveOptions:
-        """The choices that the stateless layer does not know."""
-        return MoveOptions(
-            self.max_log_ratio if self.robust_step_size is None else None,
-            self.combination != "sum",
-            self.min_weight if isinstance(self.min_weight, tuple) else None,
-        )
-
-    @property
-    def move_state(self) -> MoveState:
-        """The state that the stateless layer does not know: the balancer's own tensors."""
-        buffers = self._buffers
-        return MoveState(*[buffers[name] for name in MoveState._fields])  # type: ignore[misc]
-
-    @property
-    def step_state(self) -> StepState:
-        """The state as the stateless layer takes it: the balancer's own tensors, not copies."""
-        buffers = self._buffers
-        return StepState(*[buffers[name] for name in StepState._fields])  # type: ignore[misc]
 
     def initial_state(self, device: torch.device) -> dict[str, Tensor]:
         """Every state tensor before the first step, by name.
@@ -175,11 +139,13 @@ class ExcessMTLState(Balancer):
             return False
         return self.layout is None or saved.shape[1] == self.layout.padded_numel
 
-    def prepare(self, step: Step) -> tuple[StepState, StepOptions]:
-        """Sizes S and m at the first gradients, and checks the device of all later ones; returns state and options."""
-        task_grads, layout, _ = step.task_grads
-        first = next((grad for grad in task_grads if grad.numel() > 0), self.task_weights)
-        device = first.device
+    def size_state(self, grads: TaskGrads, device: torch.device) -> None:
+        """Sizes and places what depends on the first gradients; checks the device of all later ones.
+
+        Raises:
+            ValueError: the gradients are float64 and the state is narrower by choice, or they are on another device.
+        """
+        layout = grads.layout
         if layout.numels and self.tensor_weights.shape[1] == 0:  # not saved, or not sized yet
             device_of_state = self.task_weights.device
             fresh = init_move_state(self.num_tasks, len(layout.numels), None, device_of_state)
@@ -188,7 +154,7 @@ class ExcessMTLState(Balancer):
                     setattr(self, name, getattr(fresh, name))
         if self.sq_grad_sum.shape[1] == 0:
             has_float64 = any(
-                grad.dtype == torch.float64 for grad in task_grads if grad.numel() > 0
+                grad.dtype == torch.float64 for grad in grads.tensors if grad.numel() > 0
             )
             if has_float64 and self.state_dtype is not None:
                 raise ValueError(
@@ -211,4 +177,3 @@ class ExcessMTLState(Balancer):
                 f"Expected gradients on {self.sq_grad_sum.device}, where the balancer's state is, but got {device}. "
                 f"Call balancer.to({str(device)!r}) after moving the model."
             )
-        return self.step_state, self.step_options
