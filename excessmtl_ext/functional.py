@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import _extension, reference
-from excessmtl_ext.op_calls import COMPILED_FOR, NO_STATE, find_op, invoker, twin_parameters
+from excessmtl_ext import op_calls as ops
 from excessmtl_ext.state import (
     CUDA_CHUNK_NUMEL,
     MAX_LOG_STEP,
@@ -57,33 +57,46 @@ def op_arguments(
     Returns:
         The positional and the keyword arguments.
     """
-    given.update(layout=layout, state=state, options=options)
-    return invoker(name, frozenset(given))(_as_given, device, given, layout, state, options)
+    if layout is not None:
+        given.setdefault("raw_risk_scale", options.raw_risk_scale(layout))
+    plan = ops.plan_arguments(name, frozenset(given))
+    return _lay_out(plan, device, given, layout, state, options)
 
 
-def _as_given(*positional: Any, **keywords: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return positional, keywords
+def _lay_out(
+    plan: ops.ArgumentPlan,
+    device: torch.device,
+    given: dict[str, Any],
+    layout: ParamLayout | None,
+    state: StepState | None,
+    options: StepOptions,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    of_layout = (layout.param_numels, layout.chunk_maps[device]) if layout is not None else ()
+    of_options = (options[0] == "sqrt",)
+    sources = given, state or ops.NO_STATE, options, of_layout, of_options  # as a plan numbers them
+    positional = [sources[source][key] for source, key in plan.positional]
+    return tuple(positional), {name: sources[source][key] for name, source, key in plan.keywords}
 
 
-_Invoke = Callable[..., None]
-_INVOKERS: dict[Callable[..., None], tuple[_Invoke, _Invoke]] = {}
+_PLANS: dict[Callable[..., None], tuple[Callable[..., None], ops.ArgumentPlan]] = {}
 
 
 def _call(
     twin: Callable[..., None], device: torch.device, given: dict[str, Any], name: str | None = None
 ) -> None:
     """Runs the op compiled for ``device``, named like ``twin`` unless ``name`` is given, or the twin."""
-    if device.type not in COMPILED_FOR:
+    if device.type not in ops.COMPILED_FOR:
         if device.type == "cuda":
             _extension.warn_of_missing_cuda_ops()
-        twin(**{name: given[name] for name in twin_parameters(twin)})
+        twin(**{name: given[name] for name in ops.twin_parameters(twin)})
         return
-    if twin not in _INVOKERS:
+    if twin not in _PLANS:
         name = name or twin.__name__
-        _INVOKERS[twin] = find_op(name), invoker(name, frozenset(given))
-    run, invoke = _INVOKERS[twin]
-    state, options = given.get("state") or NO_STATE, given.get("options") or _DEFAULT_OPTIONS
-    invoke(run, device, given, given.get("layout"), state, options)
+        _PLANS[twin] = ops.find_op(name), ops.plan_arguments(name, frozenset(given))
+    run, plan = _PLANS[twin]
+    layout, state, options = given.get("layout"), given.get("state"), given.get("options")
+    positional, keywords = _lay_out(plan, device, given, layout, state, options or _DEFAULT_OPTIONS)
+    run(*positional, **keywords)
 
 
 def fused_step_(
@@ -164,7 +177,8 @@ def update_task_risks_(
         state: Changed in place.
         options: The choices.
     """
-    _call(reference.update_task_risks_, excess_risk_sum.device, locals())
+    scale = {"raw_risk_scale": options.raw_risk_scale(layout)}
+    _call(reference.update_task_risks_, excess_risk_sum.device, {**locals(), **scale})
 
 
 def update_task_weights_(tasks: Sequence[int], state: StepState, options: StepOptions) -> None:
@@ -258,16 +272,9 @@ def weighted_sum_(
     num_tasks = task_weights.numel()
     if found_nonfinite is None:
         found_nonfinite = torch.zeros(num_tasks, dtype=torch.bool, device=task_weights.device)
-    no_rows = task_weights.new_empty(num_tasks, 0)
-    of_no_state = {
-        "sq_grad_sum": no_rows,
-        "grad_mean": no_rows,
-        "grad_scale": None,
-        "first_task": 0,
-    }
-    _call(
-        reference.weighted_sum_, task_weights.device, {**locals(), **of_no_state}, name="combine_"
-    )
+    rows = task_weights.new_empty(num_tasks, 0)
+    no_state = {"sq_grad_sum": rows, "grad_mean": rows, "grad_scale": None, "first_task": 0}
+    _call(reference.weighted_sum_, task_weights.device, {**locals(), **no_state}, name="combine_")
 
 
 def repair_(
@@ -320,20 +327,12 @@ def estimate_task_risk_(
     """
     row, sums = slice(task, task + 1), torch.zeros_like(state.excess_risk)
     rows = state.sq_grad_sum[row], state.grad_mean[row]
+    of_task: dict[str, Any] = {"state": state, "first_task": task}
     accumulate_excess_risk_(
-        grads,
-        layout,
-        *rows,
-        sums[row],
-        state.ticket,
-        options,
-        grad_scale,
-        state=state,
-        first_task=task,
+        grads, layout, *rows, sums[row], state.ticket, options, grad_scale, **of_task
     )
     update_task_risks_(sums, [task], layout, state, options)
-    flag = state.found_nonfinite[row]
-    repair_(grads, layout, *rows, flag, options, grad_scale, state=state, first_task=task)
+    repair_(grads, layout, *rows, state.found_nonfinite[row], options, grad_scale, **of_task)
 
 
 def fold_(

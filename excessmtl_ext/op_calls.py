@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,42 +21,47 @@ NO_STATE = (None,) * len(StepState._fields)
 COMPILED_FOR = frozenset(name for name in ("cpu", "cuda") if _extension.has_op_for(name))
 """Types of devices that the ops are compiled for."""
 
-_EXPRESSIONS = {
-    **{name: f"state[{index}]" for index, name in enumerate(StepState._fields)},
-    **{name: f"options[{index}]" for index, name in enumerate(StepOptions._fields)},
-    "sqrt_fisher": "options[0] == 'sqrt'",
-    "param_numels": "layout.param_numels",
-    "chunk_map": "layout.chunk_maps[device]",
-    "raw_risk_scale": "options.raw_risk_scale(layout)",
-}
-
 
 def find_op(name: str) -> Any:
     """The compiled op of this name."""
     return getattr(torch.ops.excessmtl_ext, name).default
 
 
-@functools.cache
-def invoker(name: str, given: frozenset[str]) -> Callable[..., Any]:
-    """Compiles a function that calls with the arguments of an op, laid out by the names in its schema.
+class ArgumentPlan(NamedTuple):
+    """Where the arguments of an op are found, in the order of its schema: in which of five sources, and its key there.
 
-    Compiled from source, as a dataclass compiles ``__init__``: looking up some twenty names in every step would take
-    longer than the op's own checks.
+    The sources are what the caller gives by name, the fields of the state, those of the options, ``OF_LAYOUT`` and
+    ``OF_OPTIONS``.
+    """
+
+    positional: list[tuple[int, Any]]
+    keywords: list[tuple[str, int, Any]]
+    """The name of the argument first."""
+
+
+OF_LAYOUT = ("param_numels", "chunk_map")
+OF_OPTIONS = ("sqrt_fisher",)
+
+
+@functools.cache
+def plan_arguments(name: str, given: frozenset[str]) -> ArgumentPlan:
+    """Finds the arguments of an op by the names in its schema, once: a step looks up none of the some twenty names.
 
     Args:
         name: Of the op.
-        given: Arguments that the caller has by name; the others come from layout, state and options.
-
-    Returns:
-        ``invoke(run, device, given, layout, state, options)``, which returns what ``run`` returns.
+        given: Arguments that the caller has by name; the others come from state, options and layout.
     """
-    expressions = {**_EXPRESSIONS, **{each: f"given[{each!r}]" for each in given}}
-    arguments = ", ".join(
-        f"{each.name}={expressions[each.name]}" if each.kwarg_only else expressions[each.name]
-        for each in find_op(name)._schema.arguments
+    places: dict[str, tuple[int, Any]] = {}
+    for source, names in enumerate(
+        (StepState._fields, StepOptions._fields, OF_LAYOUT, OF_OPTIONS), start=1
+    ):
+        places.update({each: (source, index) for index, each in enumerate(names)})
+    places.update({each: (0, each) for each in given})
+    arguments = find_op(name)._schema.arguments
+    return ArgumentPlan(
+        [places[each.name] for each in arguments if not each.kwarg_only],
+        [(each.name, *places[each.name]) for each in arguments if each.kwarg_only],
     )
-    source = f"lambda run, device, given, layout, state, options: run({arguments})"
-    return eval(compile(source, f"<arguments of {name}>", "eval"), {})
 
 
 @functools.cache
