@@ -7,6 +7,7 @@ from excessmtl_ext.baselines import IMTL, MGDA, MOML, GradNorm, GroupDRO, Single
 from excessmtl_ext.collapse import TaskCollapseWarning
 from excessmtl_ext.excess_mtl import ExcessMTL
 from excessmtl_ext.skips import SkippedStepsWarning
+from excessmtl_ext.split import TaskSplit
 
 __all__ = [
     "IMTL",
@@ -19,6 +20,7 @@ __all__ = [
     "SingleTask",
     "SkippedStepsWarning",
     "TaskCollapseWarning",
+    "TaskSplit",
     "Uniform",
     "functional",
     "reference",

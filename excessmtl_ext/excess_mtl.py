@@ -21,9 +21,12 @@ from excessmtl_ext.excess_mtl_options import (
 )
 from excessmtl_ext.excess_mtl_rule import ExcessMTLRule
 from excessmtl_ext.excess_mtl_state import Combination
+from excessmtl_ext.passes.adapters import Adapter
+from excessmtl_ext.split import split
 from excessmtl_ext.state import SMALLEST_EPS, Fisher, ParamLayout
 from excessmtl_ext.step import (
     Batched,
+    Features,
     HeadWeighting,
     NonFinite,
     WeightScale,
@@ -94,6 +97,8 @@ class ExcessMTL(ExcessMTLRule):
             C * C elements for C channels. A step costs one pass.
         feature_dim: The dimension of the features that holds the channels: 1 for [B, C] and
             [B, C, H, W], -1 for tokens [B, L, C]. All others count samples.
+        feature_adapter: The layer behind the encoder whose gradient the risks of the features are estimated from, see
+            :mod:`excessmtl_ext.passes.adapters`. ``"auto"``: ``"full"`` up to 32 channels, ``"low_rank"`` above.
         tasks_per_step: Tasks whose risk a step estimates, in rotation; None for all T. When each had
             its turn, a round, the weights move once, with the latest risks; S and m of a task, its
             share of ``num_warmup_steps`` and the momentum count its own turns. A step costs as many
@@ -169,6 +174,7 @@ class ExcessMTL(ExcessMTLRule):
         update_every: int = 1,
         estimate_from: EstimateFrom = "parameters",
         feature_dim: int = 1,
+        feature_adapter: Adapter = "auto",
         tasks_per_step: int | None = None,
         min_weight: float | Sequence[float] = 0.0,
         state_dtype: torch.dtype | None = None,
@@ -203,6 +209,7 @@ class ExcessMTL(ExcessMTLRule):
         self.relative = relative
         self.update_every = update_every
         self.feature_dim = feature_dim
+        self.feature_adapter: Adapter = feature_adapter
         self.tasks_per_step = tasks_per_step
         self.min_weight = (
             float(min_weight)
@@ -242,6 +249,42 @@ class ExcessMTL(ExcessMTLRule):
             ValueError: the preset is unknown, or ``"paper"`` is given no ``num_warmup_steps``.
         """
         return cls(shared_parameters, **preset_options(preset, options))
+
+    def split(
+        self, features: Features, *, grad_scale: Tensor | float | None = None
+    ) -> tuple[Any, ...]:
+        """T copies of the encoder's output, one per task; the backward pass through them is a balanced step.
+
+        ::
+
+            z = encoder(inputs)
+            z_a, z_b = balancer.split(z)
+            loss = loss_a(head_a(z_a)) + loss_b(head_b(z_b))
+            loss.backward()  # or a trainer's
+
+        Heads get the gradient of their own loss, the encoder that of the weighted sum, as from
+        ``backward(losses, features=z)``, in one pass. A task whose copy no loss depends on is absent.
+        What is added to the loss and depends on ``z`` itself is not weighted. Where gradients are
+        disabled, ``z`` requires none or the balancer is in evaluation mode (``eval()``), the copies
+        are ``z`` and nothing moves.
+
+        A step counts once the gradients of all copies have met: an error further down leaves the
+        weights moved. If several ranks are initialised, each of them comes through its node, and the
+        weights are those of the joined batch.
+
+        Args:
+            features: What the heads take from the encoder: a tensor, or several in a list.
+            grad_scale: Loss scale of the backward pass to come, as ``GradScaler.get_scale()``.
+
+        Returns:
+            T tensors, or T tuples of as many tensors as ``features`` has. They are views: layers
+            that begin a head must not write in place.
+
+        Raises:
+            ValueError: shape or device is not as expected, or the options ask for other gradients.
+            RuntimeError: in the backward pass, where an earlier one has moved the weights already.
+        """
+        return split(self, self._close, features, grad_scale)
 
     def get_extra_state(self) -> dict[str, Any]:
         """As for every balancer, and whether the collapse guard has warned."""

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from excessmtl_ext.arguments import check_choice, check_count, check_positive, checked_parameters
 from excessmtl_ext.engines.cheaper import (
-    FeatureEngine,
     RotationEngine,
     SubsetEngine,
     TaskRotation,
     checked_subset,
 )
 from excessmtl_ext.engines.exact import ExactEngine
+from excessmtl_ext.engines.from_features import FeatureEngine
+from excessmtl_ext.passes.adapters import ADAPTERS
 from excessmtl_ext.state import SMALLEST_EPS
 from excessmtl_ext.step import Engine
 
@@ -118,6 +119,7 @@ def check_options(given: Mapping[str, Any]) -> None:
         raise TypeError(
             f"Expected `feature_dim` to be an integer, but got {type(feature_dim).__name__}."
         )
+    check_choice("feature_adapter", given["feature_adapter"], ADAPTERS)
     check_choice("reduce", given["reduce"], ("grads", "risks"))
     if isinstance(given["estimate_from"], str):
         check_choice("estimate_from", given["estimate_from"], ("parameters", "features"))
@@ -199,11 +201,13 @@ def choose_engine(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> 
     has_ranks = (
         given["process_group"] is not None or given["model"] is not None or is_sharded(shared)
     )
-    data_parallel = _data_parallel(given, shared) if has_ranks else None
+    data_parallel = (
+        _data_parallel(given, shared) if has_ranks and estimate_from != "features" else None
+    )
     subset = None if isinstance(estimate_from, str) else checked_subset(estimate_from, shared)
     if estimate_from == "parameters" and not rotates:
         return data_parallel or ExactEngine(given["batched"])
-    if shared is None:
+    if shared is None and estimate_from != "features":
         raise ValueError(
             "Expected `shared_parameters` with `estimate_from` or `tasks_per_step`: they decide which backward passes "
             "run. Without them, give update_weights() the gradients that you want risks estimated from."
@@ -218,7 +222,7 @@ def choose_engine(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> 
             "Expected no `tasks_per_step` with estimate_from='features': one pass gives the features' gradients of all "
             "tasks already."
         )
-    if has_ranks:
+    if has_ranks and estimate_from != "features":
         raise NotImplementedError(
             "Expected no `process_group` with `estimate_from` or `tasks_per_step`: several ranks exchange the whole "
             "gradient of every task. Use update_every, which works with ranks."
@@ -231,7 +235,9 @@ def choose_engine(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> 
     if rotates:
         rotation = TaskRotation(given["num_tasks"], cast(int, tasks_per_step))
         return RotationEngine(rotation, subset)
-    return FeatureEngine() if subset is None else SubsetEngine(subset)
+    if subset is not None:
+        return SubsetEngine(subset)
+    return FeatureEngine(given["process_group"], has_ranks=has_ranks)
 
 
 def _data_parallel(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> DataParallel:

@@ -203,6 +203,7 @@ class FisherRule(WeightingRule, Protocol):
     """A rule whose state and options are those of the ops (ExcessMTL)."""
 
     feature_dim: int
+    feature_adapter: Literal["auto", "full", "low_rank", "diagonal"]
 
     @property
     def step_state(self) -> StepState:

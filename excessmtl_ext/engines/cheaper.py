@@ -28,9 +28,7 @@ from excessmtl_ext.engines.exact import (
     weights_of_heads,
 )
 from excessmtl_ext.engines.undo import Before, all_or_nothing
-from excessmtl_ext.given_gradients import given_task_grads
 from excessmtl_ext.passes.capture import capture_grads, nodes_of
-from excessmtl_ext.passes.cut import Cut
 from excessmtl_ext.passes.heads import HeadGraph, check_open
 from excessmtl_ext.passes.per_task import (
     HeadGrads,
@@ -197,30 +195,6 @@ def subset_rows(
     return rows
 
 
-class FeatureEngine(CheaperEngine):
-    """Risks from the gradients of the features, which the heads' passes give, then one pass of the encoder."""
-
-    rows_described = "of the features' adapter, one per task"
-
-    def run_estimate(self, rule: FisherRule, step: Step, before: Before) -> None:
-        """A step that moves the weights."""
-        cut = _cut_at_features(rule, step)
-        feature_grads, head_grads = cut.walk_heads(step)
-        with torch.no_grad():
-            rows = _adapter_grads(cut, feature_grads, rule.feature_dim)
-            grads, _ = given_task_grads(rule, rows)
-            self.take_estimate(rule, step, grads, before)
-            weights = guarded_weights(rule)
-        cut.walk_encoder_weighted(feature_grads, weights)
-        if rule.head_weighting == "none":
-            cut.deposit_heads(head_grads)
-        else:
-            present = {task: grads for task, grads in enumerate(head_grads) if grads}
-            factors = weights_of_heads(rule, weights)
-            assert factors is not None
-            HeadGrads(cut.heads, present).add(factors)
-
-
 class RotationEngine(CheaperEngine):
     """The risks of the tasks whose turn it is, and one pass for all other tasks.
 
@@ -340,46 +314,3 @@ class RotationEngine(CheaperEngine):
         """Moves the weights of the tasks that had their turn; not if this step's gradients are not finite."""
         rule.move_weights(self.rotation.served)
         self.rotation.start_round()
-
-
-def _cut_at_features(rule: FisherRule, step: Step) -> Cut:
-    if step.features is None:
-        raise ValueError(
-            "Expected `features` with estimate_from='features': risks are estimated from their gradients. Call "
-            "backward(losses, features=z) with what the encoder returned."
-        )
-    dim = rule.feature_dim
-    for index, z in enumerate(step.features):
-        if not -z.dim() <= dim < z.dim() or z.dim() < 2:
-            raise ValueError(
-                f"Expected `features[{index}]` of shape [samples, ..., channels, ...] with the channels in dimension "
-                f"{dim} (`feature_dim`), but got {list(z.shape)}."
-            )
-    cut = Cut(step.roots, step.features, step.shared, retain_graph=step.retain_graph)
-    if cut.obstacle is not None:
-        raise ValueError(
-            f"Expected `features` where the passes can be cut, but {cut.obstacle}. Remove that, or estimate risks from "
-            "parameters."
-        )
-    return cut
-
-
-def _adapter_grads(
-    cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]], dim: int
-) -> list[list[Tensor | None]]:
-    """T rows of a gradient [C, C] per feature: with respect to A of a linear adapter z -> A z, at A = I."""
-    samples = [_rows_of_channels(z, dim) for z in cut.features]
-    rows: list[list[Tensor | None]] = []
-    for reached, grads in zip(cut.reached, feature_grads, strict=True):
-        row: list[Tensor | None] = [None] * len(samples)
-        for index, grad in zip(reached, grads, strict=True):
-            if grad is not None:
-                row[index] = _rows_of_channels(grad, dim).T @ samples[index]
-        rows.append(row if reached else [])
-    return rows
-
-
-def _rows_of_channels(tensor: Tensor, dim: int) -> Tensor:
-    """[samples * positions, channels], float32 at least: a sum over samples is no place for bfloat16."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.movedim(dim, -1).flatten(0, -2).to(wide)

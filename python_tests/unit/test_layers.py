@@ -19,6 +19,7 @@ LAYERS = (
     {"step", "step_arguments", "gradient_sizes", "bounded_moves", "skips", "self_test"},
     {"passes", "given_gradients", "saved_state", "gradient_statistics", "history_writers"},
     {"engines", "distributed", "history", "report", "memory", "collapse", "insight", "open_step"},
+    {"split"},
     {"balancer"},
     {"excess_mtl_options", "excess_mtl_state", "excess_mtl_rule", "excess_mtl", "baselines"},
     {"__init__"},
