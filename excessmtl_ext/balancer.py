@@ -79,6 +79,9 @@ class Balancer(Insight, OpenStep, ABC):
         batched: Whether the encoder's T passes run as one vectorised pass in steps that are given
             their ``features``. ``"auto"``: as fast as measured in the first eight of them. Gradients
             are equal up to rounding; :attr:`backward_mode` says what was done and why.
+        copy_gradients: Copy the gradients of each pass before the next one. Needed where that writes
+            into the same memory, as after ``torch.cuda.make_graphed_callables``; without it such
+            gradients are an error. Costs one copy of each task's gradients per step.
         engine: Runs the passes, for a method that needs another engine than :class:`ExactEngine
             <excessmtl_ext.engines.exact.ExactEngine>`; ``batched`` is then the engine's.
 
@@ -121,6 +124,7 @@ class Balancer(Insight, OpenStep, ABC):
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
         batched: Batched = False,
+        copy_gradients: bool = False,
         engine: Engine | None = None,
     ) -> None:
         super().__init__()
@@ -137,6 +141,7 @@ class Balancer(Insight, OpenStep, ABC):
         self.nonfinite: NonFinite = nonfinite
         self.engine = ExactEngine(batched) if engine is None else engine
         self.batched: Batched = self.engine.batched
+        self.copy_gradients = bool(copy_gradients)
         self.observers = [SkipGuard()]
         self.history = None
         self.num_calls = 0
@@ -423,4 +428,5 @@ class Balancer(Insight, OpenStep, ABC):
         }
         if "task_grads" in self.requires:  # no other method has passes to batch
             options["batched"] = self.batched
+            options["copy_gradients"] = self.copy_gradients
         return options

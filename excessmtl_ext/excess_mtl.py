@@ -114,6 +114,7 @@ class ExcessMTL(ExcessMTLRule):
             repeats itself, also from a checkpoint.
         nonfinite: See :class:`excessmtl_ext.Balancer`.
         batched: See :class:`excessmtl_ext.Balancer`.
+        copy_gradients: See :class:`excessmtl_ext.Balancer`.
         process_group: Ranks that train together, each with a batch of its own, such as
             ``torch.distributed.group.WORLD``. See :mod:`excessmtl_ext.distributed`.
         reduce: ``"grads"``: weights and gradients are those of one process with the joined batch;
@@ -181,6 +182,7 @@ class ExcessMTL(ExcessMTLRule):
         rounding_seed: int = 0,
         nonfinite: NonFinite = "skip",
         batched: Batched = False,
+        copy_gradients: bool = False,
         process_group: dist.ProcessGroup | None = None,
         reduce: Reduce = "grads",
         model: nn.Module | None = None,
@@ -196,6 +198,7 @@ class ExcessMTL(ExcessMTLRule):
             weight_scale=weight_scale,
             head_weighting=head_weighting,
             nonfinite=nonfinite,
+            copy_gradients=copy_gradients,
             engine=engine,
         )
         self.robust_step_size = None if robust_step_size is None else float(robust_step_size)

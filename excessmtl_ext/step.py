@@ -97,6 +97,7 @@ class Step:
         num_samples: Samples behind the losses of this rank.
         moves_weights: Whether this step moves the weights or only applies them.
         retain_graph: Keep the graphs of the losses for another backward pass.
+        copy_gradients: Copy the gradients of each pass before the next one.
         task_grads: The gradients, for rules that require them; set by the engine.
     """
 
@@ -109,6 +110,7 @@ class Step:
     num_samples: NumSamples | None = None
     moves_weights: bool = True
     retain_graph: bool = False
+    copy_gradients: bool = False
     task_grads: TaskGrads = NO_TASK_GRADS
 
     def keep_only(self, task: int) -> None:
@@ -147,6 +149,8 @@ class WeightingRule(Protocol):
     """Weights move on every so many calls."""
     holds_weights: bool
     """Whether steps only apply the weights for the time being."""
+    copy_gradients: bool
+    """Whether the gradients of each pass are copied before the next one."""
     task_names: tuple[str, ...] | None
     """Keys of the losses, where they come as a mapping."""
 

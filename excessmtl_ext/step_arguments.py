@@ -51,6 +51,7 @@ def read_step(
         num_samples=num_samples,
         moves_weights=moves_weights(rule),
         retain_graph=retain_graph,
+        copy_gradients=rule.copy_gradients,
     )
 
 
@@ -99,6 +100,7 @@ def read_task(
         grad_scale=None if grad_scale is None else as_scale(grad_scale, rule.task_weights.device),
         moves_weights=moves_weights(rule),
         retain_graph=retain_graph,
+        copy_gradients=rule.copy_gradients,
     )
 
 

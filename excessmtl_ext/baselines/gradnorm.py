@@ -46,6 +46,7 @@ class GradNorm(Balancer):
         head_weighting: See :class:`excessmtl_ext.Balancer`.
         nonfinite: See :class:`excessmtl_ext.Balancer`; looks at gradients and losses.
         batched: See :class:`excessmtl_ext.Balancer`.
+        copy_gradients: See :class:`excessmtl_ext.Balancer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -84,6 +85,7 @@ class GradNorm(Balancer):
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
         batched: Batched = False,
+        copy_gradients: bool = False,
     ) -> None:
         check_positive("robust_step_size", robust_step_size)
         super().__init__(
@@ -93,6 +95,7 @@ class GradNorm(Balancer):
             head_weighting=head_weighting,
             nonfinite=nonfinite,
             batched=batched,
+            copy_gradients=copy_gradients,
         )
         self.robust_step_size = float(robust_step_size)
         self.last_layer = None if last_layer is None else tuple(last_layer)

@@ -75,6 +75,7 @@ class GramianBalancer(Balancer):
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
         batched: Batched = False,
+        copy_gradients: bool = False,
     ) -> None:
         super().__init__(
             shared_parameters,
@@ -83,6 +84,7 @@ class GramianBalancer(Balancer):
             head_weighting=head_weighting,
             nonfinite=nonfinite,
             batched=batched,
+            copy_gradients=copy_gradients,
         )
         self.set_state(self.initial_state(self.task_weights.device))
 

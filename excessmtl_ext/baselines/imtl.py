@@ -61,6 +61,7 @@ class IMTL(GramianBalancer):
             the weights of IMTL-G, which would make a head climb its loss where they are negative.
         nonfinite: See :class:`excessmtl_ext.Balancer`; looks at what the variant needs.
         batched: See :class:`excessmtl_ext.Balancer`.
+        copy_gradients: See :class:`excessmtl_ext.Balancer`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -94,6 +95,7 @@ class IMTL(GramianBalancer):
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
         batched: Batched = False,
+        copy_gradients: bool = False,
     ) -> None:
         check_choice("variant", variant, ("G", "L", "both"))
         check_positive("robust_step_size", robust_step_size)
@@ -106,6 +108,7 @@ class IMTL(GramianBalancer):
             head_weighting=head_weighting,
             nonfinite=nonfinite,
             batched=batched,
+            copy_gradients=copy_gradients,
         )
         self.variant: Variant = variant
         self.robust_step_size = float(robust_step_size)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from excessmtl_ext.distributed.partition import Partition
-from excessmtl_ext.distributed.rank_step import Agreement, RankStep
+from excessmtl_ext.distributed.rank_step import Agreement, RankStep, check_memory
 from excessmtl_ext.step import FisherRule, NumSamples
 from excessmtl_ext.step_arguments import moves_weights
 
@@ -140,6 +140,7 @@ def _raise_if_some(flags: Sequence[float]) -> None:
 
 def agree_on_end(parallel: Partition, step: RankStep) -> set[int]:
     """Second exchange: raises on every rank if a pass failed on one; else ids of what was reached on any."""
+    check_memory(step, step.head_grads, "the head's parameter")
     known = [*parallel.shared, *(parallel.heads or [])]
     failed = [
         float(step.error is not None and rank == parallel.ranks.rank)

@@ -8,7 +8,7 @@ from torch import Tensor
 from excessmtl_ext import gradient_sizes
 from excessmtl_ext.distributed.agreement import agree_on_end
 from excessmtl_ext.distributed.partition import Partition
-from excessmtl_ext.distributed.rank_step import RankStep, run_pass
+from excessmtl_ext.distributed.rank_step import RankStep, check_memory, run_pass
 from excessmtl_ext.distributed.weights import repair, update_from_own
 from excessmtl_ext.step import raise_if_nonfinite
 
@@ -17,10 +17,12 @@ def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
     """Runs the passes and moves the weights; returns the L shared gradients to add."""
     rule, agreed = step.rule, step.agreed
     none = torch.empty(0, dtype=parallel.wire_dtype, device=parallel.device)
-    flat: list[Tensor] = []
-    for task in range(parallel.num_tasks):
-        grads = run_pass(parallel, step, task) or [None] * len(parallel.shared)
-        flat += [none if grad is None else grad for grad in grads]
+    rows = {
+        task: run_pass(parallel, step, task) or [None] * len(parallel.shared)
+        for task in range(parallel.num_tasks)
+    }
+    check_memory(step, rows)
+    flat = [none if grad is None else grad for row in rows.values() for grad in row]
     step.reached = agree_on_end(parallel, step)
     with torch.no_grad():
         update_from_own(parallel, rule, flat, agreed, step.given.grad_scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -10,7 +10,14 @@ from torch import Tensor
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.passes.capture import capture_grads, leaves_of, nodes_of
 from excessmtl_ext.passes.heads import check_open
-from excessmtl_ext.passes.per_task import check_reached, dense, raise_sparse, start_of
+from excessmtl_ext.passes.per_task import (
+    check_reached,
+    dense,
+    raise_if_reused,
+    raise_sparse,
+    start_of,
+)
+from excessmtl_ext.passes.reused_memory import copied
 from excessmtl_ext.step import FisherRule, Root, Step
 
 
@@ -83,7 +90,20 @@ def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | No
     except Exception as error:
         step.error = error  # the other ranks wait in a collective: they are told after the passes
         return None
+    if step.given.copy_gradients:
+        grads = copied(grads)
+        shared_grads = grads[: len(parallel.shared)]
     step.head_grads[task] = dense(grads[len(parallel.shared) :])
     reached = zip(targets, grads, strict=True)
     step.reached.update(id(target) for target, grad in reached if grad is not None)
     return shared_grads
+
+
+def check_memory(
+    step: RankStep, rows: Mapping[int, Sequence[Tensor | None]], of: str = "shared parameter"
+) -> None:
+    """Keeps an error, for the exchange after the passes, where one has overwritten the gradients of another."""
+    try:
+        raise_if_reused(rows, of=of)
+    except ValueError as error:
+        step.error = step.error or error

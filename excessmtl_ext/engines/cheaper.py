@@ -36,9 +36,11 @@ from excessmtl_ext.passes.per_task import (
     backward_per_task,
     check_reached,
     flat_rows,
+    raise_if_reused,
     raise_sparse,
     start_of,
 )
+from excessmtl_ext.passes.reused_memory import copied
 from excessmtl_ext.passes.weighted import apply_weights
 from excessmtl_ext.step import (
     NO_TARGETS,
@@ -190,8 +192,9 @@ def subset_rows(
         start = start_of(root, step.grad_scale)
         row = capture_grads(root, start, subset, retain_graph=True, keep_sparse=True)
         raise_sparse(row)
-        rows[task] = row
+        rows[task] = copied(row) if step.copy_gradients else row
         check_reached(rows[task], task)
+    raise_if_reused(dict(enumerate(rows)), of="parameter of the subset")
     return rows
 
 
@@ -256,6 +259,7 @@ class RotationEngine(CheaperEngine):
             scale=step.grad_scale,
             heads=heads,
             retain_graph=step.retain_graph or bool(left),
+            copy=step.copy_gradients,
         )
         with torch.no_grad():
             self._refresh(rule, step, turn, tensors)

@@ -108,6 +108,7 @@ class ExactEngine:
             scale=step.grad_scale,
             heads=heads,
             retain_graph=step.retain_graph,
+            copy=step.copy_gradients,
         )
         return rows, heads
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import functional, gradient_sizes
-from excessmtl_ext.passes.per_task import HeadGrads, backward_of_task
+from excessmtl_ext.passes.per_task import HeadGrads, backward_of_task, raise_if_reused
 from excessmtl_ext.passes.targets import assign_grads, combine_targets
 from excessmtl_ext.step import (
     Step,
@@ -84,6 +84,11 @@ class Stream:
                 f"Expected one `grad_scale` for all tasks of a step, but got {numbers[1]} after {numbers[0]}. Call "
                 "finish() before the scale changes."
             )
+
+    def check_heads(self, heads: HeadGrads) -> None:
+        """Raises ValueError where the latest pass has overwritten a head's gradient of an earlier task."""
+        rows = {task: grads for each in (*self._heads, heads) for task, grads in each.grads.items()}
+        raise_if_reused(rows, of="the head's parameter")
 
     def __contains__(self, task: int) -> bool:
         return task in self._log_weights
@@ -215,8 +220,16 @@ def accumulate(
     if rule.head_weighting == "task_weights":
         heads = HeadGrads.of([None] * task + [loss], step.shared)
     (row,), tensors = backward_of_task(
-        task, loss, step.shared, scale=step.grad_scale, heads=heads, retain_graph=retain_graph
+        task,
+        loss,
+        step.shared,
+        scale=step.grad_scale,
+        heads=heads,
+        retain_graph=retain_graph,
+        copy=step.copy_gradients,
     )
+    if heads is not None and stream is not None:
+        stream.check_heads(heads)
     with torch.no_grad():
         assert rule.layout is not None
         step.task_grads = TaskGrads(tensors, rule.layout, [task])

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from excessmtl_ext.passes.per_task import set_aside_grads
+from excessmtl_ext.passes.per_task import raise_if_reused, set_aside_grads
+from excessmtl_ext.passes.reused_memory import BEFORE, THIS_STEP
 from excessmtl_ext.step import WeightingRule
 
 
@@ -54,8 +55,9 @@ def all_or_nothing(rule: WeightingRule, parameters: Sequence[Tensor]) -> Iterato
     """
     before = Before(rule)
     try:
-        with set_aside_grads(parameters) as saved:
+        with set_aside_grads(parameters, copy=rule.copy_gradients) as saved:
             yield before
+            raise_if_reused({BEFORE: saved, THIS_STEP: [each.grad for each in parameters]})
             for index, parameter in enumerate(parameters):
                 saved[index] = _sum(saved[index], parameter.grad)
     except FloatingPointError:

@@ -27,10 +27,12 @@ from excessmtl_ext.passes.per_task import (
     Pass,
     check_reached,
     flat_rows,
+    raise_if_reused,
     run_backward,
     run_passes,
     starts_of,
 )
+from excessmtl_ext.passes.reused_memory import copied
 from excessmtl_ext.step import Root, Step
 
 _backward_hooks_of: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
@@ -63,6 +65,7 @@ class Cut:
     ) -> None:
         self.features = list(features)
         self._retain = retain_graph
+        self._copy = False
         self._encoder_hides = False
         self._hides = False  # whether a node above the features has parameters out of sight
         self.shared = list(shared)
@@ -190,7 +193,8 @@ class Cut:
             Per task, gradients of the features it reached, and of its ``heads``.
         """
         roots, starts = step.roots, starts_of(step.roots, step.grad_scale)
-        if self._heads_are_apart(roots):
+        self._copy = step.copy_gradients
+        if self._heads_are_apart(roots) and not self._copy:
             return self._walk_heads_at_once(roots, starts)
         present = [task for task, root in enumerate(roots) if root is not None]
         feature_grads: list[list[Tensor | None]] = [[] for _ in roots]
@@ -206,8 +210,11 @@ class Cut:
                 retain_graph=self._retain or (self._heads_meet and task != present[-1]),
                 keep_sparse=True,
             )
+            grads = copied(grads) if self._copy else grads
             feature_grads[task] = grads[: len(reached)]
             head_grads[task] = grads[len(reached) :]
+        raise_if_reused(dict(enumerate(feature_grads)), of="feature", starts=starts)
+        raise_if_reused(dict(enumerate(head_grads)), of="the head's parameter", starts=starts)
         return feature_grads, head_grads
 
     def _heads_are_apart(self, roots: Sequence[Root | None]) -> bool:
@@ -247,6 +254,8 @@ class Cut:
             for handle in handles:
                 handle.remove()
         of_head = dict(zip(map(id, heads), grads[len(used) :], strict=True))
+        taken = {task: list(grads.values()) for task, grads in enumerate(found)}
+        raise_if_reused(taken, of="feature", starts=starts)
         return (
             [
                 [found[task].get(index) for index in reached]
@@ -289,7 +298,13 @@ class Cut:
             for task, reached in enumerate(self.reached)
             if reached
         ]
-        return run_passes(passes, len(feature_grads), self.shared, retain_graph=self._retain)
+        return run_passes(
+            passes,
+            len(feature_grads),
+            self.shared,
+            retain_graph=self._retain,
+            copy=self._copy,
+        )
 
     def obstacle_to_batching(self) -> str | None:
         """Why a vectorised pass of the encoder would not equal T passes, or would waste most of its work; or None."""

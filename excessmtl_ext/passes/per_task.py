@@ -7,10 +7,10 @@ Parameters that are not shared (heads) receive their gradient from the same pass
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, compress, repeat
-from operator import attrgetter, is_not
+from operator import attrgetter, is_not, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from excessmtl_ext.passes.explain import raise_explained
 from excessmtl_ext.passes.heads import HeadGraph
+from excessmtl_ext.passes.reused_memory import BEFORE, copied, separated, storages_of
 from excessmtl_ext.step import Root, input_metadata_of
 
 _grad_of = attrgetter("grad")
 _is_sparse = attrgetter("is_sparse")
+_storage_of = methodcaller("untyped_storage")
+_address_of = methodcaller("data_ptr")
 _NO_GRAD: dict[torch.device, Tensor] = {}
 
 
@@ -74,9 +77,15 @@ def run_backward(
 
 
 @contextmanager
-def set_aside_grads(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
-    """Empties ``.grad`` of ``parameters`` for the body and gives back what was there, also when the body raises."""
+def set_aside_grads(
+    parameters: Sequence[Tensor], *, copy: bool = False
+) -> Iterator[list[Tensor | None]]:
+    """Empties ``.grad`` of ``parameters`` for the body and gives back what was there, also when the body raises.
+
+    With ``copy``, copies of it: a pass may write where it lies.
+    """
     saved = [parameter.grad for parameter in parameters]
+    saved = copied(saved) if copy else saved
     for parameter in parameters:
         parameter.grad = None
     try:
@@ -110,6 +119,46 @@ def take_shared_grads(shared: Sequence[Tensor]) -> list[Tensor | None]:
     if any(map(_is_sparse, compress(grads, _are_given(grads)))):
         raise_sparse(grads)
     return grads
+
+
+def raise_if_reused(
+    rows: Mapping[int, Sequence[Tensor | None]],
+    *,
+    of: str = "shared parameter",
+    starts: Sequence[Tensor | None] = (),
+) -> dict[int, list[Tensor | None]]:
+    """Raises where gradients that a step keeps lie where a later pass has put another task's.
+
+    See :mod:`excessmtl_ext.passes.reused_memory`; this looks whether any storage serves two tasks.
+
+    Args:
+        rows: The gradients by task, in the order of the passes.
+        of: What they are gradients of, for the message.
+        starts: What the passes began with. Nobody writes it again, and an operation may hand it on as the gradient of
+            several tasks, which are then right.
+
+    Returns:
+        By task, its gradients where some lie in ``starts`` beside another task's: those are copied. Empty as a rule.
+
+    Raises:
+        ValueError: gradients have been overwritten.
+    """
+    if torch.compiler.is_compiling():  # a compiler gives every value memory of its own
+        return {}
+    storages = list(map(_storages, rows.values()))
+    if len(set().union(*storages)) == sum(map(len, storages)):
+        return {}
+    return separated(rows, of, starts)
+
+
+def _storages(grads: Sequence[Tensor | None]) -> set[int]:
+    """Where the storages of the gradients begin: a loop over parameters, left to built-ins."""
+    try:
+        addresses = set(map(_address_of, map(_storage_of, compress(grads, _are_given(grads)))))
+    except (RuntimeError, NotImplementedError):  # sparse, or a tensor whose elements lie elsewhere
+        addresses = storages_of(grads)
+    addresses.discard(0)
+    return addresses
 
 
 def raise_sparse(grads: Sequence[Tensor | None]) -> None:
@@ -177,9 +226,14 @@ class HeadGrads:
         graph.raise_if_unseen("the gradients of heads are kept apart")
         return cls(graph.leaves)
 
-    def take(self, task: int) -> None:
-        """Takes the gradients that the pass of ``task`` has just left."""
-        self.grads[task] = take_grads(self.parameters[task])
+    def take(self, task: int, *, copy: bool = False) -> None:
+        """Takes the gradients that the pass of ``task`` has just left, or copies of them."""
+        grads = take_grads(self.parameters[task])
+        self.grads[task] = copied(grads) if copy else grads
+
+    def check_memory(self) -> None:
+        """Raises ValueError where a later pass has overwritten gradients of an earlier one."""
+        self.grads.update(raise_if_reused(self.grads, of="the head's parameter"))
 
     def add(self, factors: Tensor) -> None:
         """Adds ``factors[task]`` times the gradients of every task to ``.grad``."""
@@ -218,6 +272,7 @@ def backward_per_task(
     scale: Tensor | None,
     heads: HeadGrads | None = None,
     retain_graph: bool = False,
+    copy: bool = False,
 ) -> GradRows:
     """Runs one backward pass per present task and takes the gradients of the shared parameters.
 
@@ -230,19 +285,20 @@ def backward_per_task(
         scale: Factor of every loss (a loss scale), or None.
         heads: Takes the head gradients, whose ``.grad`` is then as before, too.
         retain_graph: Keep the graphs after the last pass, for another one.
+        copy: Copy the gradients of each pass before the next one, which may write where they lie.
 
     Returns:
         T rows.
 
     Raises:
-        ValueError: a loss does not depend on any shared parameter.
+        ValueError: a loss does not depend on any shared parameter, or a pass has overwritten the gradients of another.
     """
     passes = [
         Pass(task, [root], [start])
         for task, (root, start) in enumerate(zip(roots, starts_of(roots, scale), strict=True))
         if root is not None and start is not None
     ]
-    return run_passes(passes, len(roots), shared, heads=heads, retain_graph=retain_graph)
+    return run_passes(passes, len(roots), shared, heads=heads, retain_graph=retain_graph, copy=copy)
 
 
 def run_passes(
@@ -252,17 +308,26 @@ def run_passes(
     *,
     heads: HeadGrads | None = None,
     retain_graph: bool = False,
+    copy: bool = False,
 ) -> GradRows:
     """:func:`backward_per_task` for passes that start anywhere."""
     rows: list[list[Tensor | None]] = [[None] * len(shared) for _ in range(num_tasks)]
-    with set_aside_grads([*shared, *heads.all_parameters] if heads else shared):
+    aside = [*shared, *heads.all_parameters] if heads else shared
+    with set_aside_grads(aside, copy=copy) as saved:
         for each in passes:
             keep = retain_graph or each is not passes[-1]
             run_backward(each.roots, each.starts, retain_graph=keep)
-            rows[each.task] = take_shared_grads(shared)
-            check_reached(rows[each.task], each.task)
+            row = take_shared_grads(shared)
+            check_reached(row, each.task)
+            rows[each.task] = copied(row) if copy else row
             if heads is not None:
-                heads.take(each.task)
+                heads.take(each.task, copy=copy)
+        taken = {BEFORE: saved, **dict(enumerate(rows))}
+        starts = [start for each in passes for start in each.starts]
+        for task, row in raise_if_reused(taken, starts=starts).items():
+            rows[task] = row
+        if heads is not None:
+            heads.check_memory()
     return GradRows(rows, flat_rows(rows))
 
 
@@ -274,14 +339,17 @@ def backward_of_task(
     scale: Tensor | None,
     heads: HeadGrads | None = None,
     retain_graph: bool = False,
+    copy: bool = False,
 ) -> GradRows:
     """:func:`backward_per_task` for one task alone; returns its row only."""
-    with set_aside_grads([*shared, *heads.all_parameters] if heads else shared):
+    aside = [*shared, *heads.all_parameters] if heads else shared
+    with set_aside_grads(aside, copy=copy) as saved:
         run_backward([root], [start_of(root, scale)], retain_graph=retain_graph)
         row = take_shared_grads(shared)
         check_reached(row, task)
+        raise_if_reused({BEFORE: saved, task: row})
         if heads is not None:
-            heads.take(task)
+            heads.take(task, copy=copy)
     return GradRows([row], flattened(row))
 
 

@@ -103,7 +103,11 @@ def _pass_weighted_at(
 def _pass_per_task(step: Step, task_weights: Tensor) -> None:
     """A pass per task, which needs to know no head: each gets its own gradient as it comes."""
     rows, _ = backward_per_task(
-        step.roots, step.shared, scale=step.grad_scale, retain_graph=step.retain_graph
+        step.roots,
+        step.shared,
+        scale=step.grad_scale,
+        retain_graph=step.retain_graph,
+        copy=step.copy_gradients,
     )
     for index, parameter in enumerate(step.shared):
         total: Tensor | None = None
