@@ -9,6 +9,7 @@ Symbols: T tasks, K features. Copies and their gradients are task-major, T * K.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
+from excessmtl_ext import functional
 from excessmtl_ext.engines.exact import guarded_weights, show_gradients, update_and_combine
 from excessmtl_ext.engines.node_exchange import group_of, joined_over_ranks
 from excessmtl_ext.passes.adapters import Adapter, adapter_grads, adapter_numel
@@ -141,14 +143,28 @@ _LATEST_PASS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 def _weighted_sum(feature: Tensor, grads: Sequence[Tensor | None], weights: Tensor) -> Tensor:
     """The sum of one feature's gradients; differentiable where the pass is (``create_graph``)."""
-    present = [task for task, grad in enumerate(grads) if grad is not None]
+    present = [grad for grad in grads if grad is not None]
     if not present:
         return torch.zeros_like(feature)
-    stacked = torch.stack([grads[task] for task in present])  # type: ignore[misc]
+    if not torch.is_grad_enabled() and all(type(grad) is Tensor for grad in present):
+        output = torch.empty_like(feature, memory_format=torch.contiguous_format)
+        none = feature.new_empty(0)
+        rows = [none if grad is None else grad.contiguous() for grad in grads]
+        functional.weighted_sum_(rows, [output], _layout_of(output.numel()), weights)
+        return output
     # Not by a list as index, which a GPU would wait for.
     everyone = len(present) == len(grads)
-    factors = weights if everyone else torch.stack([weights[task] for task in present])
-    return torch.tensordot(factors.to(stacked.dtype), stacked, dims=1)
+    factors = (
+        weights
+        if everyone
+        else torch.stack([weights[task] for task, grad in enumerate(grads) if grad is not None])
+    )
+    return torch.tensordot(factors.to(feature.dtype), torch.stack(present), dims=1)
+
+
+@functools.cache
+def _layout_of(numel: int) -> ParamLayout:
+    return ParamLayout([numel])
 
 
 # ---- compiled graphs
