@@ -3,8 +3,8 @@
     python bench/step_trace.py
     python bench/step_trace.py plain --show
 
-A change is a call or a return from one file of the package into another. The step is the third of a balancer in the
-published setting on a small network with three tasks.
+A change is a call or a return from one file of the package into another. The step is the sixth of a balancer on a small
+network with three tasks, in the published setting or, with ``--default``, in the default one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ PUBLISHED: dict[str, Any] = {
     "eps": 1e-7,
     "gradient_momentum": 0.0,
 }
+STEP = 2 * NUM_TASKS
+"""The step that is traced: the last one of a round in which each task has had its turn."""
+
 MODES = ("plain", "features", "tasks_per_step", "streaming")
 
 
@@ -58,16 +61,18 @@ def trace(run: Callable[[], object]) -> list[str]:
     return files
 
 
-def step_of(mode: str) -> Callable[[], Callable[[], object]]:
+def step_of(mode: str, setting: dict[str, Any] = PUBLISHED) -> Callable[[], Callable[[], object]]:
     """Makes a balancer in ``mode``; each call computes losses and returns the step to be traced."""
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     heads = [nn.Linear(8, 1) for _ in range(NUM_TASKS)]
     inputs = torch.randn(4, 8)
     rotation = {"tasks_per_step": 1} if mode == "tasks_per_step" else {}
-    balancer = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS, **PUBLISHED, **rotation)
+    balancer = ExcessMTL(encoder.parameters(), num_tasks=NUM_TASKS, **setting, **rotation)
 
     def prepare() -> Callable[[], object]:
+        for module in (encoder, *heads):
+            module.zero_grad()
         features = encoder(inputs)
         losses = [head(features).square().mean() for head in heads]
         if mode == "features":
@@ -85,17 +90,17 @@ def step_of(mode: str) -> Callable[[], Callable[[], object]]:
     return prepare
 
 
-def traced_step(mode: str) -> list[str]:
-    """The files that the third step in ``mode`` is in: what is made once is made by then."""
-    prepare = step_of(mode)
-    for _ in range(2):
+def traced_step(mode: str, setting: dict[str, Any] = PUBLISHED) -> list[str]:
+    """The files that the sixth step in ``mode`` is in: what is made once is made by then."""
+    prepare = step_of(mode, setting)
+    for _ in range(STEP - 1):
         prepare()()
     return trace(prepare())
 
 
-def num_changes(mode: str) -> int:
+def num_changes(mode: str, setting: dict[str, Any] = PUBLISHED) -> int:
     """Changes of file in one step."""
-    return len(traced_step(mode)) - 1
+    return len(traced_step(mode, setting)) - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,9 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("modes", nargs="*", default=MODES, metavar="MODE", help=", ".join(MODES))
     parser.add_argument("--show", action="store_true", help="print the files in order")
+    parser.add_argument("--default", action="store_true", help="in the default setting")
     chosen = parser.parse_args(arguments)
     for mode in chosen.modes:
-        files = traced_step(mode)
+        files = traced_step(mode, {} if chosen.default else PUBLISHED)
         print(f"{mode}: {len(files) - 1} changes between {len(set(files))} files")
         if chosen.show:
             print("  " + " > ".join(files))

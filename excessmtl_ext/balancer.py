@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -40,7 +41,7 @@ from excessmtl_ext.step import (
     Targets,
     WeightScale,
 )
-from excessmtl_ext.step_arguments import check_grads, in_order, read_step, without_autocast
+from excessmtl_ext.step_arguments import check_ready, in_order, read_step, without_autocast
 
 
 def weights_state(num_tasks: int, weight_total: float, device: torch.device) -> dict[str, Tensor]:
@@ -285,6 +286,7 @@ class Balancer(Insight, OpenStep, ABC):
                 features=features,
                 num_samples=num_samples,
                 retain_graph=retain_graph,
+                runs_now=True,
             )
         except Exception as error:
             self.engine.refuse(self, error)
@@ -319,7 +321,7 @@ class Balancer(Insight, OpenStep, ABC):
         except Exception as error:
             self.engine.refuse(self, error)
             raise
-        return balanced_loss(self, step, losses, self._run)
+        return balanced_loss(self, step, losses, self._run_later)
 
     def update_weights(
         self,
@@ -394,15 +396,19 @@ class Balancer(Insight, OpenStep, ABC):
         step = stream.finish(cast(StreamingRule, self))
         self._close(step, step.tasks)
 
-    def _run(self, step: Step) -> None:
-        self.refuse_open_step("another step")
+    def _run_later(self, step: Step) -> None:
         try:
-            check_grads(step.shared, allow_sparse="task_grads" not in self.requires)
-        except ValueError as error:
+            check_ready(self, step.shared)
+        except Exception as error:
             self.engine.refuse(self, error)
             raise
+        self._run(step)
+
+    def _run(self, step: Step) -> None:
         self.begin(step)
-        with without_autocast(step.shared[0].device):
+        device = step.shared[0].device
+        is_autocast = torch.is_autocast_enabled(device.type)
+        with without_autocast(device) if is_autocast else nullcontext():
             self._close(step, self.engine.run(self, step))
 
     def _close(self, step: Step, tasks: Sequence[int]) -> None:

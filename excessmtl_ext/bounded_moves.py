@@ -97,11 +97,6 @@ class MoveOptions(NamedTuple):
     floors: tuple[float, ...] | None
     """T floors of the weights, as shares of their sum; None: ``StepOptions.min_weight`` for all."""
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the ops do all there is to do."""
-        return self.max_log_ratio is None and not self.has_sizes and self.floors is None
-
 
 def step_(
     task_grads: Sequence[Tensor],

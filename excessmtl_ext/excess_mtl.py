@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from excessmtl_ext.arguments import checked_parameters
 from excessmtl_ext.collapse import CollapseGuard
-from excessmtl_ext.engines.cheaper import RotationEngine
+from excessmtl_ext.engines.rotation import RotationEngine
 from excessmtl_ext.excess_mtl_options import (
     EstimateFrom,
     Preset,

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from excessmtl_ext.arguments import check_choice, check_count, check_positive, checked_parameters
 from excessmtl_ext.engines.cheaper import (
-    RotationEngine,
     SubsetEngine,
-    TaskRotation,
     checked_subset,
 )
 from excessmtl_ext.engines.exact import ExactEngine
 from excessmtl_ext.engines.from_features import FeatureEngine
+from excessmtl_ext.engines.rotation import RotationEngine, TaskRotation
 from excessmtl_ext.passes.adapters import ADAPTERS
 from excessmtl_ext.state import SMALLEST_EPS
 from excessmtl_ext.step import Engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from excessmtl_ext import bounded_moves, functional, gradient_sizes
@@ -72,13 +73,19 @@ class ExcessMTLRule(ExcessMTLState):
     def update(self, step: Step) -> None:
         """Moves the weights by one step (He et al. 2024, Eqs. 6, 7 and 9)."""
         state, options = self.prepare(step)
-        grads, moves = step.task_grads, self.move_options
-        if moves.is_plain:
+        grads = step.task_grads
+        if self.has_plain_step:
             functional.fused_step_(grads.tensors, grads.layout, state, options, step.grad_scale)
-        else:
-            bounded_moves.step_(
-                grads.tensors, grads.layout, state, self.move_state, options, moves, step.grad_scale
-            )
+            return
+        bounded_moves.step_(
+            grads.tensors,
+            grads.layout,
+            state,
+            self.move_state,
+            options,
+            self.move_options,
+            step.grad_scale,
+        )
 
     def combine(self, step: Step, targets: Targets) -> None:
         """Writes the weighted sum to ``targets``; after a non-finite step repairs the state and writes NaN."""
@@ -115,7 +122,7 @@ class ExcessMTLRule(ExcessMTLState):
 
     def update_and_combine(self, step: Step, targets: Targets) -> None:
         """:meth:`update` and :meth:`combine`, in one op where it does both."""
-        if not self.move_options.is_plain:
+        if not self.has_plain_step:
             self.update(step)
             self.combine(step, targets)
             return
@@ -134,7 +141,12 @@ class ExcessMTLRule(ExcessMTLState):
     @property
     def has_plain_step(self) -> bool:
         """Whether the ops do all there is to do."""
-        return self.move_options.is_plain
+        return self.combination == "sum" and self.has_plain_weights
+
+    @property
+    def has_plain_weights(self) -> bool:
+        """Whether the weights are those of Eq. 9, with one floor or none."""
+        return self.robust_step_size is not None and not isinstance(self.min_weight, tuple)
 
     def sum_weights(self) -> Tensor:
         """Factors [T] or [T, L] of the task gradients in the sum of the latest step."""
@@ -182,8 +194,8 @@ class ExcessMTLRule(ExcessMTLState):
         """
         (task,) = step.tasks
         state, options = self.prepare(step)
-        grads, moves = step.task_grads, self.move_options
-        if moves.max_log_ratio is None and not moves.has_sizes:
+        grads = step.task_grads
+        if self.robust_step_size is not None and self.combination == "sum":
             functional.estimate_task_risk_(
                 task, grads.tensors, grads.layout, state, options, step.grad_scale
             )
@@ -200,8 +212,35 @@ class ExcessMTLRule(ExcessMTLState):
         self._new_shares = shares if self._new_shares is None else self._new_shares + shares
         return squares
 
+    def take_turns(self, step: Step, turns: Sequence[Step], served: Sequence[int] | None) -> Tensor:
+        """Takes in the gradients of some tasks; once all of a round are in, moves the weights.
+
+        Args:
+            step: Its gradients are those of all T tasks, without elements for the others.
+            turns: A step per task taken in.
+            served: The tasks of the round that ends here, or None.
+
+        Returns:
+            Factors [T] of the task gradients in a step of one pass; NaN where a gradient is not finite.
+        """
+        self.prepare(step)
+        self.found_nonfinite.zero_()
+        self._new_shares = None  # of a step that was broken off
+        for each in turns:
+            self.take_task(each)
+        has_nonfinite = self.found_nonfinite.any()
+        if served is None:
+            self.num_skipped_steps += has_nonfinite
+        else:
+            self.move_weights(served)
+        self.add_new_shares(True)  # of the tasks whose gradients were finite
+        return torch.where(has_nonfinite, float("nan"), self.pass_weights())
+
     def move_weights(self, tasks: Sequence[int]) -> None:
         """Moves the weights once the tasks of a step, or of a round, have been taken in."""
+        if self.has_plain_weights:
+            functional.update_task_weights_(tasks, self.step_state, self.step_options)
+            return
         bounded_moves.move_weights_(
             tasks, self.step_state, self.move_state, self.step_options, self.move_options
         )

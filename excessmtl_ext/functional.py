@@ -177,7 +177,7 @@ def update_task_risks_(
         state: Changed in place.
         options: The choices.
     """
-    scale = {"raw_risk_scale": options.raw_risk_scale(layout)}
+    scale = {"raw_risk_scale": layout.raw_risk_scale[options.fisher]}
     _call(reference.update_task_risks_, excess_risk_sum.device, {**locals(), **scale})
 
 

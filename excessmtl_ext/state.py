@@ -56,6 +56,7 @@ class ParamLayout:
         num_params: P, the sum of the sizes.
         padded_numel: Columns of the state.
         chunk_maps: :meth:`chunk_map` by device; made on the first look.
+        raw_risk_scale: Factor of a risk that is not divided by its baseline, by the kind of Fisher diagonal.
     """
 
     def __init__(self, numels: Sequence[int]) -> None:
@@ -66,6 +67,8 @@ class ParamLayout:
         self.num_params = sum(self.numels)
         self.padded_numel = sum(padded_numel(numel) for numel in self.numels)
         self.chunk_maps = ChunkMaps(self)
+        per_param = 1.0 / self.num_params if self.num_params > 0 else 1.0
+        self.raw_risk_scale: dict[Fisher, float] = {"linear": per_param, "sqrt": 1.0}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ParamLayout) and self.numels == other.numels
@@ -142,7 +145,7 @@ class StepOptions(NamedTuple):
 
     def raw_risk_scale(self, layout: ParamLayout) -> float:
         """Factor of a risk that is not divided by its baseline: 1 / P for the linear Fisher, else 1."""
-        return 1.0 / layout.num_params if self.fisher == "linear" and layout.num_params > 0 else 1.0
+        return layout.raw_risk_scale[self.fisher]
 
 
 class StepState(NamedTuple):

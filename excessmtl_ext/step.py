@@ -11,7 +11,7 @@ Symbols: T tasks, L shared parameter tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -77,20 +77,17 @@ class StreamedWeight(NamedTuple):
     log_scale: Tensor | None = None
     """[] or [L], logarithm of the factor that brings its gradients to size; None: 0."""
 
-    @property
-    def log_factor(self) -> Tensor:
-        """[] or [L], logarithm of what its gradients are multiplied by."""
-        return self.log_weight if self.log_scale is None else self.log_weight + self.log_scale
-
 
 @dataclass(slots=True)
 class Step:
     """One call of a verb: what the caller gave, and the gradients once they are known.
 
     Attributes:
-        roots: One per task, None where the task is absent; empty where a task streams in, or gradients are given.
+        roots: One per task, None where the task is absent; the loss of the task that streams in; empty where gradients
+            are given.
         tasks: The tasks that are present.
         shared: The L shared parameters.
+        starts: The gradient that the pass of each root starts with: ones, or the scale.
         losses: [T], detached, NaN for an absent task; None where no method asks for them.
         grad_scale: [], the factor that all gradients carry (a loss scale), or None.
         features: The encoder's output, or None where the caller did not pass it.
@@ -104,6 +101,7 @@ class Step:
     roots: list[Root | None]
     tasks: list[int]
     shared: list[Tensor]
+    starts: list[Tensor | None] = field(default_factory=list)
     losses: Tensor | None = None
     grad_scale: Tensor | None = None
     features: list[Tensor] | None = None
@@ -116,6 +114,7 @@ class Step:
     def keep_only(self, task: int) -> None:
         """Makes every other task absent."""
         self.roots = [root if index == task else None for index, root in enumerate(self.roots)]
+        self.starts = [start if index == task else None for index, start in enumerate(self.starts)]
         self.tasks = [present for present in self.tasks if present == task]
 
     def losses_like(self, tensor: Tensor) -> Tensor:
@@ -142,6 +141,7 @@ class WeightingRule(Protocol):
     shared_parameters: list[Tensor] | None
     layout: ParamLayout | None
     """Sizes of the parameters that risks are estimated from, where they are known."""
+    engine: Engine
     observers: list[Observer]
     num_calls: int
     """Steps so far."""
@@ -157,6 +157,15 @@ class WeightingRule(Protocol):
     task_weights: Tensor
     found_nonfinite: Tensor
     num_skipped_steps: Tensor
+
+    @property
+    def stream(self) -> object:
+        """The step that ``accumulate`` has begun, or None."""
+        ...
+
+    def refuse_open_step(self, what: str) -> None:
+        """Raises RuntimeError where ``accumulate`` has begun a step; ``what`` has to wait for its end."""
+        ...
 
     def update(self, step: Step) -> None:
         """Moves the weights by one step."""
@@ -190,7 +199,6 @@ class WeightingRule(Protocol):
 class StreamingRule(WeightingRule, Protocol):
     """A rule in which the new weight of a task needs that task's gradient or loss only."""
 
-    engine: Engine
     can_stream: bool
     log_task_weights: Tensor
 
@@ -236,16 +244,21 @@ class FisherRule(WeightingRule, Protocol):
         """Moves the weights by the sums of a step [T] and [T, L], where S and m have taken it in."""
         ...
 
-    def take_task(self, step: Step) -> Tensor | None:
-        """Takes in the gradients of one task: everything but the weights."""
+    def take_turns(self, step: Step, turns: Sequence[Step], served: Sequence[int] | None) -> Tensor:
+        """Takes in the gradients of some tasks; once all of a round are in, moves the weights.
+
+        Args:
+            step: Its gradients are those of all T tasks, without elements for the others.
+            turns: A step per task taken in.
+            served: The tasks of the round that ends here, or None.
+
+        Returns:
+            Factors [T] of the task gradients in a step of one pass; NaN where a gradient is not finite.
+        """
         ...
 
     def move_weights(self, tasks: Sequence[int]) -> None:
         """Moves the weights once ``tasks`` have been taken in."""
-        ...
-
-    def add_new_shares(self, counts: Tensor | bool) -> None:
-        """Ends what :meth:`take_task` began, if the step counts."""
         ...
 
 
@@ -257,6 +270,8 @@ class Engine(Protocol):
     """Why ``accumulate`` does not work, as a message, or None."""
     statistics_obstacle: str | None
     """Why no statistics of the gradients can be recorded, as a message, or None."""
+    allows_hooks: bool
+    """Whether hooks may wait for the shared gradients: each is then accumulated once, as a weighted sum."""
     shards_state: bool
     """Whether each rank holds a part of the state (:class:`excessmtl_ext.distributed.DataParallel`)."""
 

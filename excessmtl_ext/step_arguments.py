@@ -30,24 +30,33 @@ def read_step(
     features: Features | None = None,
     num_samples: NumSamples | None = None,
     retain_graph: bool = False,
+    runs_now: bool = False,
 ) -> Step:
-    """Checks the arguments of ``backward`` and finds where each task's pass starts.
+    """Checks the arguments of ``backward`` and finds where each task's pass starts, and with what.
+
+    ``runs_now``: The passes follow at once, so :func:`check_ready` is part of it.
 
     Raises:
         TypeError: ``losses`` or ``features`` is neither a tensor nor a list of tensors.
         ValueError: number, shape, device or graph of losses or features is not as expected.
+        RuntimeError: ``accumulate`` has begun a step.
     """
     losses = in_order(rule, losses)
     roots = loss_roots(losses, rule.num_tasks)
     shared = bound_parameters(rule)
     check_device(roots, shared[0].device)
+    scale = None if grad_scale is None else as_scale(grad_scale, rule.task_weights.device)
+    features = None if features is None else checked_features(features, shared[0].device)
+    if runs_now:
+        check_ready(rule, shared)
     return Step(
         roots=roots,
         tasks=[task for task, root in enumerate(roots) if root is not None],
         shared=shared,
+        starts=starts_of(roots, scale),
         losses=loss_values(losses, rule.task_weights) if "losses" in rule.requires else None,
-        grad_scale=None if grad_scale is None else as_scale(grad_scale, rule.task_weights.device),
-        features=None if features is None else checked_features(features, shared[0].device),
+        grad_scale=scale,
+        features=features,
         num_samples=num_samples,
         moves_weights=moves_weights(rule),
         retain_graph=retain_graph,
@@ -88,16 +97,20 @@ def read_task(
     *,
     retain_graph: bool = False,
 ) -> Step:
-    """The same for ``accumulate``: a step of one task."""
+    """Checks the arguments of ``accumulate``, and that its pass may begin: a step of one task."""
     check_loss(loss, "loss")
     shared = bound_parameters(rule)
     check_device([loss], shared[0].device)
+    scale = None if grad_scale is None else as_scale(grad_scale, rule.task_weights.device)
+    check_grads(shared)
+    check_accumulation_hooks(shared)
     return Step(
-        roots=[],  # the pass of the one task is run by itself
+        roots=[loss],
         tasks=[task],
         shared=shared,
+        starts=[start_of(loss, scale)],
         losses=loss.detach(),
-        grad_scale=None if grad_scale is None else as_scale(grad_scale, rule.task_weights.device),
+        grad_scale=scale,
         moves_weights=moves_weights(rule),
         retain_graph=retain_graph,
         copy_gradients=rule.copy_gradients,
@@ -114,6 +127,43 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def start_of(root: Root, scale: Tensor | None) -> Tensor:
+    """The gradient a pass starts with: ones, or the scale, in the shape and dtype of the loss."""
+    if isinstance(root, Tensor):
+        one = torch.ones_like(root)
+    else:
+        metadata = input_metadata_of(root.node)[root.output_nr]
+        one = torch.ones(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
+    return one if scale is None else one * scale.to(one)
+
+
+def starts_of(roots: Sequence[Root | None], scale: Tensor | None) -> list[Tensor | None]:
+    """:func:`start_of` for every present task; losses of one shape, dtype and device share one tensor."""
+    known: dict[Any, Tensor] = {}
+    starts: list[Tensor | None] = []
+    for root in roots:
+        if root is None:
+            starts.append(None)
+            continue
+        metadata = (
+            root if isinstance(root, Tensor) else input_metadata_of(root.node)[root.output_nr]
+        )
+        kind = (tuple(metadata.shape), metadata.dtype, metadata.device)
+        if kind not in known:
+            known[kind] = start_of(root, scale)
+        starts.append(known[kind])
+    return starts
+
+
+def check_ready(rule: WeightingRule, shared: Sequence[Tensor]) -> None:
+    """Raises unless passes may begin: RuntimeError in an open step, ValueError where ``shared`` is not fit for them."""
+    if rule.stream is not None:
+        rule.refuse_open_step("another step")
+    check_grads(shared, allow_sparse="task_grads" not in rule.requires)
+    if not rule.engine.allows_hooks:
+        check_accumulation_hooks(shared)
 
 
 def check_grads(shared: Sequence[Tensor], *, allow_sparse: bool = False) -> None:

@@ -70,11 +70,7 @@ class MOML(GramianBalancer):
         step = read_step(self, losses, grad_scale=grad_scale)
         heads = HeadGrads.of(step.roots, step.shared)
         rows, _ = backward_per_task(
-            step.roots,
-            step.shared,
-            scale=step.grad_scale,
-            heads=heads,
-            copy=step.copy_gradients,
+            step.roots, step.starts, step.shared, heads=heads, copy=step.copy_gradients
         )
         return self._observe(step, rows)
 

@@ -38,6 +38,7 @@ class DataParallel(Partition, ExactEngine):
         "gradient of a task. Weights, risks and skipped steps are recorded with gradients=False."
     )
 
+    allows_hooks = True
     shards_state = True
 
     def __init__(self, *args: Any, batched: Batched = False, **kwargs: Any) -> None:

@@ -16,7 +16,6 @@ from excessmtl_ext.passes.per_task import (
     check_reached,
     run_backward,
     set_aside_grads,
-    start_of,
     take_grads,
 )
 from excessmtl_ext.step import raise_if_nonfinite
@@ -40,7 +39,8 @@ def fully_sharded_step(parallel: Partition, step: RankStep) -> None:
             if root is None:  # on every rank
                 rows.append([None] * len(parallel.shared))
                 continue
-            start = start_of(root, step.given.grad_scale)
+            start = step.given.starts[task]
+            assert start is not None
             share = agreed.shares[task]  # 0: the pass is run for the others, who take part in it
             keep = step.given.retain_graph or task != last
             run_backward([root], [start * share], retain_graph=keep)

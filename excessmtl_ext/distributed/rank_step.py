@@ -10,13 +10,7 @@ from torch import Tensor
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.passes.capture import capture_grads, leaves_of, nodes_of
 from excessmtl_ext.passes.heads import check_open
-from excessmtl_ext.passes.per_task import (
-    check_reached,
-    dense,
-    raise_if_reused,
-    raise_sparse,
-    start_of,
-)
+from excessmtl_ext.passes.per_task import check_reached, dense, raise_if_reused, raise_sparse
 from excessmtl_ext.passes.reused_memory import copied
 from excessmtl_ext.step import FisherRule, Root, Step
 
@@ -70,8 +64,9 @@ def other_leaves(parallel: Partition, roots: Sequence[Root | None]) -> list[Tens
 
 def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | None] | None:
     """The shared gradients of one task; None where it weighs nothing, or after an error, which is kept."""
-    root, shares = step.given.roots[task], step.agreed.shares
-    if root is None or shares[task] == 0.0 or step.error is not None:
+    root, start = step.given.roots[task], step.given.starts[task]
+    shares = step.agreed.shares
+    if root is None or start is None or shares[task] == 0.0 or step.error is not None:
         return None
     last = max(index for index, share in enumerate(shares) if share > 0.0)
     targets = [*parallel.shared, *step.heads]
@@ -79,7 +74,7 @@ def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | No
         check_open(nodes_of([root]), "several ranks take the gradients of every pass by themselves")
         grads = capture_grads(
             root,
-            start_of(root, step.given.grad_scale),
+            start,
             targets,
             retain_graph=step.given.retain_graph or task != last,
             keep_sparse=True,

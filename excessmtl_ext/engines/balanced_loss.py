@@ -12,7 +12,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from excessmtl_ext.passes.capture import nodes_of
 from excessmtl_ext.step import Root, Step, WeightingRule
-from excessmtl_ext.step_arguments import as_scale, loss_values, moves_weights
+from excessmtl_ext.step_arguments import as_scale, loss_values, moves_weights, starts_of
 
 
 def balanced_loss(
@@ -94,6 +94,8 @@ class _BalancedLoss(torch.autograd.Function):
             scale = None  # what .backward() starts with; elsewhere a look would wait for the device
         # A copy, as what the step sets would live as long as the graph.
         step = replace(ctx.step, grad_scale=scale, moves_weights=moves_weights(ctx.rule))
+        if scale is not None:
+            step.starts = starts_of(step.roots, scale)
         step.retain_graph = (
             step.retain_graph
             or torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]

@@ -25,7 +25,6 @@ from excessmtl_ext.step import (
     raise_argument_error,
     raise_if_nonfinite,
 )
-from excessmtl_ext.step_arguments import check_accumulation_hooks
 
 
 class ExactEngine:
@@ -37,6 +36,7 @@ class ExactEngine:
 
     stream_obstacle: str | None = None
     statistics_obstacle: str | None = None
+    allows_hooks = False
     shards_state = False
 
     def __init__(self, batched: Batched = False) -> None:
@@ -62,12 +62,10 @@ class ExactEngine:
 
     def run(self, rule: WeightingRule, step: Step) -> Sequence[int]:
         """Runs the passes, moves the weights and adds the weighted sum to ``.grad``."""
-        check_accumulation_hooks(step.shared)
-        if not step.moves_weights or "task_grads" not in rule.requires:
-            if step.tasks:
-                step_without_task_grads(rule, step)
-            return step.tasks
         if not step.tasks:
+            return step.tasks
+        if not step.moves_weights or "task_grads" not in rule.requires:
+            step_without_task_grads(rule, step)
             return step.tasks
         grads, heads = self._passes(step, keep_heads=rule.head_weighting == "task_weights")
         with torch.no_grad():
@@ -104,8 +102,8 @@ class ExactEngine:
         heads = HeadGrads.of(step.roots, step.shared) if keep_heads else None
         rows = backward_per_task(
             step.roots,
+            step.starts,
             step.shared,
-            scale=step.grad_scale,
             heads=heads,
             retain_graph=step.retain_graph,
             copy=step.copy_gradients,
@@ -140,8 +138,12 @@ class ExactEngine:
 def step_without_task_grads(rule: WeightingRule, step: Step) -> None:
     """A step whose weights need no gradients, or stay as they are: one weighted pass."""
     is_uniform = rule.has_uniform_weights
-    graph = None if is_uniform else HeadGraph(step.roots, step.shared)
-    with all_or_nothing(rule, step.shared if graph is None else graph.parameters(step.shared)):
+    graph, parameters = None, step.shared
+    if not is_uniform:
+        are_plain = rule.head_weighting == "none"
+        graph = HeadGraph(step.roots, step.shared, finds_borders=are_plain)
+        parameters = [*step.shared, *graph.heads]
+    with all_or_nothing(rule, parameters):
         with torch.no_grad():
             if step.moves_weights:
                 rule.update(step)

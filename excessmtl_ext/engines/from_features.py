@@ -10,7 +10,6 @@ from torch import Tensor
 
 from excessmtl_ext.engines.cheaper import CheaperEngine
 from excessmtl_ext.engines.exact import guarded_weights, weights_of_heads
-from excessmtl_ext.engines.undo import Before
 from excessmtl_ext.given_gradients import given_task_grads
 from excessmtl_ext.passes.adapters import adapter_grads, check_feature
 from excessmtl_ext.passes.cut import Cut
@@ -47,14 +46,14 @@ class FeatureEngine(CheaperEngine):
             )
         return super().run(rule, step)
 
-    def run_estimate(self, rule: FisherRule, step: Step, before: Before) -> None:
-        """A step that moves the weights."""
+    def run_estimate(self, rule: FisherRule, step: Step) -> None:
+        """Runs a step that moves the weights."""
         cut = _cut_at_features(rule, step)
         feature_grads, head_grads = cut.walk_heads(step)
         with torch.no_grad():
             rows = _adapter_rows(rule, cut, feature_grads)
             grads, _ = given_task_grads(rule, rows)
-            self.take_estimate(rule, step, grads, before)
+            self.take_estimate(rule, step, grads)
             weights = guarded_weights(rule)
         cut.walk_encoder_weighted(feature_grads, weights)
         if rule.head_weighting == "none":

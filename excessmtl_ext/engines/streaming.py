@@ -21,16 +21,10 @@ from excessmtl_ext.step import (
     StreamedWeight,
     StreamingRule,
     TaskGrads,
-    has_floor,
     raise_argument_error,
     raise_if_nonfinite,
 )
-from excessmtl_ext.step_arguments import (
-    check_accumulation_hooks,
-    check_grads,
-    moves_weights,
-    read_task,
-)
+from excessmtl_ext.step_arguments import read_task
 
 GivenScale: TypeAlias = Tensor | float | None
 """``grad_scale`` as it was given."""
@@ -54,7 +48,9 @@ class Stream:
         # [padded P]: sum of exp(log_weight_i - running_log_max) g_i
         self._running_sum = torch.zeros(rule.layout.padded_numel, dtype=wide, device=device)
         # [padded P]: sum of floor_i g_i, only where the weights have a floor
-        self._floored_sum = torch.zeros_like(self._running_sum) if has_floor(rule) else None
+        floor = rule.min_weight
+        has_floor = (max(floor) if isinstance(floor, tuple) else floor) > 0.0
+        self._floored_sum = torch.zeros_like(self._running_sum) if has_floor else None
         self._running_log_max = torch.full((), float("-inf"), dtype=torch.float64, device=device)
         self._floored_log_max = self._running_log_max.clone()
         self._log_factors: Tensor | None = None  # [L], of the whole sum
@@ -63,6 +59,7 @@ class Stream:
         self._losses: dict[int, Tensor] = {}
         self._heads: list[HeadGrads] = []
         self._scale: GivenScale = None
+        self._moves_weights = True
         rule.found_nonfinite.zero_()
 
     @property
@@ -99,19 +96,18 @@ class Stream:
         """Takes in the gradients of one task: ``step.task_grads``, and the same with None as ``row``."""
         grads = step.task_grads
         (task,) = step.tasks
+        self._moves_weights = step.moves_weights
         try:
             weight = rule.stream_task(step)
         except RuntimeError as error:
             raise_argument_error(error)
             raise
-        self._running_log_max = _fold(
-            grads, weight.log_factor, self._running_sum, self._running_log_max
-        )
+        self._running_log_max = _fold(grads, weight, self._running_sum, self._running_log_max)
         floor = rule.min_weight[task] if isinstance(rule.min_weight, tuple) else 1.0
         if self._floored_sum is not None and floor > 0.0:
             log_floor = torch.full_like(weight.log_weight, math.log(floor))
-            factor = StreamedWeight(log_floor, weight.log_scale).log_factor
-            self._floored_log_max = _fold(grads, factor, self._floored_sum, self._floored_log_max)
+            floored = StreamedWeight(log_floor, weight.log_scale)
+            self._floored_log_max = _fold(grads, floored, self._floored_sum, self._floored_log_max)
         self._reached = [
             was or grad is not None for was, grad in zip(self._reached, row, strict=True)
         ]
@@ -128,7 +124,7 @@ class Stream:
             tasks=self.tasks,
             shared=self._shared,
             losses=self._all_losses(rule),
-            moves_weights=moves_weights(rule),
+            moves_weights=self._moves_weights,
         )
         with torch.no_grad():
             self._log_factors = rule.stream_finish(step)
@@ -170,21 +166,27 @@ class Stream:
             for parameter, was in zip(self._shared, self._reached, strict=True)
         ]
         targets = combine_targets(self._shared, [row])
-        gradient_sizes.weighted_sum_(
+        weights = torch.stack(factors)
+        is_per_tensor = weights.dim() == 2
+        weighted_sum_ = gradient_sizes.weighted_sum_ if is_per_tensor else functional.weighted_sum_
+        weighted_sum_(
             sums,
             targets.outputs,
             self._layout,
-            torch.stack(factors),
-            flags,
+            weights,
+            found_nonfinite=flags,
             accumulate=targets.accumulate,
         )
         assign_grads(self._shared, targets)
 
 
 def _fold(
-    grads: TaskGrads, log_factor: Tensor, running_sum: Tensor, running_log_max: Tensor
+    grads: TaskGrads, weight: StreamedWeight, running_sum: Tensor, running_log_max: Tensor
 ) -> Tensor:
-    """Adds ``exp(log_factor)`` times the gradients of a task to ``running_sum``; returns the running maximum."""
+    """Adds the gradients of a task, times its weight and scale, to ``running_sum``; returns the running maximum."""
+    log_factor, log_scale = weight
+    if log_scale is not None:
+        log_factor = log_factor + log_scale
     if log_factor.dim() == 0:
         functional.fold_(grads.tensors, grads.layout, log_factor, running_sum, running_log_max)
         return running_log_max
@@ -214,16 +216,16 @@ def accumulate(
     if stream is not None:
         stream.check_scale(grad_scale)
     step = read_task(rule, task, loss, grad_scale, retain_graph=retain_graph)
-    check_grads(step.shared)
-    check_accumulation_hooks(step.shared)
+    (start,) = step.starts
+    assert start is not None
     heads = None
     if rule.head_weighting == "task_weights":
         heads = HeadGrads.of([None] * task + [loss], step.shared)
     (row,), tensors = backward_of_task(
         task,
         loss,
+        start,
         step.shared,
-        scale=step.grad_scale,
         heads=heads,
         retain_graph=retain_graph,
         copy=step.copy_gradients,

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from excessmtl_ext.passes.per_task import raise_if_reused, set_aside_grads
-from excessmtl_ext.passes.reused_memory import BEFORE, THIS_STEP
+from excessmtl_ext.passes.per_task import raise_if_reused
+from excessmtl_ext.passes.reused_memory import BEFORE, THIS_STEP, copied
 from excessmtl_ext.step import WeightingRule
 
 
@@ -47,24 +47,40 @@ class Before:
 
 
 @contextmanager
-def all_or_nothing(rule: WeightingRule, parameters: Sequence[Tensor]) -> Iterator[Before]:
+def all_or_nothing(
+    rule: WeightingRule, parameters: Sequence[Tensor], tasks: Sequence[int] = ()
+) -> Iterator[None]:
     """Puts back the state of ``rule`` and the ``.grad`` of ``parameters`` if the body raises, Ctrl-C included.
 
     In the body ``.grad`` is empty; what was there is added to what the body leaves. A
     FloatingPointError leaves the state as the rule left it: it says that the step does not count.
+
+    Args:
+        rule: Whose step it is.
+        parameters: All that the passes of the step reach.
+        tasks: Those whose rows of the state the body writes.
     """
     before = Before(rule)
+    before.keep_rows(tasks)
+    saved = [parameter.grad for parameter in parameters]
+    if rule.copy_gradients:  # a pass may write where they lie
+        saved = copied(saved)
+    for parameter in parameters:
+        parameter.grad = None
     try:
-        with set_aside_grads(parameters, copy=rule.copy_gradients) as saved:
-            yield before
+        yield
+        if any(grad is not None for grad in saved):
             raise_if_reused({BEFORE: saved, THIS_STEP: [each.grad for each in parameters]})
-            for index, parameter in enumerate(parameters):
-                saved[index] = _sum(saved[index], parameter.grad)
+        for index, parameter in enumerate(parameters):
+            saved[index] = _sum(saved[index], parameter.grad)
     except FloatingPointError:
         raise
     except BaseException:
         before.restore()
         raise
+    finally:
+        for parameter, grad in zip(parameters, saved, strict=True):
+            parameter.grad = grad
 
 
 def _sum(grad: Tensor | None, added: Tensor | None) -> Tensor | None:

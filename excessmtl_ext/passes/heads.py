@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from excessmtl_ext.passes.hidden import described, hidden_parameters, hides_parameters
@@ -23,15 +24,26 @@ class HeadGraph:
     Args:
         roots: One per task, None where absent.
         shared: The shared parameters.
+        finds_borders: Whether to look for ``borders``.
 
     Attributes:
         leaves: Per task, every parameter that its pass reaches and that is not shared.
         heads: All of these, each once.
         unseen: A node whose parameters cannot be told (:mod:`excessmtl_ext.passes.hidden`), or None.
         hides: Whether some node hides parameters, known or not.
+        borders: Per task, the nodes that hand gradients out of its own graph, with the positions at which they do.
+            Outside are the shared parameters and every node that several tasks visit. None where no factor at the
+            border weighs the shared gradients and leaves those of heads alone: where a parameter that is not shared
+            lies outside, or one that is shared is hidden inside.
     """
 
-    def __init__(self, roots: Sequence[Root | None], shared: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        roots: Sequence[Root | None],
+        shared: Sequence[Tensor],
+        *,
+        finds_borders: bool = False,
+    ) -> None:
         self._is_shared = {id(parameter) for parameter in shared}
         self._roots = roots
         self._nodes = [
@@ -50,14 +62,12 @@ class HeadGraph:
             variable = None if edges else getattr(node, "variable", None)
             if variable is not None:
                 self._variables[node] = [variable]
-            elif edges and hides_parameters(node):
+            elif edges and isinstance(node, BackwardCFunction) and hides_parameters(node):
                 self._uncover(node)
         self.leaves = self._head_leaves()
         self.heads = list({id(leaf): leaf for each in self.leaves for leaf in each}.values())
-
-    def parameters(self, shared: Sequence[Tensor]) -> list[Tensor]:
-        """``shared`` and every parameter that some task reaches besides."""
-        return [*shared, *self.heads]
+        finds_borders = finds_borders and self.unseen is None
+        self.borders = self._find_borders() if finds_borders else None
 
     def _claim(self, task: int, start: Node) -> None:
         stack = [start]
@@ -135,13 +145,7 @@ class HeadGraph:
                     stack.append(child)
         return above
 
-    def borders(self) -> list[list[tuple[Node, list[int]]]] | None:
-        """Per task, the nodes that hand gradients out of its own graph, with the positions at which they do.
-
-        Outside are the shared parameters and every node that several tasks visit. None where a
-        parameter that is not shared lies outside, or one that is shared is hidden inside: then no
-        factor at the border weighs the shared gradients and leaves those of heads alone.
-        """
+    def _find_borders(self) -> list[list[tuple[Node, list[int]]]] | None:
         for node, variables in self._variables.items():
             is_outside = self._owner[node] == _SEVERAL or not self._edges[node]
             for variable in variables:
@@ -186,7 +190,7 @@ class HeadGraph:
 def check_open(nodes: Iterable[Node], purpose: str) -> None:
     """Raises ValueError if one of ``nodes`` runs a backward pass of its own; ``purpose`` says what rules it out."""
     for node in nodes:
-        if hides_parameters(node):
+        if isinstance(node, BackwardCFunction) and hides_parameters(node):
             raise ValueError(
                 f"Expected graphs without a backward pass inside a node, as {purpose}, but got "
                 f"{described(node).rstrip(',')}. Call checkpoint with use_reentrant=False, or leave the option out."

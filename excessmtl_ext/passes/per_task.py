@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_not, methodcaller
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,41 +19,13 @@ from torch import Tensor
 from excessmtl_ext.passes.explain import raise_explained
 from excessmtl_ext.passes.heads import HeadGraph
 from excessmtl_ext.passes.reused_memory import BEFORE, copied, separated, storages_of
-from excessmtl_ext.step import Root, input_metadata_of
+from excessmtl_ext.step import Root
 
 _grad_of = attrgetter("grad")
 _is_sparse = attrgetter("is_sparse")
 _storage_of = methodcaller("untyped_storage")
 _address_of = methodcaller("data_ptr")
 _NO_GRAD: dict[torch.device, Tensor] = {}
-
-
-def start_of(root: Root, scale: Tensor | None) -> Tensor:
-    """The gradient a pass starts with: ones, or the scale, in the shape and dtype of the loss."""
-    if isinstance(root, Tensor):
-        one = torch.ones_like(root)
-    else:
-        metadata = input_metadata_of(root.node)[root.output_nr]
-        one = torch.ones(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
-    return one if scale is None else one * scale.to(one)
-
-
-def starts_of(roots: Sequence[Root | None], scale: Tensor | None) -> list[Tensor | None]:
-    """:func:`start_of` for every present task; losses of one shape, dtype and device share one tensor."""
-    known: dict[Any, Tensor] = {}
-    starts: list[Tensor | None] = []
-    for root in roots:
-        if root is None:
-            starts.append(None)
-            continue
-        metadata = (
-            root if isinstance(root, Tensor) else input_metadata_of(root.node)[root.output_nr]
-        )
-        kind = (tuple(metadata.shape), metadata.dtype, metadata.device)
-        if kind not in known:
-            known[kind] = start_of(root, scale)
-        starts.append(known[kind])
-    return starts
 
 
 def run_backward(
@@ -267,9 +239,9 @@ class Pass(NamedTuple):
 
 def backward_per_task(
     roots: Sequence[Root | None],
+    starts: Sequence[Tensor | None],
     shared: Sequence[Tensor],
     *,
-    scale: Tensor | None,
     heads: HeadGrads | None = None,
     retain_graph: bool = False,
     copy: bool = False,
@@ -281,8 +253,8 @@ def backward_per_task(
 
     Args:
         roots: One per task, None where absent.
+        starts: What each pass starts with.
         shared: The L shared parameters.
-        scale: Factor of every loss (a loss scale), or None.
         heads: Takes the head gradients, whose ``.grad`` is then as before, too.
         retain_graph: Keep the graphs after the last pass, for another one.
         copy: Copy the gradients of each pass before the next one, which may write where they lie.
@@ -295,7 +267,7 @@ def backward_per_task(
     """
     passes = [
         Pass(task, [root], [start])
-        for task, (root, start) in enumerate(zip(roots, starts_of(roots, scale), strict=True))
+        for task, (root, start) in enumerate(zip(roots, starts, strict=True))
         if root is not None and start is not None
     ]
     return run_passes(passes, len(roots), shared, heads=heads, retain_graph=retain_graph, copy=copy)
@@ -334,9 +306,9 @@ def run_passes(
 def backward_of_task(
     task: int,
     root: Root,
+    start: Tensor,
     shared: Sequence[Tensor],
     *,
-    scale: Tensor | None,
     heads: HeadGrads | None = None,
     retain_graph: bool = False,
     copy: bool = False,
@@ -344,7 +316,7 @@ def backward_of_task(
     """:func:`backward_per_task` for one task alone; returns its row only."""
     aside = [*shared, *heads.all_parameters] if heads else shared
     with set_aside_grads(aside, copy=copy) as saved:
-        run_backward([root], [start_of(root, scale)], retain_graph=retain_graph)
+        run_backward([root], [start], retain_graph=retain_graph)
         row = take_shared_grads(shared)
         check_reached(row, task)
         raise_if_reused({BEFORE: saved, task: row})

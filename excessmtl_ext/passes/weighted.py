@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from excessmtl_ext.passes.cut import Cut
+from excessmtl_ext.passes.explain import raise_explained
 from excessmtl_ext.passes.heads import HeadGraph
-from excessmtl_ext.passes.node_hooks import scaling
 from excessmtl_ext.passes.per_task import (
     backward_per_task,
     run_backward,
-    starts_of,
     uniform_backward,
     weighted_starts,
 )
@@ -39,17 +39,17 @@ def apply_weights(
         task_weights: [T] weights.
         head_weights: [T] factors of the head gradients; ``task_weights`` itself where they are the same; None: 1.
         is_uniform: Whether all weights are known to be equal.
-        graph: Of the step's roots, where it is known already.
+        graph: Of the step's roots, where it is known already; with its borders if heads are not weighted.
     """
     if not step.tasks:
         return
     if step.features is not None and head_weights is None and not is_uniform:
         cut = Cut(step.roots, step.features, step.shared, retain_graph=step.retain_graph)
         if cut.obstacle is None:
-            cut.weighted_backward(step, task_weights)
+            _apply_at_cut(cut, step, task_weights)
             return
     present = [root for root in step.roots if root is not None]
-    starts = [start for start in starts_of(step.roots, step.grad_scale) if start is not None]
+    starts = [start for start in step.starts if start is not None]
     keep = step.retain_graph
     if head_weights is task_weights:
         starts = weighted_starts(starts, step.tasks, task_weights)
@@ -59,7 +59,7 @@ def apply_weights(
         weight = task_weights[step.tasks[0]]
         uniform_backward(present, starts, step.shared, weight, retain_graph=keep)
         return
-    graph = graph or HeadGraph(step.roots, step.shared)
+    graph = graph or HeadGraph(step.roots, step.shared, finds_borders=head_weights is None)
     if head_weights is not None:
         if graph.heads:
             heads = weighted_starts(starts, step.tasks, head_weights)
@@ -67,9 +67,8 @@ def apply_weights(
         starts = weighted_starts(starts, step.tasks, task_weights)
         run_backward(present, starts, retain_graph=keep, inputs=step.shared)
         return
-    borders = None if graph.unseen is not None else graph.borders()
-    if borders is not None:
-        _pass_weighted_at(borders, present, starts, task_weights, retain_graph=keep)
+    if graph.borders is not None:
+        _pass_weighted_at(graph.borders, present, starts, task_weights, retain_graph=keep)
     elif graph.hides:
         _pass_per_task(step, task_weights)
     else:
@@ -77,6 +76,22 @@ def apply_weights(
             run_backward(present, starts, retain_graph=True, inputs=graph.heads)
         starts = weighted_starts(starts, step.tasks, task_weights)
         run_backward(present, starts, retain_graph=keep, inputs=step.shared)
+
+
+def _apply_at_cut(cut: Cut, step: Step, task_weights: Tensor) -> None:
+    """Applies weights to the shared gradients only: one pass where heads have no node in common."""
+    if cut.heads_are_apart:
+        _pass_weighted_at(
+            cut.entries,
+            [root for root in step.roots if root is not None],
+            [start for start in step.starts if start is not None],
+            task_weights.to(cut.features[0].dtype),
+            retain_graph=step.retain_graph,
+        )
+        return
+    feature_grads, head_grads = cut.walk_heads(step)
+    cut.walk_encoder_weighted(feature_grads, task_weights)
+    cut.deposit_heads(head_grads)
 
 
 def _pass_weighted_at(
@@ -89,23 +104,46 @@ def _pass_weighted_at(
 ) -> None:
     """One pass in which what crosses the border of a task's own graph is multiplied by its weight."""
     handles = [
-        node.register_hook(scaling(positions, weight))
+        node.register_hook(_scaling(positions, weight))
         for border, weight in zip(borders, task_weights.unbind(), strict=True)
         for node, positions in border
     ]
     try:
-        run_backward(roots, starts, retain_graph=retain_graph)
+        torch.autograd.backward(
+            roots,  # type: ignore[arg-type]
+            grad_tensors=starts,
+            retain_graph=retain_graph,
+        )
+    except RuntimeError as error:
+        raise_explained(error)
+        raise
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _scaling(
+    positions: Sequence[int], weight: Tensor
+) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
+    """A node's hook that multiplies what it passes on at ``positions`` by ``weight``."""
+
+    def scale(
+        grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        return tuple(
+            grad * weight.to(grad.dtype) if index in positions and grad is not None else grad
+            for index, grad in enumerate(grad_inputs)
+        )
+
+    return scale
 
 
 def _pass_per_task(step: Step, task_weights: Tensor) -> None:
     """A pass per task, which needs to know no head: each gets its own gradient as it comes."""
     rows, _ = backward_per_task(
         step.roots,
+        step.starts,
         step.shared,
-        scale=step.grad_scale,
         retain_graph=step.retain_graph,
         copy=step.copy_gradients,
     )

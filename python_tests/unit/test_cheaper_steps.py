@@ -13,7 +13,7 @@ from _published import published
 from torch import Tensor, nn
 
 from excessmtl_ext import ExcessMTL, functional, reference
-from excessmtl_ext.engines.cheaper import RotationEngine
+from excessmtl_ext.engines.rotation import RotationEngine
 
 RECOMMENDED: dict[str, Any] = {
     "fisher": "linear",
