@@ -1,21 +1,18 @@
 """The contract every balancing method keeps: the same verbs, the same state handling, the same conventions.
 
-A balancer is state and verbs; it has an engine, which runs the passes of a step, and observers. A
-method says what it ``requires`` and defines :meth:`Balancer.update`. It owns no model and no
-optimizer.
+A balancer is a weighting method (:mod:`excessmtl_ext.weighting`) with verbs. It has an engine, which
+runs the passes of a step, and observers; it owns no model and no optimizer.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from excessmtl_ext import functional
 from excessmtl_ext.arguments import check_choice, check_count, checked_parameters
 from excessmtl_ext.collapse import effective_num_tasks
 from excessmtl_ext.engines import streaming
@@ -27,7 +24,7 @@ from excessmtl_ext.open_step import OpenStep
 from excessmtl_ext.passes.explain import allow_several_passes
 from excessmtl_ext.saved_state import STATE_VERSION
 from excessmtl_ext.skips import SkipGuard
-from excessmtl_ext.state import MAX_TASKS, ParamLayout, init_state
+from excessmtl_ext.state import MAX_TASKS, ParamLayout
 from excessmtl_ext.step import (
     Batched,
     Engine,
@@ -38,25 +35,13 @@ from excessmtl_ext.step import (
     NumSamples,
     Step,
     StreamingRule,
-    Targets,
     WeightScale,
 )
 from excessmtl_ext.step_arguments import check_ready, in_order, read_step, without_autocast
+from excessmtl_ext.weighting import WeightingMethod
 
 
-def weights_state(num_tasks: int, weight_total: float, device: torch.device) -> dict[str, Tensor]:
-    """The state of uniform weights."""
-    state = init_state(num_tasks, ParamLayout([]), device=device, weight_total=weight_total)
-    return {
-        "log_task_weights": state.log_task_weights,
-        "task_weights": state.task_weights,
-        "num_steps": state.num_steps,
-        "num_skipped_steps": state.num_skipped_steps,
-        "found_nonfinite": state.found_nonfinite,
-    }
-
-
-class Balancer(Insight, OpenStep, ABC):
+class Balancer(WeightingMethod, Insight, OpenStep):
     """Base of all balancing methods.
 
     ``backward(losses)`` fills ``.grad`` of the shared parameters with the weighted sum of the task
@@ -91,30 +76,6 @@ class Balancer(Insight, OpenStep, ABC):
             leaves.
         TypeError: an argument has the wrong type.
     """
-
-    requires: ClassVar[frozenset[str]] = frozenset()
-    """What the weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing."""
-
-    can_stream: bool = True
-    """Whether ``accumulate`` works: not where the weight of one task depends on the gradients of the others."""
-
-    needs_features: bool = False
-    """Whether ``backward`` must be given ``features``."""
-
-    has_uniform_weights: bool = False
-    """Whether all weights are equal, whatever happens."""
-
-    update_every: int = 1
-    """Weights move on calls 1, k + 1, 2k + 1, ..."""
-
-    min_weight: float | tuple[float, ...] = 0.0
-    """Floor of every weight, or one per task, as a share of their sum."""
-
-    log_task_weights: Tensor
-    task_weights: Tensor
-    num_steps: Tensor
-    num_skipped_steps: Tensor
-    found_nonfinite: Tensor
 
     def __init__(
         self,
@@ -156,7 +117,7 @@ class Balancer(Insight, OpenStep, ABC):
             allow_several_passes()
         device = self.shared_parameters[0].device if self.shared_parameters else torch.device("cpu")
         device = torch.device("cpu") if device.type == "meta" else device
-        self.set_state(weights_state(num_tasks, self.weight_total, device))
+        self.set_state(WeightingMethod.initial_state(self, device))
 
     # ---- state
 
@@ -172,13 +133,6 @@ class Balancer(Insight, OpenStep, ABC):
     def backward_mode(self) -> str:
         """How the latest step that needed task gradients ran the encoder's passes, and why."""
         return self.engine.backward_mode
-
-    def initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        """Every state tensor before the first step, by name; a method with more of them adds its own.
-
-        It calls ``self.set_state(self.initial_state(device))`` at the end of its constructor.
-        """
-        return weights_state(self.num_tasks, self.weight_total, device)
 
     def reset(self) -> None:
         """Forgets everything: the state is as before the first step, also the sizes if no parameters were given."""
@@ -210,40 +164,6 @@ class Balancer(Insight, OpenStep, ABC):
         # A copy has no history: its files and its memory on the device stay with the balancer that is recorded.
         observers = [observer for observer in self.observers if observer is not self.history]
         return {**self.__dict__, "history": None, "observers": observers}
-
-    # ---- what a method defines
-
-    def begin(self, step: Step) -> None:
-        """Looks at a step before its passes run; raises RuntimeError if it is not time for one."""
-
-    @abstractmethod
-    def update(self, step: Step) -> None:
-        """Moves the weights by one step, from ``step.task_grads`` or ``step.losses`` as the method ``requires``."""
-
-    def head_weights(self) -> Tensor:
-        """Factors [T] of the head gradients where they are weighted."""
-        return self.task_weights
-
-    def pass_weights(self) -> Tensor:
-        """Factors [T] of the task gradients in a step of one pass for all tasks."""
-        return self.task_weights
-
-    def combine(self, step: Step, targets: Targets) -> None:
-        """Writes the weighted sum to ``targets``; after a non-finite step repairs the state and writes NaN."""
-        grads = step.task_grads
-        functional.weighted_sum_(
-            grads.tensors,
-            targets.outputs,
-            grads.layout,
-            self.task_weights,
-            found_nonfinite=self.found_nonfinite,
-            accumulate=targets.accumulate,
-        )
-
-    def update_and_combine(self, step: Step, targets: Targets) -> None:
-        """:meth:`update`, then :meth:`combine` with the new weights; overridden where one op does both."""
-        self.update(step)
-        self.combine(step, targets)
 
     # ---- the verbs
 
@@ -395,6 +315,9 @@ class Balancer(Insight, OpenStep, ABC):
         self.stream = None
         step = stream.finish(cast(StreamingRule, self))
         self._close(step, step.tasks)
+
+    def begin(self, step: Step) -> None:
+        """Looks at a step before its passes run; raises RuntimeError if it is not time for one."""
 
     def _run_later(self, step: Step) -> None:
         try:

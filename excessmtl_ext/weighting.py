@@ -1,0 +1,91 @@
+"""What a weighting method defines: what its weights need, how they move, how gradients are combined with them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from excessmtl_ext import functional
+from excessmtl_ext.saved_state import StateModule
+from excessmtl_ext.state import ParamLayout, init_state
+from excessmtl_ext.step import Step, Targets
+
+
+class WeightingMethod(StateModule, ABC):
+    """The part of a balancer that differs between methods; each defines :meth:`update`."""
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """What the weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing."""
+
+    can_stream: bool = True
+    """Whether ``accumulate`` works: not where the weight of one task depends on the gradients of the others."""
+
+    needs_features: bool = False
+    """Whether ``backward`` must be given ``features``."""
+
+    has_uniform_weights: bool = False
+    """Whether all weights are equal, whatever happens."""
+
+    update_every: int = 1
+    """Weights move on calls 1, k + 1, 2k + 1, ..."""
+
+    min_weight: float | tuple[float, ...] = 0.0
+    """Floor of every weight, or one per task, as a share of their sum."""
+
+    log_task_weights: Tensor
+    task_weights: Tensor
+    num_steps: Tensor
+    num_skipped_steps: Tensor
+    found_nonfinite: Tensor
+
+    num_tasks: int
+    weight_total: float
+    """What the weights sum to."""
+
+    def initial_state(self, device: torch.device) -> dict[str, Tensor]:
+        """Returns every state tensor before the first step, by name; a method with more of them adds its own.
+
+        It calls ``self.set_state(self.initial_state(device))`` at the end of its constructor.
+        """
+        state = init_state(
+            self.num_tasks, ParamLayout([]), device=device, weight_total=self.weight_total
+        )
+        return {
+            "log_task_weights": state.log_task_weights,
+            "task_weights": state.task_weights,
+            "num_steps": state.num_steps,
+            "num_skipped_steps": state.num_skipped_steps,
+            "found_nonfinite": state.found_nonfinite,
+        }
+
+    @abstractmethod
+    def update(self, step: Step) -> None:
+        """Moves the weights by one step, from ``step.task_grads`` or ``step.losses`` as the method ``requires``."""
+
+    def head_weights(self) -> Tensor:
+        """Factors [T] of the head gradients where they are weighted."""
+        return self.task_weights
+
+    def pass_weights(self) -> Tensor:
+        """Factors [T] of the task gradients in a step of one pass for all tasks."""
+        return self.task_weights
+
+    def combine(self, step: Step, targets: Targets) -> None:
+        """Writes the weighted sum to ``targets``; after a non-finite step repairs the state and writes NaN."""
+        grads = step.task_grads
+        functional.weighted_sum_(
+            grads.tensors,
+            targets.outputs,
+            grads.layout,
+            self.task_weights,
+            found_nonfinite=self.found_nonfinite,
+            accumulate=targets.accumulate,
+        )
+
+    def update_and_combine(self, step: Step, targets: Targets) -> None:
+        """:meth:`update`, then :meth:`combine` with the new weights; overridden where one op does both."""
+        self.update(step)
+        self.combine(step, targets)
