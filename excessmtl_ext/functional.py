@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from excessmtl_ext import _extension, reference
+from excessmtl_ext import _extension, gpu_support, reference
 from excessmtl_ext import op_calls as ops
 from excessmtl_ext.state import (
     CUDA_CHUNK_NUMEL,
@@ -85,9 +86,8 @@ def _call(
     twin: Callable[..., None], device: torch.device, given: dict[str, Any], name: str | None = None
 ) -> None:
     """Runs the op compiled for ``device``, named like ``twin`` unless ``name`` is given, or the twin."""
-    if device.type not in ops.COMPILED_FOR:
-        if device.type == "cuda":
-            _extension.warn_of_missing_cuda_ops()
+    is_gpu = device.type == "cuda"
+    if not (gpu_support.runs_on(device) if is_gpu else device.type in ops.COMPILED_FOR):
         twin(**{name: given[name] for name in ops.twin_parameters(twin)})
         return
     if twin not in _PLANS:
@@ -97,6 +97,12 @@ def _call(
     layout, state, options = given.get("layout"), given.get("state"), given.get("options")
     positional, keywords = _lay_out(plan, device, given, layout, state, options or _DEFAULT_OPTIONS)
     run(*positional, **keywords)
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    # The dispatcher tells autograd of what torch's own ops write, so that a tensor it has saved is an error.
+    written = [positional[index] for index in plan.written]
+    outputs = written.pop(0) if isinstance(written[0], (list, tuple)) else ()
+    increment_version([each for each in (*outputs, *written) if not each.is_inference()])
 
 
 def fused_step_(

@@ -37,6 +37,8 @@ class ArgumentPlan(NamedTuple):
     positional: list[tuple[int, Any]]
     keywords: list[tuple[str, int, Any]]
     """The name of the argument first."""
+    written: list[int]
+    """Which positional arguments the op writes; a list of tensors among them is one argument."""
 
 
 OF_LAYOUT = ("param_numels", "chunk_map")
@@ -61,6 +63,7 @@ def plan_arguments(name: str, given: frozenset[str]) -> ArgumentPlan:
     return ArgumentPlan(
         [places[each.name] for each in arguments if not each.kwarg_only],
         [(each.name, *places[each.name]) for each in arguments if each.kwarg_only],
+        [k for k, each in enumerate(arguments) if each.alias_info and each.alias_info.is_write],
     )
 
 
