@@ -6,6 +6,7 @@ from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.baselines import IMTL, MGDA, MOML, GradNorm, GroupDRO, SingleTask, Uniform
 from excessmtl_ext.collapse import TaskCollapseWarning
 from excessmtl_ext.excess_mtl import ExcessMTL
+from excessmtl_ext.graphed_step import GraphedStep
 from excessmtl_ext.skips import SkippedStepsWarning
 from excessmtl_ext.split import TaskSplit
 
@@ -16,6 +17,7 @@ __all__ = [
     "Balancer",
     "ExcessMTL",
     "GradNorm",
+    "GraphedStep",
     "GroupDRO",
     "SingleTask",
     "SkippedStepsWarning",

@@ -15,7 +15,7 @@ PACKAGE = Path(excessmtl_ext.__file__).parent
 LAYERS = (
     {"arguments", "_build_facts", "_extension", "_ctrl_c"},
     {"state", "stochastic_rounding"},
-    {"reference", "op_calls", "functional"},
+    {"reference", "op_calls", "gpu_support", "functional"},
     {"step", "step_arguments", "gradient_sizes", "bounded_moves", "skips", "self_test"},
     {"passes", "given_gradients", "saved_state", "gradient_statistics", "history_writers"},
     {
@@ -30,8 +30,10 @@ LAYERS = (
         "weighting",
     },
     {"split"},
+    {"batch_trees", "cuda_graphs"},
     {"balancer"},
     {"excess_mtl_options", "excess_mtl_state", "excess_mtl_rule", "excess_mtl", "baselines"},
+    {"graphed_step"},
     {"__init__"},
     {"integrations", "doctor"},
     {"data", "models"},
