@@ -41,6 +41,14 @@ def test_own_loop_keeps_the_noisy_task_down_and_the_others_better_than_uniform(c
     )
 
 
+def test_one_backward_keeps_the_noisy_task_down_and_counts_each_task(capsys):
+    names = run("one_backward.py")
+    balancer = names["balancer"]
+    assert balancer.num_task_steps.tolist() == [100, 150, 150, 150]
+    assert balancer.task_weights.argmin() == 3
+    assert "validation loss" in capsys.readouterr().out
+
+
 def test_amp_counts_all_steps_but_the_one_that_overflowed(capsys):
     names = run("amp.py")
     balancer = names["balancer"]
