@@ -216,7 +216,6 @@ def bytecodes_of_a_step(num_tasks: int, num_layers: int, how: str) -> int:
         features = encoder(inputs)
         losses = [head(features).square().mean() for head in heads]
         before = sys.gettrace()
-        gc.collect()
         gc.disable()  # or the finalisers of what other tests left would count
         if step == 2:  # the first ones size state and try the vectorised pass
             sys.settrace(trace)
