@@ -57,7 +57,7 @@ def test_a_folder_without_room_is_an_error_before_the_first_step(tmp_path: Path)
     for num_bytes in (100_000, 100_000_000):
         process = CONTEXT.Process(target=train_with_limit, args=(str(folder), num_bytes))
         process.start()
-        process.join(120)
+        process.join()
         message = Path(f"{folder}.log").read_text()
         if num_bytes == 100_000:
             assert process.exitcode == 1

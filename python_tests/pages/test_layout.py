@@ -75,7 +75,7 @@ def measured(site: Path, width: int, profile: Path) -> dict[str, Any]:
             [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
              "--allow-file-access-from-files", "--virtual-time-budget=600000",
              f"--user-data-dir={profile}", f"--window-size={width + 100},1000", harness.as_uri()],
-            capture_output=True, text=True, check=True, timeout=300,
+            capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
     finally:
         harness.unlink()
