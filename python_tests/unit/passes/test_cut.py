@@ -8,7 +8,7 @@ import pytest
 import torch
 from _inputs import Problem, make_problem
 from _published import published
-from test_gradients import CountingIdentity
+from test_per_task import CountingIdentity
 from torch import Tensor, nn
 
 from excessmtl_ext import IMTL, MGDA, ExcessMTL, GroupDRO, Uniform

@@ -9,7 +9,7 @@ import pytest
 import torch
 from _inputs import make_problem
 from _published import published
-from test_features import FORWARDS, MAKES, Forward, one_tensor, own_inputs, train
+from test_cut import FORWARDS, MAKES, Forward, one_tensor, own_inputs, train
 from torch import Tensor, nn
 
 from excessmtl_ext import GradNorm

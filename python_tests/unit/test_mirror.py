@@ -1,0 +1,63 @@
+"""Every file of the package has a test file of its own, or is named here with the one that tests it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import excessmtl_ext
+
+UNIT = Path(__file__).parent
+PACKAGE = Path(excessmtl_ext.__file__).parent
+MIRRORED = ("", "baselines", "engines", "passes")
+
+TESTED_IN = {
+    "_ctrl_c": "contract/test_interruptions",
+    "excess_mtl_options": "unit/test_excess_mtl",
+    "excess_mtl_rule": "unit/test_excess_mtl",
+    "excess_mtl_state": "contract/test_resume",
+    "gradient_statistics": "unit/test_history",
+    "history_writers": "unit/test_history",
+    "insight": "unit/test_report",
+    "op_calls": "contract/test_op_registration",
+    "saved_state": "contract/test_saved_states",
+    "self_test": "unit/test_doctor",
+    "stochastic_rounding": "contract/test_state_dtype",
+    "engines/from_features": "unit/engines/test_cheaper",
+    "engines/graph_node": "unit/test_split",
+    "engines/node_exchange": "unit/test_split",
+    "passes/adapters": "unit/test_split",
+    "passes/reused_memory": "contract/test_reused_memory",
+}
+"""Files without a test file of their own."""
+
+
+def files() -> list[str]:
+    """The files of the mirrored folders, without their suffix."""
+    found = [
+        str(file.relative_to(PACKAGE).with_suffix(""))
+        for folder in MIRRORED
+        for file in (PACKAGE / folder).glob("*.py")
+        if file.name != "__init__.py"
+    ]
+    assert len(found) > 40
+    return sorted(found)
+
+
+def own_test(name: str) -> str:
+    """Where the tests of a file are expected."""
+    path = Path(name)
+    return str(Path("unit") / path.parent / f"test_{path.name.lstrip('_')}")
+
+
+def test_every_file_has_tests() -> None:
+    missing = [
+        name
+        for name in files()
+        if not (UNIT.parent / f"{TESTED_IN.get(name, own_test(name))}.py").is_file()
+    ]
+    assert missing == []
+
+
+def test_nothing_is_listed_that_has_tests_of_its_own() -> None:
+    assert TESTED_IN.keys() <= set(files())
+    assert [name for name, tests in TESTED_IN.items() if tests == own_test(name)] == []
