@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -42,6 +44,12 @@ def checked_parameters(
             f"{type(shared_parameters).__name__}."
         )
     parameters = list(shared_parameters)
+    for index, parameter in enumerate(parameters):
+        if is_lazy(parameter):
+            raise ValueError(
+                f"Expected `{name}[{index}]` to have a shape, but it gets one in the first forward pass, as in "
+                "nn.LazyLinear. Run one batch through the model before the balancer is made."
+            )
     if not parameters:
         raise ValueError(
             f"Expected `{name}` to hold at least one parameter, but got none. A generator such as "
@@ -72,7 +80,28 @@ def checked_parameters(
                 f"Expected `{name}` on one device, but got {parameters[0].device} and {parameter.device}."
             )
         seen[id(parameter)] = index
+    refuse_fake(parameters[0])
     return parameters
+
+
+def refuse_fake(tensor: Tensor | None) -> None:
+    """Raises ValueError for a tensor of FakeTensorMode."""
+    if isinstance(tensor, FakeTensor):
+        raise ValueError(
+            "Expected tensors with data, but got those of FakeTensorMode: a balanced step reads values. Measure memory "
+            "with balancer.memory_report(step), or leave the balancer out of a dry run, as in sum(losses).backward()."
+        )
+
+
+def trainable(parameters: Sequence[Tensor], name: str = "shared_parameters") -> list[Tensor]:
+    """Those that require grad; raises ValueError where none does."""
+    found = [parameter for parameter in parameters if parameter.requires_grad]
+    if not found:
+        raise ValueError(
+            f"Expected some of `{name}` to require grad, but all {len(parameters)} are frozen. Give the balancer what "
+            "trains, such as the adapters of a frozen encoder; if only heads train, there is nothing to balance."
+        )
+    return found
 
 
 def shortened(sizes: Sequence[object]) -> str:

@@ -13,16 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from excessmtl_ext.arguments import check_choice, check_count, checked_parameters
+from excessmtl_ext.arguments import check_choice, check_count, checked_parameters, trainable
 from excessmtl_ext.collapse import effective_num_tasks
 from excessmtl_ext.engines import streaming
 from excessmtl_ext.engines.balanced_loss import balanced_loss
 from excessmtl_ext.engines.exact import ExactEngine
+from excessmtl_ext.extra_state import Fields, option_numbers
 from excessmtl_ext.given_gradients import GivenGrads, read_given
 from excessmtl_ext.insight import Insight
 from excessmtl_ext.open_step import OpenStep
 from excessmtl_ext.passes.explain import allow_several_passes
-from excessmtl_ext.saved_state import STATE_VERSION
 from excessmtl_ext.skips import SkipGuard
 from excessmtl_ext.state import MAX_TASKS, ParamLayout
 from excessmtl_ext.step import (
@@ -40,6 +40,15 @@ from excessmtl_ext.step import (
 from excessmtl_ext.step_arguments import check_ready, in_order, read_step, without_autocast
 from excessmtl_ext.weighting import WeightingMethod
 
+_WITHOUT_EFFECT_ON_STATE = (
+    "num_tasks",  # the shapes say it
+    "nonfinite",
+    "batched",
+    "copy_gradients",
+    "state_dtype",
+    "rounding_seed",
+)
+
 
 class Balancer(WeightingMethod, Insight, OpenStep):
     """Base of all balancing methods.
@@ -50,7 +59,8 @@ class Balancer(WeightingMethod, Insight, OpenStep):
     ``finish`` do it task by task. Gradients are added to ``.grad``, as autograd does.
 
     Args:
-        shared_parameters: What all tasks share, usually ``model.encoder.parameters()``. None for a
+        shared_parameters: What all tasks share, usually ``model.encoder.parameters()``. Those that
+            are frozen then have no state and stay frozen; those frozen later rest. None for a
             balancer that is only given gradients (:meth:`update_weights`).
         num_tasks: T, between 1 and 512.
         weight_scale: What the weights sum to: ``"simplex"``: 1 (the paper), ``"num_tasks"``: T (the
@@ -110,9 +120,14 @@ class Balancer(WeightingMethod, Insight, OpenStep):
         self.task_names: tuple[str, ...] | None = None
         self.stream = None
         self.shared_parameters: list[Tensor] | None = None
+        self.frozen_parameters: dict[int, Tensor] = {}
         self.layout: ParamLayout | None = None
         if shared_parameters is not None:
-            self.shared_parameters = checked_parameters(shared_parameters)
+            given = checked_parameters(shared_parameters)
+            self.shared_parameters = trainable(given)
+            self.frozen_parameters = {
+                index: each for index, each in enumerate(given) if not each.requires_grad
+            }
             self.layout = ParamLayout([parameter.numel() for parameter in self.shared_parameters])
             allow_several_passes()
         device = self.shared_parameters[0].device if self.shared_parameters else torch.device("cpu")
@@ -146,19 +161,34 @@ class Balancer(WeightingMethod, Insight, OpenStep):
             self.layout = None
         self.set_state(self.initial_state(self.task_weights.device))
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What ``state_dict`` holds besides tensors: plain numbers, loadable with ``weights_only=True``."""
+    def host_state(self) -> Fields:
+        """What ``state_dict`` holds besides the state tensors: the same fields whenever it is saved.
+
+        A method with more of them adds its own, and takes them in :meth:`set_host_state`.
+        """
         return {
-            "version": STATE_VERSION,
-            "num_calls": self.num_calls,
-            "param_numels": None if self.layout is None else list(self.layout.numels),
+            "num_calls": [float(self.num_calls)],
+            "param_numels": [] if self.layout is None else list(map(float, self.layout.numels)),
+            "options": option_numbers(self.saved_options()),
         }
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes what :meth:`get_extra_state` gave; called by ``load_state_dict`` after the checks."""
-        self.num_calls = state["num_calls"]
-        if self.layout is None and state["param_numels"] is not None:
-            self.layout = ParamLayout(state["param_numels"])
+    def set_host_state(self, fields: Fields) -> None:
+        """Takes what :meth:`host_state` gave; called by ``load_state_dict`` after the checks."""
+        self.num_calls = round(fields["num_calls"][0])
+        if self.layout is None and fields["param_numels"]:
+            self.layout = ParamLayout([round(numel) for numel in fields["param_numels"]])
+
+    def saved_options(self) -> dict[str, Any]:
+        """The options that decide what the next steps do to the state, by name."""
+        options = self.options()
+        for name in _WITHOUT_EFFECT_ON_STATE:
+            options.pop(name, None)
+        return options
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether the shared parameters are on the meta device, so that there is no training to save."""
+        return bool(self.shared_parameters) and self.shared_parameters[0].is_meta
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no history: its files and its memory on the device stay with the balancer that is recorded.
@@ -265,7 +295,11 @@ class Balancer(WeightingMethod, Insight, OpenStep):
             ValueError: what the method requires is missing, or does not fit.
         """
         self.refuse_open_step("update_weights()")
-        step = read_given(self, task_grads, losses, grad_scale)
+        try:
+            step = read_given(self, task_grads, losses, grad_scale)
+        except Exception as error:
+            self.engine.refuse(self, error)
+            raise
         self._close(step, self.engine.update(self, step))
         return self.task_weights
 

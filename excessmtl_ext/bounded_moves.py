@@ -74,7 +74,7 @@ def init_move_state(
     """
     per_task = torch.zeros(num_tasks, dtype=torch.float64, device=device)
     per_tensor = torch.zeros(num_tasks, num_tensors, dtype=torch.float64, device=device)
-    shares = torch.tensor(priorities or [1.0] * num_tasks, dtype=torch.float64)
+    shares = torch.tensor(priorities or [1.0] * num_tasks, dtype=torch.float64, device="cpu")
     return MoveState(
         risk_share_sum=per_task,
         num_gradient_steps=per_task.long(),
@@ -298,6 +298,8 @@ def _write_weights(state: StepState, options: StepOptions, moves: MoveOptions) -
         floor = options.min_weight
         weights = (1.0 - num_tasks * floor) * share + floor
     else:
-        floors = torch.tensor(moves.floors, dtype=share.dtype).to(share.device, non_blocking=True)
+        floors = torch.tensor(moves.floors, dtype=share.dtype, device="cpu").to(
+            share.device, non_blocking=True
+        )
         weights = (1.0 - sum(moves.floors)) * share + floors
     state.task_weights.copy_(options.weight_total * weights)

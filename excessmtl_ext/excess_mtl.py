@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from excessmtl_ext.arguments import checked_parameters
+from excessmtl_ext.arguments import checked_parameters, trainable
 from excessmtl_ext.collapse import CollapseGuard
 from excessmtl_ext.engines.rotation import RotationEngine
 from excessmtl_ext.excess_mtl_options import (
@@ -21,6 +21,7 @@ from excessmtl_ext.excess_mtl_options import (
 )
 from excessmtl_ext.excess_mtl_rule import ExcessMTLRule
 from excessmtl_ext.excess_mtl_state import Combination
+from excessmtl_ext.extra_state import Fields
 from excessmtl_ext.passes.adapters import Adapter
 from excessmtl_ext.split import split
 from excessmtl_ext.state import SMALLEST_EPS, Fisher, ParamLayout
@@ -140,7 +141,7 @@ class ExcessMTL(ExcessMTLRule):
             changes no number.
 
     Memory: T * P state elements (twice that with momentum), each parameter padded to a multiple of
-    32, held from the first step on; all of it is in ``state_dict``.
+    32, for those that require grad; held from construction on, and all of it in ``state_dict``.
 
     Example, one task with one parameter, so that every number can be checked by hand (g = 3, then g
     = 4):
@@ -191,7 +192,9 @@ class ExcessMTL(ExcessMTLRule):
         check_options(given)
         if shared_parameters is not None:
             shared_parameters = checked_parameters(shared_parameters)
-        engine = choose_engine(given, shared_parameters)
+        engine = choose_engine(
+            given, None if shared_parameters is None else trainable(shared_parameters)
+        )
         super().__init__(
             shared_parameters,
             num_tasks=num_tasks,
@@ -289,25 +292,33 @@ class ExcessMTL(ExcessMTLRule):
         """
         return split(self, self._close, features, grad_scale)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """As for every balancer, and whether the collapse guard has warned."""
-        return {
-            **super().get_extra_state(),
-            "has_warned_of_collapse": self._collapse_guard.has_warned,
-            "waiting_tasks": []
-            if self._rotation is None
-            else list(self._rotation.rotation.waiting),
-        }
+    def host_state(self) -> Fields:
+        """As for every balancer, whether the collapse guard has warned, and which tasks wait for their turn."""
+        fields = super().host_state()
+        fields["has_warned_of_collapse"] = [float(self._collapse_guard.has_warned)]
+        waiting = (
+            range(self.num_tasks) if self._rotation is None else self._rotation.rotation.waiting
+        )
+        fields["waits"] = [float(task in waiting) for task in range(self.num_tasks)]
+        return fields
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_host_state(self, fields: Fields) -> None:
         """As for every balancer; a run that has been warned is not warned again."""
-        super().set_extra_state(state)
+        super().set_host_state(fields)
+        if self._parallel is not None:
+            self._parallel.is_compared = False
         self._collapse_guard.restart()
-        self._collapse_guard.has_warned = state.get("has_warned_of_collapse", False)
+        self._collapse_guard.has_warned = bool(
+            round(fields.get("has_warned_of_collapse", [0.0])[0])
+        )
         if self._rotation is not None:
             rotation = self._rotation.rotation
             rotation.start_round()
-            rotation.waiting = state.get("waiting_tasks") or rotation.waiting
+            waits = fields.get("waits", [1.0] * self.num_tasks)
+            waiting = [task for task, waits_now in enumerate(waits) if round(waits_now)]
+            if "waiting_tasks" in fields:  # of version 1
+                waiting = [round(task) for task in fields["waiting_tasks"]]
+            rotation.waiting = waiting or rotation.waiting
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the constructor that rebuild the balancer, but for those that are objects."""

@@ -50,24 +50,27 @@ class ExcessMTLRule(ExcessMTLState):
     @property
     def move_state(self) -> MoveState:
         """The state that the stateless layer does not know: the balancer's own tensors."""
-        buffers = self._buffers
-        return MoveState(*[buffers[name] for name in MoveState._fields])  # type: ignore[misc]
+        own = self.__dict__
+        return MoveState(*[own[name] for name in MoveState._fields])
 
     @property
     def step_state(self) -> StepState:
         """The state as the stateless layer takes it: the balancer's own tensors, not copies."""
-        buffers = self._buffers
-        return StepState(*[buffers[name] for name in StepState._fields])  # type: ignore[misc]
+        own = self.__dict__
+        return StepState(*[own[name] for name in StepState._fields])
 
     def prepare(self, step: Step) -> tuple[StepState, StepOptions]:
         """State and options for the gradients of ``step``; the first ones size the state."""
         grads = step.task_grads
-        device = next(
-            (grad for grad in grads.tensors if grad.numel() > 0), self.task_weights
-        ).device
+        first = next((grad for grad in grads.tensors if grad.numel() > 0), self.task_weights)
         sums = self.sq_grad_sum
-        if sums.shape[1] == 0 or sums.device != device or self.tensor_weights.shape[1] == 0:
-            self.size_state(grads, device)
+        if (
+            sums.shape[1] == 0
+            or sums.device != first.device
+            or (first.dtype == torch.float64 != sums.dtype and first is not self.task_weights)
+            or self.tensor_weights.shape[1] == 0
+        ):
+            self.size_state(grads, first.device)
         return self.step_state, self.step_options
 
     def update(self, step: Step) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.bounded_moves import MoveState, init_move_state
-from excessmtl_ext.state import Fisher, ParamLayout, init_state
+from excessmtl_ext.extra_state import Fields, are_equal_sizes
+from excessmtl_ext.state import Fisher, ParamLayout, init_state, padded_numel
 from excessmtl_ext.step import TaskGrads
 
 if TYPE_CHECKING:
@@ -17,8 +19,13 @@ if TYPE_CHECKING:
 
 Combination = Literal["per_tensor", "sum"]
 
-_SIZED_BY_FIRST_STEP = ("sq_grad_sum", "grad_mean")
-_SIZED_BY_TENSORS = ("tensor_mean_square", "num_tensor_steps", "tensor_weights")
+_PER_ELEMENT = ("sq_grad_sum", "grad_mean")
+_PER_TENSOR = ("tensor_mean_square", "num_tensor_steps", "tensor_weights")
+
+_FLOAT64_WITH_NARROW_STATE = (
+    "Expected gradients narrower than float64 with state_dtype={}, but got float64. Leave `state_dtype` out: float64 "
+    "gradients get float64 state."
+)
 
 
 class ExcessMTLState(Balancer):
@@ -26,6 +33,12 @@ class ExcessMTLState(Balancer):
 
     transient_state: ClassVar[frozenset[str]] = frozenset(
         {"ticket", "tensor_weights", "log_priorities"}
+    )
+
+    newer_state: ClassVar[frozenset[str]] = frozenset(MoveState._fields) - transient_state
+
+    binding_options: ClassVar[frozenset[str]] = frozenset(
+        {"weight_scale", "fisher", "eps", "gradient_momentum", "relative", "estimate_from"}
     )
 
     robust_step_size: float | None
@@ -60,35 +73,68 @@ class ExcessMTLState(Balancer):
     def initial_state(self, device: torch.device) -> dict[str, Tensor]:
         """Every state tensor before the first step, by name.
 
-        S and m get their size, type and device from the first gradients: [T, 0] until then. A rank's part of them is
-        known beforehand, and torch.distributed.checkpoint loads into what is there.
+        S and m have their size and type from here on where the parameters are known; else both come
+        with the first gradients, and they are [T, 0] until then.
         """
         parallel = self._parallel
+        layout = self.layout or ParamLayout([])
         state = init_state(
             self.num_tasks,
-            ParamLayout([]) if parallel is None else parallel.state_layout,
-            dtype=self.state_dtype or torch.float32 if parallel is None else parallel.wire_dtype,
+            layout if parallel is None else parallel.state_layout,
+            dtype=self._own_dtype() if parallel is None else parallel.wire_dtype,
             device=device,
-            has_momentum=parallel is not None and self.gradient_momentum > 0,
+            has_momentum=self.gradient_momentum > 0,
             weight_total=self.weight_total,
         )
-        move = init_move_state(
-            self.num_tasks,
-            0 if self.layout is None else len(self.layout.numels),
-            self.priorities,
-            device,
-        )
+        move = init_move_state(self.num_tasks, len(layout.numels), self.priorities, device)
         if self.priorities is not None:
             state.log_task_weights.copy_(move.log_priorities)
             state.task_weights.copy_(self.weight_total * move.log_priorities.exp())
         return {**state._asdict(), **move._asdict()}
 
+    def _own_dtype(self) -> torch.dtype:
+        """The type of S and m for gradients of the parameters' types."""
+        has_float64 = any(each.dtype is torch.float64 for each in self.shared_parameters or ())
+        if has_float64 and self.state_dtype is not None:
+            raise ValueError(_FLOAT64_WITH_NARROW_STATE.format(self.state_dtype))
+        return self.state_dtype or (torch.float64 if has_float64 else torch.float32)
+
+    def size_state(self, grads: TaskGrads, device: torch.device) -> None:
+        """Sizes, places and widens what depends on the first gradients; checks the device of all later ones.
+
+        Raises:
+            ValueError: the gradients are float64 and the state is narrower by choice, or they are on another device.
+        """
+        layout = grads.layout
+        if device != self.task_weights.device and self.num_calls == 0:
+            self.to(device)
+        if device != self.sq_grad_sum.device:
+            raise ValueError(
+                f"Expected gradients on {self.sq_grad_sum.device}, where the balancer's state is, but got {device}. "
+                f"Call balancer.to({str(device)!r}) after moving the model."
+            )
+        unsized = [name for name in _PER_TENSOR if getattr(self, name).shape[1] == 0]
+        if layout.numels and unsized:  # `tensor_weights` is not saved, so a loaded state lacks it
+            fresh = init_move_state(self.num_tasks, len(layout.numels), None, device)._asdict()
+            self.put_back({name: fresh[name] for name in unsized})
+        has_float64 = any(grad.dtype == torch.float64 for grad in grads.tensors if grad.numel() > 0)
+        if has_float64 and self.state_dtype is not None:
+            raise ValueError(_FLOAT64_WITH_NARROW_STATE.format(self.state_dtype))
+        stored = self.state_dtype or (torch.float64 if has_float64 else self.sq_grad_sum.dtype)
+        for name in _PER_ELEMENT:
+            tensor = getattr(self, name)
+            if tensor.shape[1] == 0 and (name == "sq_grad_sum" or self.gradient_momentum > 0):
+                tensor = tensor.new_zeros(self.num_tasks, layout.padded_numel)
+            self.put_back({name: tensor.to(stored)})  # float64 holds all that float32 does
+
+    # ---- saving and loading
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        if self._parallel is not None:
-            for name in _SIZED_BY_FIRST_STEP:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._parallel is not None and prefix + "sq_grad_sum" in destination:
+            for name in _PER_ELEMENT:
                 entries = self._parallel.exported(name, destination.pop(prefix + name))
                 destination.update({prefix + key: value for key, value in entries.items()})
 
@@ -97,83 +143,65 @@ class ExcessMTLState(Balancer):
     ) -> None:
         if self._parallel is not None:
             state_dict = self._parallel.imported(state_dict, prefix)
-        else:
-            state_dict = self._in_own_type(state_dict, prefix)
-        if (
-            prefix + "task_weights" in state_dict
-        ):  # of a release that had fewer entries: those start fresh
-            fresh = self.initial_state(self.task_weights.device)
-            saved_with = {name: fresh[name] for name in MoveState._fields}
-            missing = {prefix + name: fresh for name, fresh in saved_with.items()}
-            for name in self.transient_state:
-                missing.pop(prefix + name, None)
-            state_dict = {**missing, **state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _in_own_type(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A state saved in another type in this balancer's: widened, or rounded to nearest once."""
-        is_narrow = self.state_dtype is torch.bfloat16
-        has_float64 = any(each.dtype is torch.float64 for each in self.shared_parameters or ())
-        own = dict(state_dict)
-        for name in _SIZED_BY_FIRST_STEP:
-            saved = state_dict.get(prefix + name)
-            if saved is None:
-                continue
-            if (saved.dtype is torch.bfloat16) != is_narrow:
-                saved = saved.bfloat16() if is_narrow else saved.float()
-            if has_float64 and saved.dtype is torch.float32:
-                saved = saved.double()  # what the op asks of the state for such gradients
-            own[prefix + name] = saved
-        return own
+    def _entries(
+        self, names: Sequence[str], saved: dict[str, Any], fields: Fields, is_old: bool
+    ) -> dict[str, Tensor]:
+        entries = super()._entries(names, saved, fields, is_old)
+        is_fresh = entries["sq_grad_sum"].numel() == 0
+        for name in (*_PER_ELEMENT, *_PER_TENSOR):
+            # Saved before the first step by a release that sized it then.
+            tensor, mine = entries.get(name), getattr(self, name)
+            is_unsized = tensor is not None and tensor.dim() == 2 and tensor.shape[1] == 0
+            if is_unsized and (name not in _PER_ELEMENT or is_fresh):
+                entries[name] = torch.zeros_like(mine)
+        sizes, keep = self._given_sizes()
+        own = [sizes[place] for place in keep]
+        is_of_all = self.layout is not None and list(self.layout.numels) == own != sizes
+        is_of_all = is_of_all and are_equal_sizes(fields["param_numels"], sizes)
+        if is_of_all and self._parallel is None:  # saved with state for the frozen ones, too
+            entries = _kept(entries, sizes, keep)
+            fields["param_numels"] = list(map(float, own))
+        return entries
 
-    def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
-        if name in _SIZED_BY_TENSORS:
-            if saved.dim() != 2 or saved.shape[0] != self.num_tasks:
-                return False
-            return self.layout is None or saved.shape[1] in (0, len(self.layout.numels))
-        if name not in _SIZED_BY_FIRST_STEP or saved.dim() != 2 or saved.shape[0] != self.num_tasks:
-            return False
-        if saved.shape[1] == 0:  # saved before its first step, or without momentum
-            return name == "sq_grad_sum" or self.gradient_momentum == 0.0 or tensor.shape[1] > 0
-        if name == "grad_mean" and self.gradient_momentum == 0.0:
-            return False
-        return self.layout is None or saved.shape[1] == self.layout.padded_numel
+    def _given_sizes(self) -> tuple[list[int], list[int]]:
+        """Elements of all shared parameters that were given, frozen ones too, and the places of those with state."""
+        shared, frozen = self.shared_parameters or [], self.frozen_parameters
+        places = [place for place in range(len(shared) + len(frozen)) if place not in frozen]
+        sizes = dict(zip(places, (each.numel() for each in shared), strict=True))
+        sizes.update({place: each.numel() for place, each in frozen.items()})
+        return [sizes[place] for place in sorted(sizes)], places
 
-    def size_state(self, grads: TaskGrads, device: torch.device) -> None:
-        """Sizes and places what depends on the first gradients; checks the device of all later ones.
+    def _binds(self, name: str, before: str) -> bool:
+        if (
+            name == "robust_step_size"
+        ):  # bounded moves and those of Eq. 9 keep their weights in other tensors
+            return (before == "None") != (self.robust_step_size is None)
+        return super()._binds(name, before)
 
-        Raises:
-            ValueError: the gradients are float64 and the state is narrower by choice, or they are on another device.
-        """
-        layout = grads.layout
-        if layout.numels and self.tensor_weights.shape[1] == 0:  # not saved, or not sized yet
-            device_of_state = self.task_weights.device
-            fresh = init_move_state(self.num_tasks, len(layout.numels), None, device_of_state)
-            for name in _SIZED_BY_TENSORS:
-                if getattr(self, name).shape[1] == 0:
-                    setattr(self, name, getattr(fresh, name))
-        if self.sq_grad_sum.shape[1] == 0:
-            has_float64 = any(
-                grad.dtype == torch.float64 for grad in grads.tensors if grad.numel() > 0
-            )
-            if has_float64 and self.state_dtype is not None:
-                raise ValueError(
-                    f"Expected gradients narrower than float64 with state_dtype={self.state_dtype}, but got float64. "
-                    "Leave `state_dtype` out: float64 gradients get float64 state."
-                )
-            stored = self.state_dtype or (torch.float64 if has_float64 else torch.float32)
-            if device != self.task_weights.device:
-                self.to(device)
-            columns = layout.padded_numel
-            self.sq_grad_sum = torch.zeros(self.num_tasks, columns, dtype=stored, device=device)
-            self.grad_mean = torch.zeros(
-                self.num_tasks,
-                columns if self.gradient_momentum > 0 else 0,
-                dtype=stored,
-                device=device,
-            )
-        elif device != self.sq_grad_sum.device:
-            raise ValueError(
-                f"Expected gradients on {self.sq_grad_sum.device}, where the balancer's state is, but got {device}. "
-                f"Call balancer.to({str(device)!r}) after moving the model."
-            )
+    def _fits(self, name: str, saved: Tensor) -> bool:
+        if self.layout is None and name in (*_PER_ELEMENT, *_PER_TENSOR):
+            has_columns = name != "grad_mean" or self.gradient_momentum > 0
+            is_sized = saved.dim() == 2 and saved.shape[0] == self.num_tasks
+            return is_sized and (has_columns or saved.shape[1] == 0)
+        return super()._fits(name, saved)
+
+    def _in_own_type(self, name: str, saved: Tensor) -> Tensor:
+        """S and m of a balancer without parameters keep float64; else the type of the state decides."""
+        if name in _PER_ELEMENT and self.layout is None and self.state_dtype is None:
+            return saved if saved.dtype == torch.float64 else saved.float()
+        return super()._in_own_type(name, saved)
+
+
+def _kept(entries: dict[str, Tensor], sizes: list[int], keep: list[int]) -> dict[str, Tensor]:
+    """Entries for some of the parameters out of those for all of them."""
+    kept = dict(entries)
+    for name in _PER_ELEMENT:
+        if entries[name].shape[1] > 0:
+            parts = entries[name].split([padded_numel(size) for size in sizes], dim=1)
+            kept[name] = torch.cat([parts[index] for index in keep], dim=1)
+    for name in _PER_TENSOR:
+        if name in entries and entries[name].shape[1] == len(sizes):
+            kept[name] = entries[name][:, keep]
+    return kept

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from excessmtl_ext.arguments import shortened
+from excessmtl_ext.arguments import refuse_fake, shortened
 from excessmtl_ext.passes.per_task import flat_rows
 from excessmtl_ext.state import ParamLayout
 from excessmtl_ext.step import Step, TaskGrads, WeightingRule
@@ -37,6 +37,7 @@ def read_given(
             raise ValueError(
                 f"Expected `{name}`: {type(rule).__name__} computes its weights from them."
             )
+    refuse_fake(next(iter(rule.shared_parameters or ()), None))
     step = Step(
         roots=[],
         tasks=list(range(rule.num_tasks)),
@@ -59,6 +60,14 @@ def given_task_grads(rule: WeightingRule, task_grads: GivenGrads) -> tuple[TaskG
     Raises:
         ValueError: the number of tasks, of gradients, or a size is not as expected.
     """
+    if rule.frozen_parameters and not isinstance(task_grads, Tensor):
+        num_given = len(rule.shared_parameters or ()) + len(rule.frozen_parameters)
+        task_grads = [
+            [grad for index, grad in enumerate(row) if index not in rule.frozen_parameters]
+            if len(row) == num_given
+            else row
+            for row in task_grads
+        ]
     rows, rule.layout = checked_rows(task_grads, rule.num_tasks, rule.layout)
     tasks = [task for task, row in enumerate(rows) if any(grad is not None for grad in row)]
     if rule.layout is None:
@@ -75,7 +84,7 @@ def _checked_losses(losses: Sequence[Tensor] | Tensor, num_tasks: int) -> Tensor
     ):
         values = torch.stack([loss.detach().reshape(()) for loss in losses])
     else:
-        values = torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+        values = torch.tensor([float(loss) for loss in losses], dtype=torch.float64, device="cpu")
     if values.shape != (num_tasks,):
         raise ValueError(f"Expected `losses` of shape [{num_tasks}], but got {list(values.shape)}.")
     return values
@@ -137,6 +146,7 @@ def _rows(task_grads: GivenGrads, num_tasks: int) -> list[Row]:
     rows: list[Row] = [
         [None if grad is None else grad.detach() for grad in grads] for grads in task_grads
     ]
+    refuse_fake(next((grad for row in rows for grad in row if grad is not None), None))
     num_tensors = max(len(row) for row in rows)
     for task, row in enumerate(rows):
         if row and len(row) != num_tensors:

@@ -147,9 +147,12 @@ class History:
             num_tasks = len(self.task_names)
             return HistoryRecords(
                 self.task_names,
-                torch.empty(0, dtype=torch.int64),
-                torch.empty(0, num_tasks, dtype=torch.bool),
-                {name: torch.empty(0, num_tasks, dtype=torch.float64) for name in self._quantities},
+                torch.empty(0, dtype=torch.int64, device="cpu"),
+                torch.empty(0, num_tasks, dtype=torch.bool, device="cpu"),
+                {
+                    name: torch.empty(0, num_tasks, dtype=torch.float64, device="cpu")
+                    for name in self._quantities
+                },
             )
         parts = list(self._kept)
         return HistoryRecords(
@@ -183,8 +186,8 @@ class History:
         self._pending = []
         records = HistoryRecords(
             self.task_names,
-            torch.tensor(steps, dtype=torch.int64),
-            torch.tensor(present, dtype=torch.bool),
+            torch.tensor(steps, dtype=torch.int64, device="cpu"),
+            torch.tensor(present, dtype=torch.bool, device="cpu"),
             {name: values[:, index] for index, name in enumerate(self._quantities)},
         )
         self._kept.append(records)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -92,10 +92,6 @@ class MeasuredRule(WeightingRule, Protocol):
     engine: Engine
     can_stream: bool
 
-    def named_buffers(self, *, recurse: bool) -> Iterator[tuple[str, Tensor]]:
-        """Yields the state tensors."""
-        ...
-
 
 def make_memory_report(
     rule: MeasuredRule, step: Callable[[], object] | None = None
@@ -167,7 +163,7 @@ def _describe(tensor: Tensor) -> str:
 
 def _held(rule: MeasuredRule) -> list[MemoryEntry]:
     large, small = [], 0
-    for name, tensor in rule.named_buffers(recurse=False):
+    for name, tensor in rule.state_tensors().items():
         if tensor.dim() == 2:
             large.append(MemoryEntry(name, tensor.nbytes, "always", _describe(tensor)))
         else:

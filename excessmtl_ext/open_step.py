@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from excessmtl_ext.engines.streaming import Stream
 from excessmtl_ext.saved_state import StateModule
@@ -48,10 +47,10 @@ class OpenStep(StateModule):
                 "state up."
             )
 
-    def _problem_with(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+    def _obstacle(self) -> str | None:
         if self.stream is not None:
             return (
                 "Expected finish() before load_state_dict(): accumulate() has begun a step. Call finish(), or reset() "
                 "to give the state up."
             )
-        return super()._problem_with(state_dict, prefix)
+        return super()._obstacle()

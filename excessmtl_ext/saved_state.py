@@ -1,62 +1,163 @@
-"""State of a balancer as buffers of a module, and its checks: a saved state is examined before anything is copied."""
+"""State of a balancer: plain tensors that other tools leave alone, and checks of what is loaded.
+
+The tensors are attributes and no buffers: whatever walks ``buffers()`` (weight averages, the
+broadcast of DistributedDataParallel, ``half()``) would spoil or refuse them. They have their places
+in ``state_dict`` all the same, and follow the module from device to device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from excessmtl_ext.arguments import shortened
-from excessmtl_ext.functional import ParamLayout
-
-STATE_VERSION = 1
-"""Version of what ``state_dict`` holds; raised when its meaning changes."""
-
-_NEVER_NAN = (
-    "log_task_weights",
-    "task_weights",
-    "sq_grad_sum",
-    "grad_mean",
-    "baseline_excess_risk",
+from excessmtl_ext.arguments import shortened, stacklevel_of_caller
+from excessmtl_ext.extra_state import (
+    Fields,
+    are_equal_sizes,
+    damaged,
+    differences,
+    pack,
+    unpack,
 )
+from excessmtl_ext.state import ParamLayout
+
+EXTRA = "_extra_state"
+
+_NEVER_NEGATIVE = frozenset(
+    {
+        "sq_grad_sum",
+        "excess_risk",
+        "relative_excess_risk",
+        "baseline_excess_risk",
+        "risk_share_sum",
+        "momentum_mass",
+        "momentum_sq_mass",
+        "tensor_mean_square",
+    }
+)
+"""Besides everything that counts."""
 
 
 class StateModule(nn.Module):
-    """A module whose buffers are state: they keep their types, and are loaded as a whole or not at all."""
+    """A module with state tensors: they keep their types, and are loaded as a whole or not at all."""
 
     transient_state: ClassVar[frozenset[str]] = frozenset()
-    """Buffers that are not saved."""
+    """State that is not saved."""
+
+    newer_state: ClassVar[frozenset[str]] = frozenset()
+    """State that releases with version 1 did not save; it then starts afresh."""
+
+    open_state: ClassVar[frozenset[str]] = frozenset()
+    """State that may be NaN or infinite."""
+
+    binding_options: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
+    """Options without which the state means something else: one that was saved with others is refused."""
 
     layout: ParamLayout | None
     """Sizes of the parameters that the state belongs to, where they are known."""
 
+    _state_names: tuple[str, ...] = ()
+
     def set_state(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces all buffers."""
-        self._buffers.clear()
-        for name, tensor in state.items():
-            self.register_buffer(name, tensor, persistent=name not in self.transient_state)
+        """Replaces all state tensors."""
+        for name in self._state_names:
+            del self.__dict__[name]
+        self._state_names = tuple(state)
+        self.put_back(state)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, not copies."""
-        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return {name: self.__dict__[name] for name in self._state_names}
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
         """Makes ``tensors``, as :meth:`state_tensors` gave them, the state again."""
-        for name, tensor in tensors.items():
-            setattr(self, name, tensor)
+        with torch.inference_mode(False):
+            for name, tensor in tensors.items():
+                # Made in inference mode it could not be written outside of it.
+                self.__dict__[name] = tensor.clone() if tensor.is_inference() else tensor
+
+    def host_state(self) -> Fields:
+        """What is saved besides the state tensors, as numbers."""
+        raise NotImplementedError
+
+    def set_host_state(self, fields: Fields) -> None:
+        """Takes what :meth:`host_state` gave; fields that an older release did not save are missing."""
+        raise NotImplementedError
+
+    def saved_options(self) -> dict[str, Any]:
+        """The options that a state is saved with."""
+        return {}
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether the parameters have no memory: the module only shows what there will be."""
+        return False
+
+    def get_extra_state(self) -> Tensor:
+        """:meth:`host_state` as a tensor; called by ``state_dict``."""
+        device = next(iter(self.state_tensors().values())).device
+        return pack(self.host_state(), device)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Takes what :meth:`get_extra_state` gave; called by ``load_state_dict`` after the checks."""
+        self.set_host_state(unpack(state, tuple(self.host_state())))
+
+    # ---- devices
 
     def _apply(self, fn: Any, recurse: bool = True) -> StateModule:
-        # half() or bfloat16() on a model that holds the balancer must not round its state: only the
-        # device follows.
-        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
+        # half() must not round the state, and to_empty() not lose it: only the device follows.
+        # One without memory is none to go to.
+        moved: dict[str, Tensor] = {}
+        for name, tensor in self.state_tensors().items():
+            device = fn(tensor.new_empty(0)).device
+            moved[name] = tensor if device.type == "meta" else tensor.to(device)
+        self.put_back(moved)
         return self
+
+    # ---- saving and loading
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.is_placeholder:
+            return
+        for name, tensor in self.state_tensors().items():
+            if name not in self.transient_state:
+                # Averages subtract, which bool does not do.
+                saved = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+                destination[prefix + name] = saved.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Loads a state as a whole, or raises and keeps the one there is.
+
+        Args:
+            state_dict: As from ``state_dict()``, of this release or an older one.
+            strict: False: entries that are no state are passed over, and no entry at all is no error.
+            assign: Without effect: state is always copied.
+
+        Raises:
+            RuntimeError: the state is damaged or incomplete, or was saved by a balancer with other
+                tasks, parameters or options that it depends on.
+
+        Warns:
+            UserWarning: it was saved with other options that only say how to go on.
+        """
+        known = {*self._state_names, EXTRA, *self._parameters, *self._buffers, *self._modules}
+        unknown = sorted(key for key in state_dict if key.partition(".")[0] not in known)
+        if strict and unknown:
+            raise RuntimeError(
+                f"Expected the state of a {type(self).__name__}, but got unknown entries {shortened(unknown)}. Take "
+                "them out, or pass strict=False."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self,
@@ -68,90 +169,153 @@ class StateModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        problem = self._problem_with(state_dict, prefix)
-        if problem is not None:  # nothing is copied then: the state stays whole
-            error_msgs.append(problem)
-            return
-        for name, tensor in list(self._buffers.items()):
-            saved = state_dict.get(prefix + name)
-            if tensor is not None and saved is not None and tensor.shape != saved.shape:
-                # A state whose size is known from the first step on: take the size and the type of
-                # the saved one.
-                self._buffers[name] = torch.empty_like(saved, device=tensor.device)
+        names = [name for name in self._state_names if name not in self.transient_state]
+        saved = {
+            name: state_dict[prefix + name]
+            for name in (*names, EXTRA)
+            if prefix + name in state_dict
+        }
+        rest = {
+            key: value
+            for key, value in state_dict.items()
+            if not (key.startswith(prefix) and key[len(prefix) :] in names)
+        }
+        if saved:
+            problem = self._take(names, saved)
+            if problem is not None:  # nothing is copied then: the state stays whole
+                error_msgs.append(problem)
+                return
+        else:
+            missing_keys += [prefix + name for name in names]
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _problem_with(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """Returns why ``state_dict`` cannot be loaded, or None."""
-        return problem_with(state_dict, prefix, self._buffers, self.layout, self._may_resize)
+    def _take(self, names: Sequence[str], saved: dict[str, Any]) -> str | None:
+        """Takes over a saved state, or returns why it cannot be taken."""
+        problem = self._obstacle()
+        if problem is not None:
+            return problem
+        try:
+            if EXTRA not in saved:
+                raise ValueError(f"Expected a whole state, but got one without `{EXTRA}`.")
+            fields = unpack(saved[EXTRA], tuple(self.host_state()))
+            is_old = isinstance(saved[EXTRA], dict)
+            entries = self._entries(names, saved, fields, is_old)
+            self._check_sizes(fields)
+            tensors = {name: self._checked(name, each) for name, each in entries.items()}
+            differing = self._checked_options(fields)
+        except ValueError as error:
+            return str(error)
+        if differing:
+            warnings.warn(
+                f"The state was saved with other options: {differing}. It goes on with those of this balancer.",
+                stacklevel=stacklevel_of_caller(),
+            )
+        with torch.no_grad(), torch.inference_mode(False):
+            for name, tensor in tensors.items():
+                mine = self.__dict__[name]
+                if mine.shape == tensor.shape:
+                    mine.copy_(tensor)
+                else:
+                    self.put_back({name: tensor.to(mine.device, copy=True)})
+        return None
 
-    def _may_resize(self, name: str, tensor: Tensor, saved: Tensor) -> bool:
-        """Returns whether a buffer that is not yet sized may take the size of a saved one."""
-        return False
+    def _obstacle(self) -> str | None:
+        """Returns why no state can be loaded now, or None."""
+        return None
 
+    def _entries(
+        self, names: Sequence[str], saved: dict[str, Any], fields: Fields, is_old: bool
+    ) -> dict[str, Tensor]:
+        """The saved tensors, fresh ones where older releases had none; raises ValueError if others are missing."""
+        lacking = [name for name in names if name not in saved]
+        if is_old:
+            fresh = [name for name in lacking if name in self.newer_state]
+            lacking = [name for name in lacking if name not in self.newer_state]
+            saved = {**saved, **{name: torch.zeros_like(self.__dict__[name]) for name in fresh}}
+        if lacking:
+            raise ValueError(
+                f"Expected a whole state, but got one without {', '.join(f'`{name}`' for name in lacking)}. Nothing "
+                "was loaded: take the state from a copy."
+            )
+        for name in names:
+            if not isinstance(saved[name], Tensor):
+                raise ValueError(
+                    damaged(f"`{name}` to be a tensor, but got {type(saved[name]).__name__}")
+                )
+        return {name: saved[name] for name in names}
 
-def problem_with(
-    state_dict: Mapping[str, Any],
-    prefix: str,
-    buffers: Mapping[str, Tensor | None],
-    layout: ParamLayout | None,
-    may_resize: Callable[[str, Tensor, Tensor], bool],
-) -> str | None:
-    """Why ``state_dict`` cannot be loaded, or None.
+    def _check_sizes(self, fields: Fields) -> None:
+        saved = fields["param_numels"]
+        if saved and self.layout is not None and not are_equal_sizes(saved, self.layout.numels):
+            raise ValueError(
+                f"Expected a state for shared parameters of sizes {shortened(self.layout.numels)}, but got one for "
+                f"{shortened([round(numel) for numel in saved])}. Give the balancer the parameters it was saved with, "
+                "frozen as they were, or start a new one."
+            )
 
-    Args:
-        state_dict: What was saved, this balancer's entries under ``prefix``.
-        prefix: Of the balancer within the module that is loaded.
-        buffers: The balancer's state by name, before loading.
-        layout: Its shared parameters, where they are known.
-        may_resize: Whether the buffer of a name and a tensor may take the size of a saved tensor.
-    """
-    damage = _damage_in(state_dict, prefix, buffers)
-    if damage is not None:
-        return f"Expected {damage}. The file is damaged, or not the state of a balancer: take it from a copy."
-    extra = state_dict.get(prefix + "_extra_state")
-    if extra is not None and extra["version"] > STATE_VERSION:
-        return (
-            f"Expected a balancer state of version {STATE_VERSION} or older, but got version {extra['version']}. "
-            "Install the newer excessmtl_ext it was saved with."
-        )
-    numels = (
-        None if extra is None or extra["param_numels"] is None else tuple(extra["param_numels"])
-    )
-    if numels is not None and layout is not None and numels != layout.numels:
-        return (
-            f"Expected a state for shared parameters of sizes {shortened(layout.numels)}, but got one for "
-            f"{shortened(numels)}. Give the balancer the parameters it was saved with, or start a new one."
-        )
-    for name, tensor in buffers.items():
-        saved = state_dict.get(prefix + name)
-        if saved is None or tensor is None or saved.shape == tensor.shape:
-            continue
-        if not may_resize(name, tensor, saved):
-            return (
-                f"Expected `{name}` of shape {list(tensor.shape)}, but got {list(saved.shape)}. It was saved "
+    def _checked_options(self, fields: Fields) -> str:
+        """What is told of options that differ; raises ValueError where the state depends on them."""
+        if "options" not in fields:  # version 1
+            return ""
+        own = self.saved_options()
+        differing = differences(fields["options"], own)
+        told = {
+            name: f"`{name}` was {before} and is {own[name]!r} here"
+            for name, before in differing.items()
+        }
+        binding = [told[name] for name, before in differing.items() if self._binds(name, before)]
+        if binding:
+            raise ValueError(
+                f"Expected a state of the same options, but {', '.join(binding)}. Make the balancer with the options "
+                "the state was saved with: it means something else under others."
+            )
+        return ", ".join(told.values())
+
+    def _binds(self, name: str, before: str) -> bool:
+        """Whether the state depends on an option that differs."""
+        return name in self.binding_options
+
+    def _fits(self, name: str, saved: Tensor) -> bool:
+        """Whether a saved tensor has the right size."""
+        return saved.shape == self.__dict__[name].shape
+
+    def _checked(self, name: str, saved: Tensor) -> Tensor:
+        """A saved tensor in the type of the state.
+
+        Raises:
+            ValueError: its size, type or values are not those of such a state.
+        """
+        mine: Tensor = self.__dict__[name]
+        if not self._fits(name, saved):
+            raise ValueError(
+                f"Expected `{name}` of shape {list(mine.shape)}, but got {list(saved.shape)}. It was saved "
                 "by a balancer with other tasks, parameters or options; make this one with the same."
             )
-    return None
+        is_narrowed = mine.is_floating_point() and not saved.is_floating_point()
+        if is_narrowed or saved.is_complex() or saved.is_quantized or saved.is_meta:
+            found = "no data (meta)" if saved.is_meta else saved.dtype
+            raise ValueError(damaged(f"`{name}` as {mine.dtype}, but got {found}"))
+        if name not in self.open_state and not bool(saved.isfinite().all()):
+            what = "NaN" if bool(saved.isnan().any()) else "infinities"
+            num_bad = int((~saved.isfinite()).sum())
+            raise ValueError(
+                damaged(f"`{name}` without {what}, but got {num_bad} of {saved.numel()}")
+            )
+        is_signed = mine.is_floating_point() and name not in _NEVER_NEGATIVE
+        if not is_signed and bool((saved < 0).any()):
+            raise ValueError(damaged(f"`{name}` >= 0, but got {saved.min().item():g}"))
+        return self._in_own_type(name, saved)
 
-
-def _damage_in(
-    state_dict: Mapping[str, Any], prefix: str, buffers: Mapping[str, Tensor | None]
-) -> str | None:
-    """What is expected of ``state_dict`` and what it holds instead, or None: no step writes NaN into these."""
-    key = prefix + "_extra_state"
-    extra = state_dict.get(key)
-    if key in state_dict and not (
-        isinstance(extra, dict)
-        and isinstance(extra.get("version"), int)
-        and {"num_calls", "param_numels"} <= extra.keys()
-    ):
-        return f"`_extra_state` of a balancer, but got {extra!r:.100}"
-    for name in buffers:
-        saved = state_dict.get(prefix + name)
-        if saved is not None and not isinstance(saved, Tensor):
-            return f"`{name}` to be a tensor, but got {type(saved).__name__}"
-        if name in _NEVER_NAN and type(saved) is Tensor and bool(saved.isnan().any()):
-            return f"`{name}` without NaN, but got {int(saved.isnan().sum())} of {saved.numel()}"
-    return None
+    def _in_own_type(self, name: str, saved: Tensor) -> Tensor:
+        """A saved tensor in the type of the state, rounded to nearest."""
+        dtype = self.__dict__[name].dtype
+        if dtype == torch.bool:
+            return saved > 0
+        if not dtype.is_floating_point:  # a mean of counts, as over clients, need not be a count
+            return saved.round().to(dtype) if saved.is_floating_point() else saved.to(dtype)
+        if name not in self.open_state and saved.dtype.itemsize > dtype.itemsize:
+            largest = torch.finfo(dtype).max
+            saved = saved.clamp(-largest, largest)
+        return saved.to(dtype)

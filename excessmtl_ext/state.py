@@ -63,7 +63,7 @@ class ParamLayout:
         self.numels: tuple[int, ...] = tuple(int(numel) for numel in numels)
         if any(numel < 0 for numel in self.numels):
             raise ValueError(f"Expected `numels` >= 0, but got {self.numels}.")
-        self.param_numels = torch.tensor(self.numels, dtype=torch.int64)
+        self.param_numels = torch.tensor(self.numels, dtype=torch.int64, device="cpu")
         self.num_params = sum(self.numels)
         self.padded_numel = sum(padded_numel(numel) for numel in self.numels)
         self.chunk_maps = ChunkMaps(self)
@@ -94,17 +94,14 @@ class ParamLayout:
     def build_chunk_map(self, chunk_numel: int) -> Tensor:
         """The plan for chunks of a given size; empty for size 0."""
         if chunk_numel == 0:
-            return torch.empty(0, dtype=torch.int64)
-        ends = torch.tensor(
-            [padded_numel(numel) for numel in self.numels], dtype=torch.int64
-        ).cumsum(0)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+            return torch.empty(0, dtype=torch.int64, device="cpu")
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+        ends = torch.tensor([padded_numel(numel) for numel in self.numels], **host).cumsum(0)
+        offsets = torch.cat([torch.zeros(1, **host), ends])
         num_chunks = -(-self.padded_numel // chunk_numel)
-        starts = torch.arange(num_chunks, dtype=torch.int64) * chunk_numel
+        starts = torch.arange(num_chunks, **host) * chunk_numel
         first_segments = torch.searchsorted(ends, starts, right=True)
-        head = torch.tensor(
-            [chunk_numel, num_chunks, len(self.numels), self.padded_numel], dtype=torch.int64
-        )
+        head = torch.tensor([chunk_numel, num_chunks, len(self.numels), self.padded_numel], **host)
         return torch.cat([head, offsets, self.param_numels, first_segments])
 
 

@@ -151,6 +151,8 @@ class WeightingRule(Protocol):
     """Whether steps only apply the weights for the time being."""
     copy_gradients: bool
     """Whether the gradients of each pass are copied before the next one."""
+    frozen_parameters: dict[int, Tensor]
+    """Shared parameters that did not require grad when the rule was made, by position."""
     task_names: tuple[str, ...] | None
     """Keys of the losses, where they come as a mapping."""
 

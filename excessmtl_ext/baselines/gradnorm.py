@@ -70,6 +70,8 @@ class GradNorm(Balancer):
 
     requires: ClassVar[frozenset[str]] = frozenset({"task_grads", "losses"})
 
+    open_state: ClassVar[frozenset[str]] = frozenset({"initial_losses"})
+
     can_stream = False
 
     initial_losses: Tensor
@@ -101,8 +103,8 @@ class GradNorm(Balancer):
         self.last_layer = None if last_layer is None else tuple(last_layer)
         self.set_state(self.initial_state(self.task_weights.device))
         if self.last_layer is not None:
-            num_known = None if self.shared_parameters is None else len(self.shared_parameters)
-            self._check_last_layer(self.last_layer, num_known)
+            num_given = len(self.shared_parameters or ()) + len(self.frozen_parameters)
+            self._check_last_layer(self.last_layer, num_given or None)
 
     def initial_state(self, device: torch.device) -> dict[str, Tensor]:
         """Adds the first losses, which are not known yet."""
@@ -156,8 +158,13 @@ class GradNorm(Balancer):
         """Positions of the last shared layer."""
         num_tensors = len(task_grads) // self.num_tasks
         if self.last_layer is not None:
-            self._check_last_layer(self.last_layer, num_tensors)
-            return list(self.last_layer)
+            self._check_last_layer(self.last_layer, num_tensors + len(self.frozen_parameters))
+            frozen = self.frozen_parameters
+            return [  # among those that train
+                place - sum(each < place for each in frozen)
+                for place in self.last_layer
+                if place not in frozen
+            ]
         if self.shared_parameters is not None:
             dims = [parameter.dim() for parameter in self.shared_parameters]
         else:

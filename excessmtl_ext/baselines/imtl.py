@@ -82,6 +82,8 @@ class IMTL(GramianBalancer):
 
     requires: ClassVar[frozenset[str]] = frozenset({"task_grads", "losses"})
 
+    binding_options: ClassVar[frozenset[str]] = frozenset({"weight_scale", "variant"})
+
     log_loss_scales: Tensor
 
     def __init__(

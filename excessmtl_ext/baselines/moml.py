@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from excessmtl_ext.baselines.gramian import GramianBalancer, Matrix
 from excessmtl_ext.baselines.mgda import descent_weights
+from excessmtl_ext.extra_state import Fields
 from excessmtl_ext.given_gradients import GivenGrads, given_task_grads
 from excessmtl_ext.passes.per_task import HeadGrads, backward_per_task
 from excessmtl_ext.step import Losses, Step, raise_if_nonfinite
@@ -115,14 +116,14 @@ class MOML(GramianBalancer):
         self._has_observed = False
         super().reset()
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def host_state(self) -> Fields:
         """See :class:`excessmtl_ext.Balancer`; with whether validation losses were ever observed."""
-        return {**super().get_extra_state(), "has_observed": self._has_observed}
+        return {**super().host_state(), "has_observed": [float(self._has_observed)]}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes what :meth:`get_extra_state` gave."""
-        super().set_extra_state(state)
-        self._has_observed = state["has_observed"]
+    def set_host_state(self, fields: Fields) -> None:
+        """Takes what :meth:`host_state` gave."""
+        super().set_host_state(fields)
+        self._has_observed = bool(round(fields["has_observed"][0]))
 
     def begin(self, step: Step) -> None:
         """Raises RuntimeError where validation losses were never observed."""

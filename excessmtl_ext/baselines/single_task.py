@@ -10,6 +10,7 @@ from torch import Tensor
 
 from excessmtl_ext.arguments import check_count
 from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.extra_state import Fields
 from excessmtl_ext.step import HeadWeighting, NonFinite, Step, StreamedWeight, WeightScale
 from excessmtl_ext.step_arguments import check_loss
 
@@ -39,6 +40,8 @@ class SingleTask(Balancer):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    open_state: ClassVar[frozenset[str]] = frozenset({"log_task_weights"})
+    binding_options: ClassVar[frozenset[str]] = frozenset({"weight_scale", "task"})
 
     def __init__(
         self,
@@ -77,16 +80,13 @@ class SingleTask(Balancer):
         self._has_passed_over = False
         super().reset()
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """See :class:`excessmtl_ext.Balancer`; with the task, so that the state of another is refused."""
-        return {**super().get_extra_state(), "task": self.task}
-
-    def _problem_with(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        problem = super()._problem_with(state_dict, prefix)
-        task = (state_dict.get(prefix + "_extra_state") or {}).get("task", self.task)
-        if problem is None and task != self.task:
-            return f"Expected the state of a SingleTask with `task` {self.task}, but got one with {task}."
-        return problem
+    def _check_sizes(self, fields: Fields) -> None:
+        super()._check_sizes(fields)
+        task = round(fields.get("task", [self.task])[0])  # of version 1, which had no options
+        if task != self.task:
+            raise ValueError(
+                f"Expected the state of a SingleTask with `task` {self.task}, but got one with {task}."
+            )
 
     def accumulate(
         self,

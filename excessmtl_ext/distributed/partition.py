@@ -30,6 +30,10 @@ class Partition:
             DistributedDataParallel averages all gradients itself; those of a plain module are
             averaged here. None: gradients of heads are left as the rank computed them.
 
+    Attributes:
+        description: What else must be equal on all ranks.
+        is_compared: Whether values have been found equal since the start or the latest load.
+
     Raises:
         ValueError: there is no process group, no parameter, or the parameters are sharded in more
             than one dimension.
@@ -95,6 +99,10 @@ class Partition:
         self.wire_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.grad_dtype = dtypes.pop() if len(dtypes) == 1 else self.wire_dtype
         self.device = self.shared[0].device
+        heads = [(each.numel(), str(each.dtype)) for each in self.heads or []]
+        unused = None if self.ddp is None else self.ddp.find_unused_parameters
+        self.description = (reduce, [str(each.dtype) for each in self.shared], heads, unused)
+        self.is_compared = False
 
     @property
     def needs_ddp(self) -> bool:
@@ -110,7 +118,7 @@ class Partition:
 
     def on_device(self, numbers: Sequence[float]) -> Tensor:
         """``numbers`` as float64 [n] on the device, for which the host does not wait."""
-        tensor = torch.tensor(numbers, dtype=torch.float64)
+        tensor = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
@@ -149,6 +157,18 @@ class Partition:
                 sizes.append(0)
             begin += numel
         return first, sizes
+
+    @property
+    def own_frozen(self) -> list[slice]:
+        """Where this rank's part of a packed vector is of parameters that do not require grad now."""
+        start = self.ranks.rank * self.shard_numel
+        found, begin = [], 0
+        for parameter, numel in zip(self.shared, self.layout.numels, strict=True):
+            first, last = max(begin - start, 0), min(begin + numel - start, self.shard_numel)
+            if not parameter.requires_grad and first < last:
+                found.append(slice(first, last))
+            begin += numel
+        return found
 
     def cut(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """This rank's parts of T packed vectors, cut where a parameter ends; the padding is left out."""

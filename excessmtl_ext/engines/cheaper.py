@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from excessmtl_ext.arguments import checked_parameters
+from excessmtl_ext.arguments import checked_parameters, trainable
 from excessmtl_ext.engines.exact import (
     ExactEngine,
     guarded_weights,
@@ -52,12 +52,12 @@ def checked_subset(chosen: Iterable[Tensor], shared: Sequence[Tensor] | None) ->
     subset = checked_parameters(chosen, "estimate_from")
     known = {id(parameter) for parameter in shared or ()}
     for index, parameter in enumerate(subset):
-        if id(parameter) not in known:
+        if id(parameter) not in known and parameter.requires_grad:
             raise ValueError(
                 f"Expected `estimate_from[{index}]` to be one of the shared parameters, but it is none of them. Take "
                 "some of those that are given to the balancer, such as model.encoder[-1].parameters()."
             )
-    return subset
+    return trainable(subset, "estimate_from")
 
 
 class CheaperEngine(ExactEngine):

@@ -51,18 +51,25 @@ def capture_grads(
     Nothing that waits for a gradient to be accumulated is told: DistributedDataParallel sees one
     pass per step, that of :func:`deposit_grads`.
     """
+    asked = [parameter for parameter in parameters if parameter.requires_grad]
+    if not asked:
+        return [None] * len(parameters)
     try:
-        grads = torch.autograd.grad(
-            [root],  # type: ignore[list-item]
-            list(parameters),
-            [start],
-            retain_graph=retain_graph,
-            allow_unused=True,
+        found = iter(
+            torch.autograd.grad(
+                [root],  # type: ignore[list-item]
+                asked,
+                [start],
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
         )
     except RuntimeError as error:
         raise_explained(error)
         raise
-    return list(grads) if keep_sparse else dense(grads)
+    # A parameter that is frozen has none.
+    grads = [next(found) if parameter.requires_grad else None for parameter in parameters]
+    return grads if keep_sparse else dense(grads)
 
 
 def capture_batched(

@@ -154,10 +154,14 @@ def flattened(grads: Sequence[Tensor | None]) -> list[Tensor]:
     """Replaces None by a tensor without elements, which is how the ops spell "no gradient"."""
     if all(_are_given(grads)):
         return list(grads)  # type: ignore[arg-type]
-    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
-    if device not in _NO_GRAD:
-        _NO_GRAD[device] = torch.empty(0, device=device)
-    return [_NO_GRAD[device] if grad is None else grad for grad in grads]
+    first = next((grad for grad in grads if grad is not None), None)
+    device = torch.device("cpu") if first is None else first.device
+    none = _NO_GRAD.get(device)
+    if none is None or (first is not None and type(first) is not Tensor):
+        none = torch.empty(0, device=device)
+        if type(none) is Tensor:  # not one of a mode that ends, such as FakeTensorMode
+            _NO_GRAD[device] = none
+    return [none if grad is None else grad for grad in grads]
 
 
 def flat_rows(task_grads: Iterable[Sequence[Tensor | None]]) -> list[Tensor]:

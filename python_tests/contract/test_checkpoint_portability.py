@@ -12,7 +12,7 @@ from _inputs import Problem, make_problem
 from _published import published
 
 from excessmtl_ext import ExcessMTL
-from excessmtl_ext.balancer import STATE_VERSION
+from excessmtl_ext.extra_state import STATE_VERSION
 from excessmtl_ext.training.run.record import write_atomically
 
 OPTIONS: dict[str, Any] = {"robust_step_size": 0.3, "gradient_momentum": 0.9}
@@ -83,7 +83,10 @@ def test_a_checkpoint_may_be_looked_at_without_its_data_and_loaded_onto_the_bala
     torch.save(saved_after(3), path)
     shapes = torch.load(path, map_location="meta", weights_only=True)["balancer"]
     assert shapes["sq_grad_sum"].device.type == "meta"
-    assert shapes["_extra_state"]["version"] == STATE_VERSION
+    assert (
+        shapes["_extra_state"].shape
+        == torch.load(path, weights_only=True)["balancer"]["_extra_state"].shape
+    )
     loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     problem = make_problem()
     balancer = published(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
@@ -108,7 +111,7 @@ def test_a_checkpoint_saved_on_another_device_is_moved() -> None:
 
 def test_a_newer_version_is_refused_and_changes_nothing() -> None:
     checkpoint = saved_after(3)["balancer"]
-    checkpoint["_extra_state"]["version"] = STATE_VERSION + 1
+    checkpoint["_extra_state"][0] = STATE_VERSION + 1
     problem = make_problem()
     balancer = published(problem.encoder.parameters(), num_tasks=3, **OPTIONS)
     with pytest.raises(RuntimeError, match=r"but got version.*Install the newer excessmtl_ext"):

@@ -143,7 +143,9 @@ def test_save_load_continue_equals_never_having_stopped(make, num_before):
     loaded.load_state_dict(torch.load(file, weights_only=True))
     run(whole, balancer, 4)
     run(resumed, loaded, 4)
-    assert_equal_bits(list(loaded.buffers()), list(balancer.buffers()))
+    assert_equal_bits(
+        list(loaded.state_tensors().values()), list(balancer.state_tensors().values())
+    )
     assert_equal_bits(list(resumed.parameters()), list(whole.parameters()))
 
 
@@ -153,8 +155,8 @@ def test_reset_is_as_new(make):
     balancer, fresh = make(problem.encoder.parameters()), make(problem.encoder.parameters())
     run(problem, balancer, 3)
     balancer.reset()
-    assert_equal_bits(list(balancer.buffers()), list(fresh.buffers()))
-    assert balancer.get_extra_state() == fresh.get_extra_state()
+    assert_equal_bits(list(balancer.state_tensors().values()), list(fresh.state_tensors().values()))
+    assert balancer.host_state() == fresh.host_state()
 
 
 @every_method
@@ -173,7 +175,7 @@ def test_equal_runs_give_equal_bits(make):
         problem = make_problem()
         balancer = make(problem.encoder.parameters())
         run(problem, balancer, 5)
-        ends.append([*problem.parameters(), *balancer.buffers()])
+        ends.append([*problem.parameters(), *balancer.state_tensors().values()])
     assert_equal_bits(*ends)
 
 
@@ -182,9 +184,9 @@ def test_half_and_to_leave_the_state_in_its_precision(make):
     problem = make_problem()
     balancer = make(problem.encoder.parameters())
     run(problem, balancer, 2)
-    before = [tensor.clone() for tensor in balancer.buffers()]
+    before = [tensor.clone() for tensor in balancer.state_tensors().values()]
     balancer.half().to(torch.bfloat16)
-    assert_equal_bits(list(balancer.buffers()), before)
+    assert_equal_bits(list(balancer.state_tensors().values()), before)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -107,7 +107,7 @@ class Run:
         return [p.detach().clone() for p in self.model.parameters()]
 
     def state(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self.balancer.named_buffers()}
+        return {name: tensor.clone() for name, tensor in self.balancer.state_tensors().items()}
 
     def assert_sound(self, name: str) -> None:
         """No NaN in the parameters, and weights of the promised sum."""
@@ -281,7 +281,7 @@ def test_a_task_absent_for_a_thousand_steps_comes_back_as_it_left(name):
         balancer.update_weights(torch.ones(NUM_TASKS, 5))
     for _ in range(3):
         weigh(absent=False)
-    before = {key: tensor.clone() for key, tensor in balancer.named_buffers()}
+    before = {key: tensor.clone() for key, tensor in balancer.state_tensors().items()}
     for _ in range(1000):
         weigh(absent=True)
     kept = 1 / 3 if name in WITHOUT_WEIGHT_TO_KEEP else before["task_weights"][FAULTY].item()

@@ -429,13 +429,13 @@ def test_a_pass_that_fails_leaves_everything_as_before(name):
                 raise KeyboardInterrupt
 
         twin.shared[0].register_hook(fail)
-        state, waiting = state_of(twin.balancer), twin.balancer.get_extra_state()
+        state, waiting = state_of(twin.balancer), twin.balancer.host_state()
         try:
             twin.step(losses, z)
         except KeyboardInterrupt:
             total += 1
             assert state_of(twin.balancer) == state
-            assert twin.balancer.get_extra_state() == waiting
+            assert twin.balancer.host_state() == waiting
             assert all(bool((p.grad == 1).all()) for p in twin.shared)
             if name not in ("exact", "task_weights", "mgda", "uniform"):
                 assert all(p.grad is None for p in twin.heads)
@@ -468,14 +468,14 @@ def test_a_streamed_step_refuses_what_would_spoil_it():
 @every_method
 def test_held_weights_are_applied_and_neither_moved_nor_counted(name):
     setup = Setup(name)
-    state, extra = state_of(setup.balancer), setup.balancer.get_extra_state()
+    state, extra = state_of(setup.balancer), setup.balancer.host_state()
     reference, _ = setup.forward()
     with setup.balancer.hold_weights():
         for _ in range(2):
             setup.problem.zero_grad()
             setup.step(*setup.forward())
     assert state_of(setup.balancer) == state
-    assert setup.balancer.get_extra_state() == extra
+    assert setup.balancer.host_state() == extra
     assert_grads(setup.shared, by_hand(reference, setup.shared, setup.balancer.task_weights))
     setup.step(*setup.forward())
     assert setup.balancer.num_calls == 4

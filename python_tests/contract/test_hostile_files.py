@@ -312,7 +312,7 @@ def test_a_damaged_balancer_state_is_refused_and_nothing_is_taken_over() -> None
     for _ in range(2):
         balancer.backward(problem.losses())
     good = balancer.state_dict()
-    before = {name: tensor.clone() for name, tensor in balancer.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in balancer.state_tensors().items()}
     nan = torch.full((3,), float("nan"), dtype=torch.float64)
     for change, message in (
         ({"task_weights": nan}, "`task_weights` without NaN"),
@@ -324,6 +324,6 @@ def test_a_damaged_balancer_state_is_refused_and_nothing_is_taken_over() -> None
     ):
         with pytest.raises(RuntimeError, match=message):
             balancer.load_state_dict({**good, **change})
-        for name, tensor in balancer.named_buffers():
+        for name, tensor in balancer.state_tensors().items():
             assert torch.equal(tensor, before[name]), name
     balancer.load_state_dict(good)

@@ -223,7 +223,10 @@ def trained(problem: Problem, balancer: Balancer, verb: str) -> list[Tensor]:
         else:
             balancer.backward(losses)
         optimizer.step()
-    return [*balancer.buffers(), *(parameter.detach() for parameter in problem.parameters())]
+    return [
+        *balancer.state_tensors().values(),
+        *(parameter.detach() for parameter in problem.parameters()),
+    ]
 
 
 @pytest.mark.parametrize("verb", ["backward", "forward"])

@@ -311,5 +311,6 @@ def test_save_load_continue_equals_continue(
     train(problem, balancer, steps, absent, "backward")
     train(again, resumed, steps, absent, "backward")
     assert_equal_bits(
-        [*resumed.buffers(), *again.parameters()], [*balancer.buffers(), *problem.parameters()]
+        [*resumed.state_tensors().values(), *again.parameters()],
+        [*balancer.state_tensors().values(), *problem.parameters()],
     )

@@ -45,7 +45,7 @@ def test_there_are_five_mistakes():
 
 def test_every_verb_and_option_of_the_page_exists():
     for name in re.findall(r"balancer\.(\w+)", TEXT):
-        assert hasattr(ExcessMTL, name) or name in ExcessMTL(num_tasks=2)._buffers, name
+        assert hasattr(ExcessMTL, name) or name in ExcessMTL(num_tasks=2).state_tensors(), name
     named = re.findall(r"\b(model|estimate_from|update_every|num_samples|features)=", TEXT)
     assert set(named) >= {"model", "estimate_from", "num_samples", "features"}
 

@@ -195,7 +195,8 @@ def test_a_state_without_the_new_entries_loads_and_starts_them_fresh():
         {name: value for name, value in state.items() if name in (
             "sq_grad_sum", "grad_mean", "excess_risk", "relative_excess_risk", "baseline_excess_risk",
             "log_task_weights", "task_weights", "num_steps", "num_task_steps", "num_skipped_steps",
-            "found_nonfinite", "_extra_state")},
+            "found_nonfinite")}
+        | {"_extra_state": {"version": 1, "num_calls": 3, "param_numels": list(balancer.layout.numels)}},
         file,
     )  # fmt: skip
     file.seek(0)

@@ -17,7 +17,14 @@ LAYERS = (
     {"state", "stochastic_rounding"},
     {"reference", "op_calls", "gpu_support", "functional"},
     {"step", "step_arguments", "gradient_sizes", "bounded_moves", "skips", "self_test"},
-    {"passes", "given_gradients", "saved_state", "gradient_statistics", "history_writers"},
+    {
+        "passes",
+        "given_gradients",
+        "saved_state",
+        "extra_state",
+        "gradient_statistics",
+        "history_writers",
+    },
     {
         "engines",
         "distributed",

@@ -336,10 +336,10 @@ def rest(rank: int, num_ranks: int) -> list[bool]:
     )
     balancer.backward(problem.losses())
     problem.zero_grad()
-    before = {name: tensor.clone() for name, tensor in balancer.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in balancer.state_tensors().items()}
     balancer.backward([None] * NUM_TASKS)
     assert all(parameter.grad is None for parameter in problem.parameters())
-    return [torch.equal(tensor, before[name]) for name, tensor in balancer.named_buffers()]
+    return [torch.equal(tensor, before[name]) for name, tensor in balancer.state_tensors().items()]
 
 
 def test_a_batch_without_any_task_on_all_ranks_is_no_step() -> None:

@@ -377,7 +377,7 @@ def test_a_gradient_that_is_not_finite_changes_no_state_and_is_counted(options):
         backward(problem, balancer)
     engine = balancer.engine
     turn = engine.rotation.waiting[0] if isinstance(engine, RotationEngine) else 0
-    before = {name: tensor.clone() for name, tensor in balancer.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in balancer.state_tensors().items()}
     problem.zero_grad()
     step(problem, balancer, **{f"task{turn}": float("nan")})
     assert bool(balancer.found_nonfinite[turn])
@@ -431,7 +431,10 @@ def test_a_resumed_run_has_the_same_bits(options, stop):
         if number > stop:
             change_batch(part, number)
             backward(part, second)
-    assert_equal_bits([*first.buffers(), *whole.grads()], [*second.buffers(), *part.grads()])
+    assert_equal_bits(
+        [*first.state_tensors().values(), *whole.grads()],
+        [*second.state_tensors().values(), *part.grads()],
+    )
 
 
 @cheaper
@@ -444,7 +447,7 @@ def test_reset_begins_anew(options):
     for b in (balancer, fresh):
         for _ in range(4):
             backward(problem, b)
-    assert_equal_bits([*balancer.buffers()], [*fresh.buffers()])
+    assert_equal_bits([*balancer.state_tensors().values()], [*fresh.state_tensors().values()])
 
 
 @cheaper
@@ -460,7 +463,7 @@ def test_update_every_thins_out_the_estimate(options):
         if number % 3 == 0:
             backward(problem, often)
         backward(problem, seldom)
-        assert_equal_bits([*often.buffers()], [*seldom.buffers()])
+        assert_equal_bits([*often.state_tensors().values()], [*seldom.state_tensors().values()])
 
 
 @cheaper
