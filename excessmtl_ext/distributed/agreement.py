@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +10,30 @@ import torch.distributed as dist
 
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement, RankStep, check_memory
+from excessmtl_ext.distributed.signature import UNKNOWN, checksum, signature
+from excessmtl_ext.state import MAX_TASKS
 from excessmtl_ext.step import FisherRule, NumSamples
 from excessmtl_ext.step_arguments import moves_weights
+
+_MUST_AGREE = (
+    (
+        1,
+        "options, tasks, parameter sizes and types of the balancer",
+        "Build it alike on all ranks, with the same order of tasks and parameters, and with `model` on all or none.",
+    ),
+    (
+        2,
+        "number of steps, held weights or not,",
+        "Load the same checkpoint on all ranks, and call backward equally often.",
+    ),
+    (
+        3,
+        "shared parameters and weights",
+        "Make the model from the same seed or wrap it in DistributedDataParallel before the balancer is made, give "
+        "the parameters in the same order, and load the same checkpoint on all ranks.",
+    ),
+)
+"""Columns of the first exchange, what they say, and the way out."""
 
 ABSENT = -1.0
 """Instead of a number of samples: the rank has no loss of that task. 0: it has one that weighs nothing."""
@@ -32,30 +53,28 @@ def agree(
             counts = _counts(parallel.num_tasks, present, num_samples)
         except (TypeError, ValueError) as caught:
             error = caught
-    signature = zlib.crc32(repr((rule, parallel.layout, parallel.reduce)).encode())
     numbers = [
         float(error is not None),
+        signature(parallel, rule),
         rule.num_calls + (0.5 if rule.holds_weights else 0.0),
-        float(signature),
+        UNKNOWN if parallel.is_compared or error is not None else checksum(parallel, rule),
         float(parallel.needs_ddp),
-        *counts,
     ]
+    # Of one length whatever a rank has got: one of another would hang or crash the ranks that wait.
+    numbers += [*counts, *[ABSENT] * (MAX_TASKS - len(counts))]
     device = parallel.ranks.exchange_device(parallel.device)
     header = torch.tensor(numbers, dtype=torch.float64, device=device)
     rows = parallel.ranks.all_gather(header).view(parallel.ranks.size, -1).tolist()
     if error is not None:
         raise error
     _raise_if_some([row[0] for row in rows])
-    for column, what in (
-        (1, "number of steps, held weights or not,"),
-        (2, "options and parameter sizes"),
-    ):
-        if len({row[column] for row in rows}) > 1:
+    for column, what, way_out in _MUST_AGREE:
+        if len({row[column] for row in rows if row[column] != UNKNOWN}) > 1:
             raise RuntimeError(
-                f"Expected the same {what} of the balancer on every rank, but they differ. Build it alike on all "
-                "ranks, load the same checkpoint, and call backward equally often."
+                f"Expected the same {what} on every rank, but they differ. {way_out}"
             )
-    all_counts: list[list[float]] = [row[4:] for row in rows]
+    parallel.is_compared = True
+    all_counts: list[list[float]] = [row[5 : 5 + parallel.num_tasks] for row in rows]
     totals = [sum((max(c, 0.0) for c in column), 0.0) for column in zip(*all_counts, strict=True)]
     _check_absent(parallel, all_counts, totals)
     shares = [
@@ -63,7 +82,7 @@ def agree(
         for count, total in zip(counts, totals, strict=True)
     ]
     tasks = [task for task, total in enumerate(totals) if total > 0]
-    averages_shared = moves_weights(rule) and not any(row[3] for row in rows)
+    averages_shared = moves_weights(rule) and not any(row[4] for row in rows)
     return Agreement(tasks, shares, averages_shared)
 
 

@@ -71,12 +71,17 @@ class DataParallel(Partition, ExactEngine):
 
     def update(self, rule: FisherRule, step: Step) -> Sequence[int]:
         """Moves the weights from T * L gradients of this rank."""
-        rule.prepare(step)
         task_grads, num_tensors = step.task_grads.tensors, len(self.shared)
         rows = [
             task_grads[task * num_tensors : (task + 1) * num_tensors]
             for task in range(self.num_tasks)
         ]
+        try:
+            rule.prepare(step)
+            self._check_sizes(rows)
+        except Exception as error:
+            self.refuse(rule, error)
+            raise
         present = [any(grad.numel() > 0 for grad in row) for row in rows]
         heads, self.heads = self.heads, self.heads or []  # no head has a part in this
         try:
@@ -94,6 +99,15 @@ class DataParallel(Partition, ExactEngine):
                 update_from_grads(self, rule, rows, agreed, step.grad_scale)
             raise_if_nonfinite(rule)
         return agreed.tasks
+
+    def _check_sizes(self, rows: Sequence[Sequence[Tensor]]) -> None:
+        for task, row in enumerate(rows):
+            for index, (grad, numel) in enumerate(zip(row, self.layout.numels, strict=True)):
+                if grad.numel() not in (0, numel):
+                    raise ValueError(
+                        f"Expected `task_grads` of task {task}, parameter {index} to have {numel} elements, but got "
+                        f"{grad.numel()}."
+                    )
 
     def exported(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """State entries of ``name`` for a checkpoint."""

@@ -10,7 +10,7 @@ from excessmtl_ext.distributed.agreement import agree_on_end
 from excessmtl_ext.distributed.collectives import PendingShard
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement, RankStep, run_pass
-from excessmtl_ext.distributed.weights import repair, update_from_parts
+from excessmtl_ext.distributed.weights import repair, resting, update_from_parts
 from excessmtl_ext.state import ParamLayout
 from excessmtl_ext.step import FisherRule, raise_if_nonfinite
 
@@ -32,7 +32,7 @@ def exact_step(parallel: Partition, step: RankStep) -> list[Tensor]:
             previous.pop(0).wait()
     step.reached = agree_on_end(parallel, step)
     unscale = _times_size(parallel, step.given.grad_scale)
-    with torch.no_grad():
+    with torch.no_grad(), resting(parallel, rule):
         parts = _parts(parallel, pending)
         update_from_parts(parallel, rule, parts, agreed, unscale)
         if rule.nonfinite == "raise":
@@ -74,8 +74,9 @@ def update_from_grads(
         pending[task] = parallel.ranks.reduce_scatter(parallel.packed(row, agreed.shares[task]))
     parts = _parts(parallel, pending)
     unscale = _times_size(parallel, scale)
-    update_from_parts(parallel, rule, parts, agreed, unscale)
-    repair(parallel, rule, parts, unscale)
+    with resting(parallel, rule):
+        update_from_parts(parallel, rule, parts, agreed, unscale)
+        repair(parallel, rule, parts, unscale)
 
 
 def _parts(parallel: Partition, pending: dict[int, PendingShard]) -> list[Tensor]:

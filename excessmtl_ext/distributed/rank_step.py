@@ -52,7 +52,7 @@ class RankStep:
     heads: list[Tensor]
     head_grads: dict[int, list[Tensor | None]] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def other_leaves(parallel: Partition, roots: Sequence[Root | None]) -> list[Tensor]:
@@ -82,7 +82,7 @@ def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | No
         shared_grads = grads[: len(parallel.shared)]
         raise_sparse(shared_grads)
         check_reached(shared_grads, task)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too
         step.error = error  # the other ranks wait in a collective: they are told after the passes
         return None
     if step.given.copy_gradients:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,21 @@ from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement
 from excessmtl_ext.gradient_sizes import sums_of_squares
 from excessmtl_ext.step import FisherRule
+
+
+@contextmanager
+def resting(parallel: Partition, rule: FisherRule) -> Iterator[None]:
+    """Within, the momentum of frozen parameters is 0, so that they add nothing to a risk; it is put back afterwards."""
+    momentum = rule.step_state.grad_mean
+    frozen = parallel.own_frozen if momentum.shape[1] > 0 else []
+    kept = [momentum[:, part].clone() for part in frozen]
+    for part in frozen:
+        momentum[:, part] = 0.0
+    try:
+        yield
+    finally:
+        for part, before in zip(frozen, kept, strict=True):
+            momentum[:, part] = before
 
 
 def update_from_own(

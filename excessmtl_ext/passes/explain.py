@@ -13,6 +13,12 @@ def raise_explained(error: RuntimeError) -> None:
             "torch._functorch.config.donated_buffer = False, make the balancer before the forward pass of the compiled "
             "model, and call torch.compiler.reset() once if the graph is older."
         ) from error
+    if "mark a variable ready only once" in text or "marked as ready twice" in text:
+        raise RuntimeError(
+            "Expected DistributedDataParallel to see one backward pass, but it saw one per task: the shared parameters "
+            "belong to a model that it wraps. Give the balancer the wrapper, as in ExcessMTL(parameters, num_tasks=T, "
+            "model=ddp)."
+        ) from error
     if "a second time" in text:
         raise RuntimeError(
             "Expected graphs that no backward pass has freed, but an earlier one ran through them and this would be "
