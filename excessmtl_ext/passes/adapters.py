@@ -39,6 +39,10 @@ LARGEST_FULL = 32
 """Most channels for which ``"auto"`` takes the full adapter: above, its products cost more than the heads do."""
 
 
+STACKED_TASKS = 16
+"""From so many tasks on one copy of their gradients costs less than as many calls."""
+
+
 def kind_of(adapter: Adapter, num_channels: int) -> Adapter:
     """The adapter that is meant for so many channels; never ``"auto"``."""
     if adapter == "auto":
@@ -81,24 +85,30 @@ def adapter_grads(
     if not present:
         return [None] * len(grads)
     rows = rows_of_channels(feature, dim)
+    mine = [rows_of_channels(grad, dim) for grad in present]
     kind = kind_of(adapter, rows.shape[1])
+    found: Sequence[Tensor]
     if kind == "diagonal":
-        found = [
-            torch.stack([(mine * rows).sum(0), mine.sum(0)])
-            for mine in (rows_of_channels(grad, dim) for grad in present)
-        ]
-    elif kind == "full":
-        found = [rows_of_channels(grad, dim).T @ rows for grad in present]
+        found = [torch.stack([(each * rows).sum(0), each.sum(0)]) for each in mine]
     else:
-        basis = _directions(rows.shape[1], rows.dtype, rows.device)
-        rows = rows @ basis
-        found = [(rows_of_channels(grad, dim) @ basis).T @ rows for grad in present]
+        basis = None
+        if kind == "low_rank":
+            basis = _directions(rows.shape[1], rows.dtype, rows.device)
+            rows = rows @ basis
+        if len(mine) >= STACKED_TASKS:
+            products = torch.stack(mine).transpose(1, 2) @ rows
+            found = (products if basis is None else basis.T @ products).unbind()
+        else:
+            found = [each.T @ rows for each in mine]
+            found = found if basis is None else [basis.T @ each for each in found]
     row = iter(found)
     return [None if grad is None else next(row) for grad in grads]
 
 
 def rows_of_channels(tensor: Tensor, dim: int) -> Tensor:
     """[samples * positions, channels], float32 at least."""
+    if tensor.dim() == 2 and dim in (1, -1) and tensor.dtype in (torch.float32, torch.float64):
+        return tensor
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.movedim(dim, -1).flatten(0, -2).to(wide)
 

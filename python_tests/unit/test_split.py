@@ -154,6 +154,15 @@ def test_the_low_rank_adapters_gradient_is_that_of_a_layer():
     assert adapters.adapter_numel("low_rank", 40) == adapters.adapter_numel("auto", 40) == 256
 
 
+@pytest.mark.parametrize("channels", [8, 40])
+def test_many_tasks_are_taken_at_once_to_the_same_numbers(channels: int):
+    z, grads = torch.randn(6, channels), torch.randn(20, 6, channels).unbind()
+    found = adapters.adapter_grads(z, [None, *grads], 1, "auto")
+    assert found[0] is None
+    for grad, together in zip(grads, found[1:], strict=True):
+        torch.testing.assert_close(together, adapters.adapter_grads(z, [grad], 1, "auto")[0])
+
+
 def test_several_features_give_tuples_and_one_adapter_each():
     balancer = ExcessMTL(num_tasks=2)
     first, second = nn.Linear(3, 4), nn.Conv2d(1, 6, 1)
