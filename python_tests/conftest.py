@@ -1,9 +1,11 @@
-"""Shared fixtures, and which tests a run takes: without ``--all`` those that the README's command has time for."""
+"""Shared fixtures, and what a run takes: without ``--all`` the tests that the README's command has time for."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ NUM_LEFT_OUT = pytest.StashKey[int]()
 # The tensors of nearly all tests are small: a second thread gains nothing, and waits where the other core is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+MAX_WORKERS = 4  # processes for the whole suite; each takes some 1.5 GiB
 
 PASSED = "excessmtl_ext/passed"  # in pytest's cache: the tests that passed in the last run
 
@@ -30,6 +34,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="as --all, but for the tests that passed in the last run",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spreads a run of the whole suite over the cores; a part of it runs in this process, as all does with ``-n 0``."""
+    option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # a worker, or a test's own pytest: neither starts workers of its own
+    if getattr(option, "numprocesses", 0) is not None or option.usepdb or option.collectonly:
+        return  # asked for, or no pytest-xdist
+    if all(Path(argument).resolve() == Path(__file__).parent for argument in config.args):
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        num_workers = min(cores, MAX_WORKERS)
+        if num_workers > 1:
+            option.numprocesses = num_workers
+            option.dist = "worksteal"
 
 
 class PassedTests:
@@ -49,7 +69,8 @@ class PassedTests:
 
 def pytest_configure(config: pytest.Config) -> None:
     cache = getattr(config, "cache", None)  # None: -p no:cacheprovider
-    if cache is not None and not config.option.collectonly:
+    is_worker = hasattr(config, "workerinput")  # its reports go to the process that started it
+    if cache is not None and not config.option.collectonly and not is_worker:
         before = cache.get(PASSED, []) if config.getoption("rest") else []
         config.pluginmanager.register(PassedTests(cache, before))
 
@@ -82,6 +103,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = {item for item in items if item.get_closest_marker("slow")}
         leave_out(config, items, slow)
         config.stash[NUM_LEFT_OUT] = len(slow)
+        if hasattr(config, "workeroutput"):
+            config.workeroutput["num_left_out"] = len(slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Learns from a worker of pytest-xdist how many tests were left out: this process collects none."""
+    num_left_out = getattr(node, "workeroutput", {}).get("num_left_out", 0)
+    node.config.stash[NUM_LEFT_OUT] = num_left_out
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], some: set[pytest.Item]) -> None:
