@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from excessmtl_ext.arguments import checked_parameters, trainable
 from excessmtl_ext.collapse import CollapseGuard
+from excessmtl_ext.compiled_step import CompiledStep, LossFunction
 from excessmtl_ext.engines.rotation import RotationEngine
 from excessmtl_ext.excess_mtl_options import (
     EstimateFrom,
@@ -291,6 +293,23 @@ class ExcessMTL(ExcessMTLRule):
             RuntimeError: in the backward pass, where an earlier one has moved the weights already.
         """
         return split(self, self._close, features, grad_scale)
+
+    def compiled(
+        self,
+        loss_function: LossFunction,
+        optimizer: Optimizer | None = None,
+        *,
+        mode: str | None = None,
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> CompiledStep:
+        """A training step as one graph of ``torch.compile``: ``losses = step(*batch)``.
+
+        Arguments, results and errors are those of :class:`excessmtl_ext.compiled_step.CompiledStep`.
+        Gradients are added to ``.grad``, as by :meth:`backward`: call ``optimizer.zero_grad()`` before each step.
+        """
+        return CompiledStep(
+            self, loss_function, optimizer, close=self._close, mode=mode, backend=backend
+        )
 
     def host_state(self) -> Fields:
         """As for every balancer, whether the collapse guard has warned, and which tasks wait for their turn."""

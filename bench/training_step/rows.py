@@ -373,6 +373,14 @@ _ALL_ROWS = (
         in_sweeps=True,
     ),
     Row(
+        "batched_graph",
+        "ExcessMTL, batched=True, as a graph",
+        "ours",
+        _with_features(lambda problem: _excess(problem, batched=True)),
+        agrees_with="exact",
+        is_captured=True,
+    ),
+    Row(
         "auto",
         "ExcessMTL, batched='auto'",
         "ours",

@@ -39,6 +39,7 @@ LAYERS = (
     {"split"},
     {"batch_trees", "cuda_graphs"},
     {"balancer"},
+    {"compiled_step"},
     {"excess_mtl_options", "excess_mtl_state", "excess_mtl_rule", "excess_mtl", "baselines"},
     {"graphed_step"},
     {"__init__"},
