@@ -69,11 +69,13 @@ STEP_COMBINE(__half, float, true, true)
 STEP_COMBINE(double, double, true, false)
 STEP_COMBINE(double, double, true, true)
 template __global__ void combine_kernel<float, float, kSmallTable>(
-    const __grid_constant__ CombineArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
+    const __grid_constant__ CombineArgs, const __grid_constant__ PointerTable<kSmallTable>);
 template __global__ void combine_kernel<__nv_bfloat16, float, kSmallTable>(
-    const __grid_constant__ CombineArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
-template __global__ void combine_kernel<float, BFloat16Bits, kSmallTable>(
-    const __grid_constant__ CombineArgs<BFloat16Bits>, const __grid_constant__ PointerTable<kSmallTable>);
+    const __grid_constant__ CombineArgs, const __grid_constant__ PointerTable<kSmallTable>);
+template __global__ void find_nonfinite_kernel<float, float, kSmallTable>(
+    const __grid_constant__ StepArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
+template __global__ void find_nonfinite_kernel<__nv_bfloat16, float, kSmallTable>(
+    const __grid_constant__ StepArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
 template __global__ void fold_kernel<float, float, kSmallTable>(
     const __grid_constant__ FoldArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
 }

@@ -26,14 +26,12 @@ struct ElementOptions {
   acc_t momentum;  // b of grad_mean = b grad_mean + (1 - b) g; 0 switches it off
   // Rounded once from double: 1 - b loses digits in float when b is near 1.
   acc_t one_minus_momentum;
-  acc_t inverse_momentum;  // 1 / b, for the repair; 0 when b is 0
-  acc_t inverse_scale;     // 1 / grad_scale (GradScaler), else 1
+  acc_t inverse_scale;  // 1 / grad_scale (GradScaler), else 1
 };
 
 template <typename acc_t>
 inline ElementOptions<acc_t> make_element_options(double eps, double momentum, double grad_scale) {
   return {static_cast<acc_t>(eps), static_cast<acc_t>(momentum), static_cast<acc_t>(1.0 - momentum),
-          static_cast<acc_t>(momentum > 0.0 ? 1.0 / momentum : 0.0),
           static_cast<acc_t>(1.0 / grad_scale)};
 }
 
@@ -91,6 +89,14 @@ struct ScalarMath<double> {
   }
 };
 
+// Whether a step may take a gradient in: its square, without the loss scale, is finite in acc_t. A step with any that is not
+// writes no state. True of the gradient of largest magnitude (NaN above infinity), it is true of all.
+template <typename acc_t>
+EXCESSMTL_HOST_DEVICE bool has_finite_square(acc_t scaled_grad, acc_t inverse_scale) {
+  const acc_t grad = scaled_grad * inverse_scale;
+  return grad * grad <= LargestFinite<acc_t>::value;
+}
+
 // Eqs. 6-7 for one coordinate (V: a scalar, or a vector of coordinates): adds g^2 to the Fisher diagonal, moves the running
 // mean when kMomentum, and returns this coordinate's share of g^T H^-1 g, H = diag(sqrt(S + eps)) or diag(S + eps).
 // A square that is not finite never enters the state; it makes the returned share non-finite, which the sum then carries.
@@ -116,22 +122,6 @@ accumulate_excess_risk(V scaled_grad, V& sq_grad_sum, V& grad_mean,
     return numerator * Math::inverse_sqrt(fisher);
   } else {
     return numerator * Math::inverse(fisher);
-  }
-}
-
-// Undoes accumulate_excess_risk for one coordinate after a step that turned out to be non-finite (up to rounding).
-template <class Math, bool kMomentum, typename V>
-EXCESSMTL_HOST_DEVICE void repair_state(V scaled_grad, V& sq_grad_sum, V& grad_mean,
-                                        const ElementOptions<typename Math::acc_t>& options) {
-  constexpr typename Math::acc_t kLargest = LargestFinite<typename Math::acc_t>::value;
-  const V grad = scaled_grad * options.inverse_scale;
-  const V sq_grad = grad * grad;
-  const V before = sq_grad_sum - sq_grad;
-  const V not_negative = before >= typename Math::acc_t(0) ? before : V{};
-  sq_grad_sum = sq_grad <= kLargest ? not_negative : sq_grad_sum;
-  if constexpr (kMomentum) {
-    const V mean = (grad_mean - grad * options.one_minus_momentum) * options.inverse_momentum;
-    grad_mean = sq_grad <= kLargest ? mean : grad_mean;
   }
 }
 

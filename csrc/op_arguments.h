@@ -67,10 +67,11 @@ inline void add_extents(std::vector<Extent>& extents, const std::vector<Tensor>&
 struct CombineState {
   Tensor task_weights;     // [T] float64
   Tensor found_nonfinite;  // [T] bool
-  Tensor sq_grad_sum;      // [T, padded P], or no elements: nothing to repair
+  // Checked, and not used: a step that is not finite has written no state.
+  Tensor sq_grad_sum;  // [T, padded P], or no elements
   Tensor grad_mean;
   double gradient_momentum;
-  RoundingSource rounding;  // of the repair
+  RoundingSource rounding;
 
   bool has_rows() const { return sq_grad_sum.numel() > 0; }
 };
@@ -167,6 +168,7 @@ struct AccumulateCall {
   double eps;
   double gradient_momentum;
   RoundingSource rounding;
+  std::optional<Tensor> known_nonfinite;  // [R] bool
   TaskGrads grads;
 };
 
@@ -184,6 +186,10 @@ inline void read_grads_to_accumulate(AccumulateCall& call, std::vector<Tensor> t
   const WrittenMemory written(
       {extent_of(sums, "sq_grad_sum"), extent_of(call.grad_mean, "grad_mean"),
        extent_of(call.excess_risk_sum, "excess_risk_sum"), extent_of(call.ticket, "ticket")});
+  if (call.known_nonfinite.has_value()) {
+    check_vector(*call.known_nonfinite, "known_nonfinite", num_tasks, ScalarType::Bool, sums);
+    written.check_apart(*call.known_nonfinite, "known_nonfinite");
+  }
   check_plan_apart(call.chunk_map, call.grad_scale, written);
   check_rounding_apart(call.rounding, written);
   check_grads_apart(call.grads, call.layout, written);
@@ -196,7 +202,7 @@ void accumulate_excess_risk_entry(std::vector<Tensor> task_grads, Tensor param_n
                                   Tensor ticket, bool sqrt_fisher, double eps,
                                   double gradient_momentum, std::optional<Tensor> num_steps,
                                   std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
-                                  int64_t first_task) {
+                                  int64_t first_task, std::optional<Tensor> known_nonfinite) {
   AccumulateCall call = {
       read_param_layout(param_numels),
       std::move(chunk_map),
@@ -209,6 +215,7 @@ void accumulate_excess_risk_entry(std::vector<Tensor> task_grads, Tensor param_n
       eps,
       gradient_momentum,
       {rounding_seed, std::move(num_steps), std::move(num_skipped_steps), first_task},
+      std::move(known_nonfinite),
       {}};
   read_grads_to_accumulate(call, std::move(task_grads));
   kRun(call);
@@ -327,7 +334,7 @@ struct CombineCall {
   Tensor chunk_map;
   std::optional<Tensor> grad_scale;
   CombineState state;
-  std::vector<Tensor> outputs;  // none: the repair alone
+  std::vector<Tensor> outputs;
   bool accumulate;
   TaskGrads grads;
 };

@@ -2,8 +2,8 @@
 //
 // T tasks, L shared parameters of n_l elements each. task_grads: T * L tensors, task-major; one without elements where n_l > 0
 // stands for "no gradient". State is flat [T, padded P]: every parameter's segment is padded to kSegmentAlignment elements.
-// bfloat16 state is rounded stochastically: rounding_seed, the step (num_steps + num_skipped_steps) and the row's task, counted from
-// first_task, say how.
+// bfloat16 state is rounded stochastically: rounding_seed, the step (num_steps) and the row's task, counted from first_task, say how.
+// A step with a gradient that is not finite writes no state.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -59,7 +59,8 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
   define("fused_step_combine_(Tensor[] task_grads, Tensor(m!)[] outputs, " + kPlan + kState +
          ", *, " + kChoices + ", bool accumulate, " + kLateChoices + ") -> ()");
 
-  // The three parts of fused_step_, for streaming and for sums over ranks in between.
+  // The three parts of fused_step_, for streaming and for sums over ranks in between. known_nonfinite [R]: where gradients of any
+  // rank are not finite; without it the op looks at its own.
   define("accumulate_excess_risk_(Tensor[] task_grads, " + kPlan + R"(
       Tensor(a!) sq_grad_sum,
       Tensor(b!) grad_mean,
@@ -69,7 +70,7 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
       bool sqrt_fisher,
       float eps,
       float gradient_momentum, )" +
-         kRounding + ") -> ()");
+         kRounding + ", Tensor? known_nonfinite=None) -> ()");
   define(R"(update_task_risks_(
       Tensor excess_risk_sum,
       int[] tasks,
@@ -98,7 +99,7 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
       float min_weight,
       float weight_total) -> ())");
 
-  // outputs (+)= sum_i task_weights_i * task_grads_i; after a non-finite step: repairs the state, fills outputs with NaN.
+  // outputs (+)= sum_i task_weights_i * task_grads_i; after a non-finite step: NaN. State is not used.
   define("combine_(Tensor[] task_grads, Tensor(a!)[] outputs, " + kPlan + R"(
       Tensor task_weights,
       Tensor found_nonfinite,

@@ -1,7 +1,7 @@
 // State in bfloat16: what a step computes in float32 is rounded to one of its two bfloat16 neighbours at random, so that the mean of
 // the result is the number itself. To nearest, a sum stops growing where its increments are below half a unit in the last place.
 //
-// The bits are a function of (seed, step, task, position in the row, accumulate or repair) and of nothing else: equal on every
+// The bits are a function of (seed, step, task, position in the row) and of nothing else: equal on every
 // device, for any number of threads, chunks and blocks, and again after a checkpoint. reference.py has the same in PyTorch.
 // Includes no torch header, as excess_risk_math.h.
 #pragma once
@@ -27,9 +27,6 @@ struct AccumulationOf<BFloat16Bits> {
 template <typename state_t>
 using Accumulation = typename AccumulationOf<state_t>::type;
 
-// Accumulating and taking back out are two roundings of one step: each has bits of its own.
-enum class RoundingUse : uint64_t { kAccumulate = 0, kRepair = 1 };
-
 // Of one row of the state in one step. Two words, so that no two rows and steps walk through one sequence.
 struct RoundingKey {
   uint32_t low;
@@ -44,12 +41,10 @@ EXCESSMTL_HOST_DEVICE uint64_t mixed(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// step: num_steps + num_skipped_steps, which no two steps share.
-EXCESSMTL_HOST_DEVICE RoundingKey rounding_key(int64_t seed, int64_t step, int64_t task,
-                                               RoundingUse use) {
+// step: num_steps, the steps that counted so far. A skipped step rounds nothing, so the next one draws its bits.
+EXCESSMTL_HOST_DEVICE RoundingKey rounding_key(int64_t seed, int64_t step, int64_t task) {
   const uint64_t of_step = mixed(mixed(static_cast<uint64_t>(seed)) + static_cast<uint64_t>(step));
-  const uint64_t key =
-      mixed(of_step + 2 * static_cast<uint64_t>(task) + static_cast<uint64_t>(use));
+  const uint64_t key = mixed(of_step + 2 * static_cast<uint64_t>(task));
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 

@@ -191,17 +191,6 @@ def take_task_(
         first_task=task,
     )
     share = take_(row, sums, squares, [task], layout, state, move, options)
-    functional.repair_(
-        grads,
-        layout,
-        state.sq_grad_sum[row],
-        state.grad_mean[row],
-        state.found_nonfinite[row],
-        options,
-        grad_scale,
-        state=state,
-        first_task=task,
-    )
     shares = torch.zeros_like(state.excess_risk)
     shares[row] = share
     return shares, gradient_sizes.mean_squares(squares, layout)[0]

@@ -80,30 +80,29 @@ class ExcessMTLRule(ExcessMTLState):
         if self.has_plain_step:
             functional.fused_step_(grads.tensors, grads.layout, state, options, step.grad_scale)
             return
-        bounded_moves.step_(
-            grads.tensors,
-            grads.layout,
-            state,
-            self.move_state,
-            options,
-            self.move_options,
-            step.grad_scale,
-        )
-
-    def combine(self, step: Step, targets: Targets) -> None:
-        """Writes the weighted sum to ``targets``; after a non-finite step repairs the state and writes NaN."""
-        grads, state, options = step.task_grads, self.step_state, self.step_options
-        if self.combination != "sum":
-            functional.repair_(
+        # Several operations: an interrupt between them must leave no number half-way.
+        numbers = [tensor for tensor in self.state_tensors().values() if tensor.dim() < 2]
+        numbers += self.tensor_mean_square, self.num_tensor_steps, self.tensor_weights
+        before = [tensor.clone() for tensor in numbers]
+        try:
+            bounded_moves.step_(
                 grads.tensors,
                 grads.layout,
-                state.sq_grad_sum,
-                state.grad_mean,
-                state.found_nonfinite,
+                state,
+                self.move_state,
                 options,
+                self.move_options,
                 step.grad_scale,
-                state=state,
             )
+        except BaseException:
+            for tensor, copy in zip(numbers, before, strict=True):
+                tensor.copy_(copy)
+            raise
+
+    def combine(self, step: Step, targets: Targets) -> None:
+        """Writes the weighted sum to ``targets``; NaN after a non-finite step."""
+        grads, state, options = step.task_grads, self.step_state, self.step_options
+        if self.combination != "sum":
             gradient_sizes.weighted_sum_(
                 grads.tensors,
                 targets.outputs,

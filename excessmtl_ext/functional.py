@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 
 from excessmtl_ext import _extension, gpu_support, reference
 from excessmtl_ext import op_calls as ops
+from excessmtl_ext.reference import find_nonfinite
 from excessmtl_ext.state import (
     CUDA_CHUNK_NUMEL,
     MAX_LOG_STEP,
@@ -127,9 +128,8 @@ def fused_step_(
     Raises:
         RuntimeError: a gradient's size, dtype or device does not fit; nothing has changed then.
 
-    A non-finite gradient sets ``state.found_nonfinite``, counts in ``num_skipped_steps`` and leaves
-    weights, risks and baselines alone; :func:`combine_` must follow with the same gradients to
-    repair S and m.
+    A non-finite gradient sets ``state.found_nonfinite``, counts in ``num_skipped_steps`` and changes
+    nothing else: S and m are written when it is known that the step counts.
     """
     _call(reference.fused_step_, state.task_weights.device, locals())
 
@@ -146,6 +146,7 @@ def accumulate_excess_risk_(
     *,
     state: StepState | None = None,
     first_task: int = 0,
+    known_nonfinite: Tensor | None = None,
 ) -> None:
     """First third of :func:`fused_step_`: S and m of R tasks, and their raw risk sums (Eqs. 6-7).
 
@@ -154,13 +155,15 @@ def accumulate_excess_risk_(
         layout: Sizes of the L parameters.
         sq_grad_sum: [R, padded P] rows of S, changed in place.
         grad_mean: [R, padded P] rows of m, or [R, 0].
-        excess_risk_sum: [R] float64, written for the tasks that are present; not finite where a
-            gradient is not.
+        excess_risk_sum: [R] float64, written for the tasks that are present. Where any gradient is
+            not finite: NaN for its task and 0 for the others; then no row is written.
         ticket: As in :class:`StepState`.
         options: The choices.
         grad_scale: As in :func:`fused_step_`.
         state: What the rows are of; only bfloat16 rows need it, whose rounding depends on the step.
         first_task: The task of the first row.
+        known_nonfinite: [R] bool, where the gradients of any rank are not finite, as
+            :func:`find_nonfinite` says of one; None: looks at these gradients.
     """
     _call(reference.accumulate_excess_risk_, sq_grad_sum.device, locals())
 
@@ -208,15 +211,14 @@ def combine_(
     *,
     accumulate: bool = False,
 ) -> None:
-    r"""Writes :math:`\sum_i \alpha_i g_i` into ``outputs`` (He et al. 2024, Algorithm 1), or repairs a non-finite step.
+    r"""Writes :math:`\sum_i \alpha_i g_i` into ``outputs`` (He et al. 2024, Algorithm 1); NaN after a non-finite step.
 
     Args:
         task_grads: The T * L gradients of the step.
-        outputs: L contiguous tensors, or none (repair only). ``outputs[l]`` may be the gradient of
-            one task for parameter l; one without elements is passed over.
+        outputs: L contiguous tensors, or none. ``outputs[l]`` may be the gradient of one task for
+            parameter l; one without elements is passed over.
         layout: Sizes of the parameters.
-        state: Gives weights and the flag; S and m are repaired where the flag is set, and
-            ``outputs`` filled with NaN.
+        state: Gives the weights and the flags.
         options: The choices.
         grad_scale: As in the step; ``outputs`` keep the scale.
         accumulate: Add to ``outputs`` instead of overwriting them.
@@ -265,7 +267,7 @@ def weighted_sum_(
     found_nonfinite: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
-    """:func:`combine_` for weights that come from anywhere: no state, nothing to repair.
+    """:func:`combine_` for weights that come from anywhere.
 
     Args:
         task_grads: R * L gradients, task-major.
@@ -295,22 +297,11 @@ def repair_(
     state: StepState | None = None,
     first_task: int = 0,
 ) -> None:
-    """Takes the gradients of R tasks out of their state again (up to rounding) if any of the R flags is set.
+    """Does nothing: a step that is not finite has written no state.
 
-    Args:
-        task_grads: The R * L gradients of the step.
-        layout: Sizes of the parameters.
-        sq_grad_sum: [R, padded P] rows of S, changed in place.
-        grad_mean: [R, padded P] rows of m, or [R, 0].
-        found_nonfinite: [R] bool.
-        options: The choices of the step.
-        grad_scale: As in the step.
-        state: As in :func:`accumulate_excess_risk_`.
-        first_task: As there.
+    Loops written for earlier releases call it after :func:`accumulate_excess_risk_`. Those in which
+    several ranks share a step pass ``known_nonfinite`` there instead.
     """
-    weights = torch.zeros(sq_grad_sum.shape[0], dtype=torch.float64, device=sq_grad_sum.device)
-    nothing_written = {"outputs": [], "task_weights": weights, "accumulate": False}
-    _call(reference.repair_, sq_grad_sum.device, {**locals(), **nothing_written}, name="combine_")
 
 
 def estimate_task_risk_(
@@ -338,7 +329,6 @@ def estimate_task_risk_(
         grads, layout, *rows, sums[row], state.ticket, options, grad_scale, **of_task
     )
     update_task_risks_(sums, [task], layout, state, options)
-    repair_(grads, layout, *rows, state.found_nonfinite[row], options, grad_scale, **of_task)
 
 
 def fold_(
@@ -384,6 +374,7 @@ __all__ = [
     "combine_",
     "cpu_capability",
     "estimate_task_risk_",
+    "find_nonfinite",
     "fold_",
     "fused_step_",
     "fused_step_combine_",

@@ -62,7 +62,12 @@ def plan_arguments(name: str, given: frozenset[str]) -> ArgumentPlan:
     arguments = find_op(name)._schema.arguments
     return ArgumentPlan(
         [places[each.name] for each in arguments if not each.kwarg_only],
-        [(each.name, *places[each.name]) for each in arguments if each.kwarg_only],
+        # One that nobody has takes its default.
+        [
+            (each.name, *places[each.name])
+            for each in arguments
+            if each.kwarg_only and each.name in places
+        ],
         [k for k, each in enumerate(arguments) if each.alias_info and each.alias_info.is_write],
     )
 

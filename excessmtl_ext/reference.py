@@ -96,8 +96,6 @@ def _row_segments(
     grad_scale: Tensor | None,
     state: StepState | None,
     first_task: int,
-    *,
-    is_repair: bool,
 ) -> Iterator[_Segment]:
     """Yields the parts of a row that have a gradient: in the accumulation type, divided by ``grad_scale``."""
     wide = torch.promote_types(sq_grad_sum.dtype, torch.float32)
@@ -105,13 +103,11 @@ def _row_segments(
     words = nothing
     if sq_grad_sum.dtype == torch.bfloat16:
         assert state is not None
-        step = int(state.num_steps) + int(state.num_skipped_steps)
         row_words = rounding_words(
             options.rounding_seed,
-            step,
+            int(state.num_steps),
             first_task + row,
             sq_grad_sum.shape[1],
-            is_repair=is_repair,
             device=sq_grad_sum.device,
         )
         words = segments(row_words, layout.param_numels)
@@ -136,6 +132,35 @@ def _check_rounding(sq_grad_sum: Tensor, state: StepState | None) -> None:
         )
 
 
+def find_nonfinite(
+    task_grads: Sequence[Tensor], num_rows: int, dtype: torch.dtype, grad_scale: Tensor | None
+) -> Tensor:
+    """Finds the tasks with a gradient whose square, without the loss scale, is not finite.
+
+    Args:
+        task_grads: R * L gradients, task-major.
+        num_rows: R.
+        dtype: Of the state: in float32 a square ends at 3.4e38, in float64 at 1.8e308.
+        grad_scale: As in the step.
+
+    Returns:
+        [R] bool.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    present = [grad for grad in task_grads if grad.numel() > 0]
+    if not present:
+        device = task_grads[0].device if task_grads else None
+        return torch.zeros(num_rows, dtype=torch.bool, device=device)
+    zero = torch.zeros((), dtype=wide, device=present[0].device)
+    # The largest magnitude decides: NaN where there is one.
+    norms = iter(torch._foreach_norm(present, float("inf"), wide))
+    rows = [next(norms) if grad.numel() > 0 else zero for grad in task_grads]
+    largest = torch.stack(rows).view(num_rows, -1)
+    if grad_scale is not None:
+        largest = largest * grad_scale.to(largest).reciprocal()
+    return ~largest.square().isfinite().all(1)
+
+
 def fused_step_(
     task_grads: Sequence[Tensor],
     layout: ParamLayout,
@@ -143,7 +168,7 @@ def fused_step_(
     options: StepOptions,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """One step: Fisher diagonal, excess risks, baseline, weights. A non-finite step changes only S and m."""
+    """One step: Fisher diagonal, excess risks, baseline, weights. A non-finite one is only counted."""
     num_tasks = state.task_weights.numel()
     check_task_grads(task_grads, layout, num_tasks, state.sq_grad_sum)
     tasks = _present_tasks(task_grads, num_tasks, layout)
@@ -176,37 +201,42 @@ def accumulate_excess_risk_(
     *,
     state: StepState | None = None,
     first_task: int = 0,
+    known_nonfinite: Tensor | None = None,
 ) -> None:
     r"""Adds squared gradients to the Fisher diagonal (Eq. 7) and sums each present task's excess risk (Eq. 6).
 
     .. math:: S \leftarrow S + g^2, \quad m \leftarrow b m + (1 - b) g, \quad \textstyle\sum_j n_j^2 / h(S_j)
 
     with n = m under momentum b, else g, and h(S) = sqrt(S + eps) or S + eps. ``state`` is for
-    bfloat16 rows; row r of them is of task ``first_task + r``.
+    bfloat16 rows; row r of them is of task ``first_task + r``. Where any task has a square that is
+    not finite, or is known to have one, the sums are NaN and 0, and S and m are not written.
     """
     check_task_grads(task_grads, layout, sq_grad_sum.shape[0], sq_grad_sum)
     _check_rounding(sq_grad_sum, state)
     wide = torch.promote_types(sq_grad_sum.dtype, torch.float32)
     largest = torch.finfo(wide).max
     b = options.gradient_momentum
-    for row in _present_tasks(task_grads, sq_grad_sum.shape[0], layout):
+    tasks = _present_tasks(task_grads, sq_grad_sum.shape[0], layout)
+    flags = known_nonfinite
+    if flags is None:
+        flags = find_nonfinite(task_grads, sq_grad_sum.shape[0], sq_grad_sum.dtype, grad_scale)
+    if bool(flags.any()):
+        excess_risk_sum[tasks] = torch.where(flags[tasks], float("nan"), 0.0).double()
+        return
+    for row in tasks:
         risk = torch.zeros((), dtype=torch.float64, device=sq_grad_sum.device)
         for segment in _row_segments(
-            task_grads, row, layout, sq_grad_sum, grad_mean, options, grad_scale, state, first_task,
-            is_repair=False,
-        ):  # fmt: skip
+            task_grads, row, layout, sq_grad_sum, grad_mean, options, grad_scale, state, first_task
+        ):
             g = segment.grad
             sq = g * g
-            is_finite = sq.isfinite()
-            total = segment.sq_grad_sum.to(wide) + sq.where(is_finite, 0.0)
-            total = total.clamp(max=largest)
+            total = (segment.sq_grad_sum.to(wide) + sq).clamp(max=largest)
             segment.store_sum(total)
             numerator = sq
             if segment.grad_mean is not None:
-                before = segment.grad_mean.to(wide)
-                moved = torch.where(is_finite, before * b + g * (1 - b), before)
+                moved = segment.grad_mean.to(wide) * b + g * (1 - b)
                 segment.store_mean(moved)
-                numerator = moved * moved + (sq - sq)  # 0, or NaN where the square is not finite
+                numerator = moved * moved
             fisher = total + options.eps
             share = numerator / (fisher.sqrt() if options.sqrt_fisher else fisher)
             risk += share.sum(dtype=torch.float64)
@@ -276,17 +306,7 @@ def combine_(
     *,
     accumulate: bool = False,
 ) -> None:
-    r"""Writes (or adds) :math:`\sum_i \alpha_i g_i`; after a non-finite step repairs S and m and writes NaN."""
-    repair_(
-        task_grads,
-        layout,
-        state.sq_grad_sum,
-        state.grad_mean,
-        state.found_nonfinite,
-        options,
-        grad_scale,
-        state=state,
-    )
+    r"""Writes (or adds) :math:`\sum_i \alpha_i g_i`; NaN after a non-finite step."""
     weighted_sum_(
         task_grads,
         outputs,
@@ -339,39 +359,6 @@ def weighted_sum_(
             if grad.numel() > 0:
                 total += weight.to(wide) * grad.to(wide).reshape(output.shape)
         output.copy_(output.to(wide) + total if accumulate else total)
-
-
-def repair_(
-    task_grads: Sequence[Tensor],
-    layout: ParamLayout,
-    sq_grad_sum: Tensor,
-    grad_mean: Tensor,
-    found_nonfinite: Tensor,
-    options: StepOptions,
-    grad_scale: Tensor | None = None,
-    *,
-    state: StepState | None = None,
-    first_task: int = 0,
-) -> None:
-    """Takes the finite squares of a skipped step out of S again, and the gradients out of m: exact up to rounding."""
-    _check_rounding(sq_grad_sum, state)
-    if sq_grad_sum.numel() == 0 or not bool(found_nonfinite.any()):
-        return
-    wide = torch.promote_types(sq_grad_sum.dtype, torch.float32)
-    b = options.gradient_momentum
-    for row in range(sq_grad_sum.shape[0]):
-        for segment in _row_segments(
-            task_grads, row, layout, sq_grad_sum, grad_mean, options, grad_scale, state, first_task,
-            is_repair=True,
-        ):  # fmt: skip
-            g = segment.grad
-            sq = g * g
-            total = segment.sq_grad_sum.to(wide)
-            segment.store_sum(torch.where(sq.isfinite(), (total - sq).clamp(min=0.0), total))
-            if segment.grad_mean is not None:
-                moved = segment.grad_mean.to(wide)
-                before = (moved - g * (1 - b)) / b
-                segment.store_mean(torch.where(sq.isfinite(), before, moved))
 
 
 def fold_(

@@ -1,6 +1,6 @@
 """bfloat16 state: float32 numbers are rounded to a neighbour at random, so that their mean is the number itself.
 
-The bits are a function of (seed, step, task, position in the row, use) and of nothing else: equal on
+The bits are a function of (seed, step, task, position in the row) and of nothing else: equal on
 every device and again after a checkpoint (``csrc/stochastic_rounding.h``).
 """
 
@@ -27,7 +27,6 @@ def rounding_words(
     task: int,
     num_positions: int,
     *,
-    is_repair: bool = False,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """The 32 random bits of every position of a task's row of the state in one step, as int64 [num_positions].
@@ -37,14 +36,13 @@ def rounding_words(
 
     Args:
         seed: The balancer's.
-        step: ``num_steps + num_skipped_steps``, which no two steps share.
+        step: ``num_steps``, the steps that counted so far.
         task: The row.
         num_positions: Padded P.
-        is_repair: Whether the rounding ends a repair, which has bits of its own.
         device: Where the bits are wanted.
     """
     of_step = _mixed(_mixed(seed & _MASK_64) + step)
-    key = _mixed(of_step + 2 * task + is_repair)
+    key = _mixed(of_step + 2 * task)
     position = torch.arange(num_positions, device=device)
     word = position & _MASK_32 ^ ((key & _MASK_32) + (position >> 32) * 0x9E3779B9 & _MASK_32)
     word = (word ^ word >> 16) * 0x7FEB352D & _MASK_32

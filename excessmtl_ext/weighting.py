@@ -74,7 +74,7 @@ class WeightingMethod(StateModule, ABC):
         return self.task_weights
 
     def combine(self, step: Step, targets: Targets) -> None:
-        """Writes the weighted sum to ``targets``; after a non-finite step repairs the state and writes NaN."""
+        """Writes the weighted sum to ``targets``; NaN after a non-finite step."""
         grads = step.task_grads
         functional.weighted_sum_(
             grads.tensors,

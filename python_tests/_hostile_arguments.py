@@ -55,6 +55,7 @@ def sound_arguments(rng: random.Random) -> Arguments:
         "num_task_steps": torch.full((NUM_TASKS,), 3),
         "num_skipped_steps": torch.tensor(0),
         "found_nonfinite": torch.zeros(NUM_TASKS, dtype=torch.bool),
+        "known_nonfinite": torch.zeros(NUM_TASKS, dtype=torch.bool),
         "ticket": torch.zeros(1, dtype=torch.int32),
         "log_weight": torch.tensor(-1.0, dtype=vector),
         "running_sum": torch.rand(PADDED),

@@ -1,10 +1,12 @@
 // accumulate_excess_risk_ on the CPU.
 //
 // Work:         item = (task, chunk of kChunkNumel padded parameters), spread over the threads of torch.
-// Traffic:      task_grads read once; sq_grad_sum (and grad_mean) read once and written once: 12 (20) bytes per float32 element.
+// Traffic:      task_grads read twice; sq_grad_sum (and grad_mean) read once and written once: 16 (24) bytes per float32 element, of
+//               which the first 4 look for gradients that are not finite: nothing is written before it is known that there are none.
 // Determinism:  one partial per item, added in double in chunk order: equal inputs give equal bits for any number of threads.
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "../op_arguments.h"
@@ -15,6 +17,53 @@
 
 namespace excessmtl::cpu {
 namespace {
+
+// The tasks with a gradient whose square is not finite.
+template <typename acc_t>
+std::vector<uint8_t> find_nonfinite(const TaskGrads& grads, const ParamLayout& layout,
+                                    acc_t inverse_scale) {
+  const FoldLoops<acc_t>& loops = fold_loops<acc_t>();
+  const int64_t chunks = num_chunks(layout);
+  std::vector<uint8_t> found_in_item(grads.num_tasks() * chunks, 0);
+  for_each_item(
+      grads.num_tasks() * chunks, std::min(layout.padded_numel(), kChunkNumel), [&](int64_t item) {
+        const int64_t task = item / chunks;
+        if (!grads.is_present[task]) {
+          return;
+        }
+        for_each_slice(layout, item % chunks,
+                       [&](int64_t segment, int64_t in_segment, int64_t /*position*/, int64_t count) {
+                         const int64_t k = task * layout.num_tensors() + segment;
+                         if (grads.data[k] == nullptr) {
+                           return;
+                         }
+                         const acc_t largest = loops.largest_magnitude[grads.types[k]](
+                             advanced(grads.data[k], grads.types[k], in_segment), count);
+                         if (!has_finite_square(largest, inverse_scale)) {
+                           found_in_item[item] = 1;
+                         }
+                       });
+      });
+  std::vector<uint8_t> found(grads.num_tasks(), 0);
+  for (int64_t item = 0; item < static_cast<int64_t>(found_in_item.size()); ++item) {
+    found[item / chunks] |= found_in_item[item];
+  }
+  return found;
+}
+
+// True: no task is flagged. False: the sums say which are, and the step must write nothing.
+bool all_finite(const std::vector<uint8_t>& found, const TaskGrads& grads,
+                double* excess_risk_sum) {
+  if (std::find(found.begin(), found.end(), 1) == found.end()) {
+    return true;
+  }
+  for (int64_t task = 0; task < grads.num_tasks(); ++task) {
+    if (grads.is_present[task]) {
+      excess_risk_sum[task] = found[task] != 0 ? std::numeric_limits<double>::quiet_NaN() : 0.0;
+    }
+  }
+  return false;
+}
 
 template <typename state_t>
 void accumulate(const TaskGrads& grads, const ParamLayout& layout, const StepRows& rows,
@@ -32,7 +81,7 @@ void accumulate(const TaskGrads& grads, const ParamLayout& layout, const StepRow
     if (!grads.is_present[task]) {
       return;
     }
-    const RoundingKey key = row_key(rows.rounding, task, RoundingUse::kAccumulate);
+    const RoundingKey key = row_key(rows.rounding, task);
     double partial = 0.0;
     for_each_slice(layout, item % chunks,
                    [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
@@ -60,22 +109,30 @@ void accumulate(const TaskGrads& grads, const ParamLayout& layout, const StepRow
 }
 
 void accumulate_excess_risk(const AccumulateCall& call) {
-  run_accumulate(call.grads, call.layout, read_grad_scale(call.grad_scale),
-                 {call.sq_grad_sum, call.grad_mean, call.gradient_momentum,
-                  read_rounding(call.rounding, call.sq_grad_sum)},
-                 call.sqrt_fisher, call.eps, call.excess_risk_sum.mutable_data_ptr<double>());
+  run_accumulate(
+      call.grads, call.layout, read_grad_scale(call.grad_scale),
+      {call.sq_grad_sum, call.grad_mean, call.gradient_momentum,
+       read_rounding(call.rounding, call.sq_grad_sum)},
+      call.sqrt_fisher, call.eps, call.excess_risk_sum.mutable_data_ptr<double>(),
+      call.known_nonfinite.has_value() ? call.known_nonfinite->const_data_ptr<bool>() : nullptr);
 }
 
 }  // namespace
 
 void run_accumulate(const TaskGrads& grads, const ParamLayout& layout, double grad_scale,
-                    const StepRows& rows, bool sqrt_fisher, double eps, double* excess_risk_sum) {
+                    const StepRows& rows, bool sqrt_fisher, double eps, double* excess_risk_sum,
+                    const bool* known_nonfinite) {
   with_state_type(rows.sq_grad_sum, [&](auto zero) {
     using state_t = decltype(zero);
-    accumulate<state_t>(
-        grads, layout, rows, sqrt_fisher,
-        make_element_options<Accumulation<state_t>>(eps, rows.gradient_momentum, grad_scale),
-        excess_risk_sum);
+    const auto options =
+        make_element_options<Accumulation<state_t>>(eps, rows.gradient_momentum, grad_scale);
+    const std::vector<uint8_t> found =
+        known_nonfinite != nullptr
+            ? std::vector<uint8_t>(known_nonfinite, known_nonfinite + grads.num_tasks())
+            : find_nonfinite(grads, layout, options.inverse_scale);
+    if (all_finite(found, grads, excess_risk_sum)) {
+      accumulate<state_t>(grads, layout, rows, sqrt_fisher, options, excess_risk_sum);
+    }
   });
 }
 

@@ -1,6 +1,6 @@
 // combine_ on the CPU.
 //
-// Work:     item = chunk of kChunkNumel padded parameters, or (task, chunk) for the repair.
+// Work:     item = chunk of kChunkNumel padded parameters.
 // Traffic:  every gradient read once, every output written once; the sum over tasks stays in a tile in the first-level cache.
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,6 @@
 #include "../param_layout.h"
 #include "chunks.h"
 #include "grad_scale.h"
-#include "state_rows.h"
 #include "step_phases.h"
 
 namespace excessmtl::cpu {
@@ -78,7 +77,7 @@ void write_tile(const acc_t* tile, void* output, GradType type, int64_t count, b
   }
 }
 
-// ---- the two phases ---------------------------------------------------------------------------------------------------
+// ---- the sum ----------------------------------------------------------------------------------------------------------
 
 template <typename acc_t>
 void weighted_sum(const TaskGrads& grads, const ParamLayout& layout,
@@ -119,52 +118,19 @@ void weighted_sum(const TaskGrads& grads, const ParamLayout& layout,
       });
 }
 
-template <typename state_t>
-void repair(const TaskGrads& grads, const ParamLayout& layout, const StepRows& rows,
-            const ElementOptions<Accumulation<state_t>>& options) {
-  const StateLoops<state_t>& loops = state_loops<state_t>();
-  const bool has_momentum = options.momentum > 0;
-  const int64_t stride = layout.padded_numel();
-  const int64_t chunks = num_chunks(layout);
-  state_t* sums = rows_of<state_t>(rows.sq_grad_sum);
-  state_t* means = has_momentum ? rows_of<state_t>(rows.grad_mean) : nullptr;
-  for_each_item(grads.num_tasks() * chunks, std::min(stride, kChunkNumel), [&](int64_t item) {
-    const int64_t task = item / chunks;
-    const RoundingKey key = row_key(rows.rounding, task, RoundingUse::kRepair);
-    for_each_slice(layout, item % chunks,
-                   [&](int64_t segment, int64_t in_segment, int64_t position, int64_t count) {
-                     const int64_t k = task * layout.num_tensors() + segment;
-                     if (grads.data[k] != nullptr) {
-                       const int64_t at = task * stride + position;
-                       loops.repair[grads.types[k]][has_momentum](
-                           advanced(grads.data[k], grads.types[k], in_segment), sums + at,
-                           has_momentum ? means + at : nullptr, count, options,
-                           slice_rounding(key, position));
-                     }
-                   });
-  });
+void combine(const CombineCall& call) {
+  (void)read_grad_scale(call.grad_scale);  // a wrong one is an error, though outputs keep the scale
+  run_combine(call);
 }
-
-void combine(const CombineCall& call) { run_combine(call, read_grad_scale(call.grad_scale)); }
 
 }  // namespace
 
-void run_combine(const CombineCall& call, double grad_scale) {
+void run_combine(const CombineCall& call) {
   const TaskGrads& grads = call.grads;
   const CombineState& state = call.state;
   const std::vector<Tensor>& outputs = call.outputs;
   const bool* flags = state.found_nonfinite.const_data_ptr<bool>();
   if (std::find(flags, flags + grads.num_tasks(), true) != flags + grads.num_tasks()) {
-    if (state.has_rows()) {
-      with_state_type(state.sq_grad_sum, [&](auto zero) {
-        using state_t = decltype(zero);
-        repair<state_t>(
-            grads, call.layout,
-            {state.sq_grad_sum, state.grad_mean, state.gradient_momentum,
-             read_rounding(state.rounding, state.sq_grad_sum)},
-            make_element_options<Accumulation<state_t>>(1.0, state.gradient_momentum, grad_scale));
-      });
-    }
     for (const Tensor& output : outputs) {
       torch::stable::fill_(output, std::numeric_limits<double>::quiet_NaN());
     }

@@ -22,20 +22,19 @@ struct StateLoops {
   // Adds n coordinates to the state and returns their share of the excess risk. grad_mean is not read without momentum.
   using Accumulate = double (*)(const void* grad, state_t* sq_grad_sum, state_t* grad_mean,
                                 int64_t n, const Options& options, const SliceRounding& rounding);
-  // Takes n coordinates back out of the state.
-  using Repair = void (*)(const void* grad, state_t* sq_grad_sum, state_t* grad_mean, int64_t n,
-                          const Options& options, const SliceRounding& rounding);
 
   Accumulate accumulate[kNumElementTypes][2][2];  // [type][sqrt_fisher][has_momentum]
-  Repair repair[kNumElementTypes][2];             // [type][has_momentum]
 };
 
 template <typename acc_t>
 struct FoldLoops {
   // sum <- keep * sum + add * grad, without FMA-dependent reordering across elements.
   using Fold = void (*)(const void* grad, acc_t keep, acc_t add, acc_t* sum, int64_t n);
+  // The largest magnitude of n gradients: NaN where any is one.
+  using LargestMagnitude = acc_t (*)(const void* grad, int64_t n);
 
   Fold fold[kNumElementTypes];
+  LargestMagnitude largest_magnitude[kNumElementTypes];
 };
 
 struct Capability {

@@ -13,7 +13,7 @@ namespace {
 void fused_step_combine(StepCall& call) {
   const double grad_scale = read_grad_scale(call.grad_scale);
   run_fused_step(call, grad_scale);
-  run_combine(combine_call_of(std::move(call)), grad_scale);
+  run_combine(combine_call_of(std::move(call)));
 }
 
 }  // namespace

@@ -21,10 +21,7 @@ inline StepRounding read_rounding(const RoundingSource& source, const Tensor& sq
   if (sq_grad_sum.scalar_type() != ScalarType::BFloat16) {
     return {};
   }
-  return {source.seed,
-          *source.num_steps->const_data_ptr<int64_t>() +
-              *source.num_skipped_steps->const_data_ptr<int64_t>(),
-          source.first_task};
+  return {source.seed, *source.num_steps->const_data_ptr<int64_t>(), source.first_task};
 }
 
 // Rows of the state in one step.
@@ -40,8 +37,8 @@ inline StepRows rows_of_step(const StepCall& call) {
           read_rounding(call.rounding(), call.state.sq_grad_sum)};
 }
 
-inline RoundingKey row_key(const StepRounding& rounding, int64_t row, RoundingUse use) {
-  return rounding_key(rounding.seed, rounding.step, rounding.first_task + row, use);
+inline RoundingKey row_key(const StepRounding& rounding, int64_t row) {
+  return rounding_key(rounding.seed, rounding.step, rounding.first_task + row);
 }
 
 template <typename state_t>

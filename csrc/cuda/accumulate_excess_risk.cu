@@ -1,4 +1,4 @@
-// accumulate_excess_risk_ on CUDA: the launch of the fused step that ends with the sums.
+// accumulate_excess_risk_ on CUDA: the launches of the fused step, which end with the sums.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
 
@@ -19,7 +19,7 @@ void accumulate_excess_risk(AccumulateCall& call) {
   task_options.momentum = call.gradient_momentum;
   launch_step(call.grads, plan_of(call, scope), call.sq_grad_sum, call.grad_mean, call.rounding,
               call.ticket, call.excess_risk_sum.mutable_data_ptr<double>(), TaskState{},
-              task_options, call.sqrt_fisher, call.eps);
+              task_options, call.sqrt_fisher, call.eps, call.known_nonfinite);
 }
 
 }  // namespace

@@ -11,26 +11,19 @@
 #include "launch_config.cuh"
 #include "param_chunks.cuh"
 #include "pointer_table.cuh"
-#include "state_access.cuh"
 
 namespace excessmtl::cuda {
 
-template <typename state_t>
 struct CombineArgs {
   ParamChunks chunks;
-  GradScale grad_scale;         // for the repair only: outputs keep the scale
   const double* task_weights;   // [T]
   const bool* found_nonfinite;  // [T]
-  state_t* sq_grad_sum;         // [T, padded P]; nullptr: nothing to repair
-  state_t* grad_mean;           // like sq_grad_sum; not read without momentum
-  typename StateAccess<state_t>::Rounding rounding;
-  int64_t row_stride;                                     // padded P
-  ElementOptions<Accumulation<state_t>> element_options;  // inverse_scale is set on the device
+  int64_t row_stride;           // padded P
   int num_tasks;
   bool has_outputs;
   bool accumulate;
 };
-static_assert(sizeof(CombineArgs<double>) <= kArgumentBytes,
+static_assert(sizeof(CombineArgs) <= kArgumentBytes,
               "The pointer tables leave kArgumentBytes for the arguments.");
 
 template <typename acc_t>
@@ -141,90 +134,62 @@ __device__ __forceinline__ void combine_slice(const CombineColumn<grad_t, kCapac
   }
 }
 
-// This thread's part of one slice after a non-finite step: takes the gradients out of the state again and leaves NaN in the
-// output. Element by element, since the output may be a gradient: it is overwritten when every task has been repaired. Rare, so
-// it is written for clarity.
-template <typename grad_t, typename state_t, int kStride, int kCapacity>
-__device__ __forceinline__ void repair_slice(const CombineColumn<grad_t, kCapacity>& column,
-                                             int index, const CombineArgs<state_t>& args,
-                                             const ElementOptions<Accumulation<state_t>>& options) {
-  using State = StateAccess<state_t>;
-  using acc_t = Accumulation<state_t>;
-  const bool has_momentum = options.momentum > acc_t(0);
+// This thread's part of one slice after a non-finite step: NaN.
+template <typename grad_t, typename acc_t, int kStride, int kCapacity>
+__device__ __forceinline__ void fill_slice(const CombineColumn<grad_t, kCapacity>& column,
+                                           int index) {
+  grad_t* const output = column.output();
+  if (output == nullptr) {
+    return;
+  }
   for (int at = index; at < column.slice.numel; at += kStride) {
-    for (int task = 0; args.sq_grad_sum != nullptr && task < column.num_tasks; ++task) {
-      const grad_t* data = column.grad(task);
-      if (data == nullptr) {
-        continue;
-      }
-      const acc_t grad = GradVector<grad_t>::widen(__ldcg(data + at));
-      const int64_t position = task * args.row_stride + column.slice.position + at;
-      const RoundingKey key = State::row_key(args.rounding, task, RoundingUse::kRepair);
-      const uint32_t word = State::word_at(slice_rounding(key, column.slice.position), at);
-      acc_t sum = State::widen(__ldcg(args.sq_grad_sum + position));
-      acc_t mean = acc_t(0);
-      if (has_momentum) {
-        mean = State::widen(__ldcg(args.grad_mean + position));
-        repair_state<ScalarMath<acc_t>, true>(grad, sum, mean, options);
-        __stcg(args.grad_mean + position, State::narrow(mean, word, RandomHalf::kGradMean));
-      } else {
-        repair_state<ScalarMath<acc_t>, false>(grad, sum, mean, options);
-      }
-      __stcg(args.sq_grad_sum + position, State::narrow(sum, word, RandomHalf::kSqGradSum));
-    }
-    if (args.has_outputs && column.output() != nullptr) {
-      __stcg(column.output() + at, GradVector<grad_t>::narrow(acc_t(NAN)));
-    }
+    __stcg(output + at, GradVector<grad_t>::narrow(acc_t(NAN)));
   }
 }
 
-// This block's chunks of the weighted sum, or of the repair.
-template <typename grad_t, typename state_t, int kCapacity>
-__device__ __forceinline__ void combine_chunks(const CombineArgs<state_t>& args,
+// This block's chunks of the weighted sum, or of NaN.
+template <typename grad_t, typename acc_t, int kCapacity>
+__device__ __forceinline__ void combine_chunks(const CombineArgs& args,
                                                const PointerTable<kCapacity>& tensors,
-                                               Accumulation<state_t>* task_weights,
-                                               int64_t first_chunk, int64_t chunk_step) {
-  using acc_t = Accumulation<state_t>;
+                                               acc_t* task_weights, int64_t first_chunk,
+                                               int64_t chunk_step) {
   bool found = false;
   for (int task = static_cast<int>(threadIdx.x); task < args.num_tasks; task += kThreads) {
     task_weights[task] = static_cast<acc_t>(__ldcg(args.task_weights + task));
     found |= __ldcg(reinterpret_cast<const unsigned char*>(args.found_nonfinite) + task) != 0;
   }
-  const bool repairs = __syncthreads_or(found) != 0;  // also: the weights are in place
-  if (!repairs && !args.has_outputs) {
+  const bool counts = __syncthreads_or(found) == 0;  // also: the weights are in place
+  if (!args.has_outputs) {
     return;
   }
-  ElementOptions<acc_t> options = args.element_options;
-  options.inverse_scale = static_cast<acc_t>(1.0 / args.grad_scale.value());
   for (int64_t chunk = first_chunk; chunk < args.chunks.num_chunks; chunk += chunk_step) {
     args.chunks.visit_slices(chunk, [&](const Slice& slice, auto workers) {
       constexpr int kStride = decltype(workers)::stride;
       const CombineColumn<grad_t, kCapacity> column = {tensors, args.chunks.num_tensors,
                                                        args.num_tasks, slice};
-      if (repairs) {
-        repair_slice<grad_t, state_t, kStride>(column, workers.index, args, options);
-      } else {
+      if (counts) {
         combine_slice<grad_t, acc_t, kStride>(column, workers.index, task_weights, args.accumulate);
+      } else {
+        fill_slice<grad_t, acc_t, kStride>(column, workers.index);
       }
     });
   }
 }
 
-// outputs (+)= sum_i task_weights_i task_grads_i (He et al. 2024, Algorithm 1); after a non-finite step: repairs sq_grad_sum and
-// grad_mean and fills the outputs with NaN. Which of the two is read on the device.
+// outputs (+)= sum_i task_weights_i task_grads_i (He et al. 2024, Algorithm 1); after a non-finite step: NaN. Which of the two
+// is read on the device.
 //
 // Grid:         grid_of() for one task: x = walks over the chunks; block = kThreads threads.
 // Traffic:      every gradient read once, every output written once (and read once when accumulating).
 // Determinism:  each element is summed by one thread in task order.
 // Precondition: an output is a gradient of the same parameter, or overlaps none.
-template <typename grad_t, typename state_t, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<Accumulation<state_t>>)
-    combine_kernel(const __grid_constant__ CombineArgs<state_t> args,
+template <typename grad_t, typename acc_t, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<acc_t>)
+    combine_kernel(const __grid_constant__ CombineArgs args,
                    const __grid_constant__ PointerTable<kCapacity> tensors) {
-  using Shared = CombineShared<Accumulation<state_t>>;
-  Shared& shared = block_shared<Shared>();
+  CombineShared<acc_t>& shared = block_shared<CombineShared<acc_t>>();
   args.chunks.check(args.row_stride);
-  combine_chunks<grad_t, state_t>(args, tensors, shared.task_weights, blockIdx.x, gridDim.x);
+  combine_chunks<grad_t>(args, tensors, shared.task_weights, blockIdx.x, gridDim.x);
 }
 
 }  // namespace excessmtl::cuda

@@ -1,4 +1,4 @@
-// fused_step_ on CUDA: arguments in, one launch out. Never waits for the device.
+// fused_step_ on CUDA: arguments in, two launches out. Never waits for the device.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,16 +25,17 @@ template <typename state_t>
 void launch_step_as(TaskGrads& grads, const StepPlan& plan, const Tensor& sq_grad_sum,
                     const Tensor& grad_mean, const RoundingSource& rounding, const Tensor& ticket,
                     double* excess_risk_sum, const TaskState& state,
-                    const TaskOptions& task_options, bool sqrt_fisher, double eps) {
+                    const TaskOptions& task_options, bool sqrt_fisher, double eps,
+                    const std::optional<Tensor>& known_nonfinite) {
   const bool has_momentum = task_options.momentum > 0.0;
   CommonType common;
   common.add_state(sq_grad_sum.scalar_type());
   add_types(common, grads);
   const GradType type = launch_type(common, sq_grad_sum);
   convert_grads(grads, type);
-  std::optional<Tensor> partials;
+  StepScratch scratch;
   auto args = make_step_args<state_t>(grads, plan, sq_grad_sum, grad_mean, rounding, ticket, eps,
-                                      task_options.momentum, partials);
+                                      task_options.momentum, known_nonfinite, scratch);
   args.excess_risk_sum = excess_risk_sum;
   args.state = state;
   args.task_options = task_options;
@@ -72,10 +73,10 @@ void check_state_for_launch(const Tensor& sq_grad_sum, const Tensor& grad_mean) 
 void launch_step(TaskGrads& grads, const StepPlan& plan, const Tensor& sq_grad_sum,
                  const Tensor& grad_mean, const RoundingSource& rounding, const Tensor& ticket,
                  double* excess_risk_sum, const TaskState& state, const TaskOptions& task_options,
-                 bool sqrt_fisher, double eps) {
+                 bool sqrt_fisher, double eps, const std::optional<Tensor>& known_nonfinite) {
   const auto launch_as = [&](auto launch) {
     launch(grads, plan, sq_grad_sum, grad_mean, rounding, ticket, excess_risk_sum, state,
-           task_options, sqrt_fisher, eps);
+           task_options, sqrt_fisher, eps, known_nonfinite);
   };
   switch (sq_grad_sum.scalar_type()) {
     case ScalarType::Double:
@@ -99,7 +100,7 @@ void run_fused_step(StepCall& call, const LaunchScope& scope) {
   }
   launch_step(call.grads, plan_of(call, scope), state.sq_grad_sum, state.grad_mean, call.rounding(),
               state.ticket, nullptr, task_state, call.choices.task_options(call.layout),
-              call.choices.sqrt_fisher, call.choices.eps);
+              call.choices.sqrt_fisher, call.choices.eps, std::nullopt);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(excessmtl_ext, CUDA, m) {

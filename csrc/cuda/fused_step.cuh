@@ -9,34 +9,15 @@
 #include "block_shared.cuh"
 #include "block_sum.cuh"
 #include "element_access.cuh"
+#include "find_nonfinite.cuh"
 #include "launch_config.cuh"
 #include "param_chunks.cuh"
 #include "pointer_table.cuh"
 #include "state_access.cuh"
+#include "step_args.cuh"
 #include "task_updates.cuh"
 
 namespace excessmtl::cuda {
-
-template <typename state_t>
-struct StepArgs {
-  ParamChunks chunks;
-  GradScale grad_scale;
-  state_t* sq_grad_sum;  // [T, padded P], updated in place, 16-byte aligned
-  state_t* grad_mean;    // like sq_grad_sum; not read without momentum
-  typename StateAccess<state_t>::Rounding rounding;
-  int64_t row_stride;  // padded P
-  double* partials;    // [T, num_chunks], scratch
-  unsigned* ticket;    // 0 on entry, 0 again on exit
-  // [T]: the raw sums go here and nothing else is updated; nullptr: the whole step.
-  double* excess_risk_sum;
-  TaskState state;
-  TaskOptions task_options;
-  ElementOptions<Accumulation<state_t>> element_options;  // inverse_scale is set on the device
-  TaskSet present;
-  int num_tasks;
-};
-static_assert(sizeof(StepArgs<double>) <= kArgumentBytes,
-              "The pointer tables leave kArgumentBytes for the arguments.");
 
 struct StepShared {
   double warp_values[kWarps];
@@ -76,16 +57,6 @@ __device__ __forceinline__ Accumulation<state_t> accumulate_vector(
     mean_vector = State::pack_state(mean, words, RandomHalf::kGradMean);
   }
   return risk;
-}
-
-// kGradsChange: the same launch writes to gradients later, which the read-only path must not have seen before.
-template <bool kGradsChange, typename T>
-__device__ __forceinline__ T load_grad(const T* address) {
-  if constexpr (kGradsChange) {
-    return __ldcg(address);
-  } else {
-    return __ldg(address);
-  }
 }
 
 // This thread's part of one slice. The state is read once and written once, so it streams past the caches and leaves them to
@@ -181,8 +152,7 @@ __device__ __forceinline__ void accumulate_chunks(const StepArgs<state_t>& args,
   options.inverse_scale = static_cast<acc_t>(1.0 / args.grad_scale.value());
   const int64_t first_tensor = task * args.chunks.num_tensors;
   const int64_t row = task * args.row_stride;
-  const RoundingKey key =
-      StateAccess<state_t>::row_key(args.rounding, task, RoundingUse::kAccumulate);
+  const RoundingKey key = StateAccess<state_t>::row_key(args.rounding, task);
   for (int64_t chunk = blockIdx.x; chunk < args.chunks.num_chunks; chunk += gridDim.x) {
     acc_t risk = acc_t(0);
     args.chunks.visit_slices(chunk, [&](const Slice& slice, auto workers) {
@@ -254,13 +224,20 @@ __device__ __forceinline__ void sum_partials(const double* partials, int64_t num
   __syncthreads();
 }
 
-// The last block's work: sums, then either hands them out or completes the step.
+// The last block's work: sums, then either hands them out or completes the step. is_finite: no task is flagged; otherwise there are
+// no partials, and the sums say which is.
 template <typename state_t>
-__device__ __forceinline__ void finish_step(const StepArgs<state_t>& args, StepShared& shared) {
-  sum_partials(args.partials, args.chunks.num_chunks, args.present, args.num_tasks,
-               shared.part_sums);
+__device__ __forceinline__ void finish_step(const StepArgs<state_t>& args, bool is_finite,
+                                            StepShared& shared) {
+  if (is_finite) {
+    sum_partials(args.partials, args.chunks.num_chunks, args.present, args.num_tasks,
+                 shared.part_sums);
+  }
   const int parts = warps_per_task(args.num_tasks);
   const auto sum_of = [&](int task) {
+    if (!is_finite) {
+      return __ldcg(args.found_nonfinite + task) != 0 ? static_cast<double>(NAN) : 0.0;
+    }
     double sum = 0.0;
     for (int part = 0; part < parts; ++part) {
       sum += shared.part_sums[task * parts + part];
@@ -282,14 +259,30 @@ __device__ __forceinline__ void finish_step(const StepArgs<state_t>& args, StepS
   }
 }
 
+// Both phases of a step after its flags are known.
+template <typename grad_t, typename state_t, bool kSqrtFisher, bool kMomentum, bool kGradsChange,
+          int kCapacity>
+__device__ __forceinline__ void run_step(const StepArgs<state_t>& args,
+                                         const PointerTable<kCapacity>& grads, StepShared& shared) {
+  const bool is_finite = !any_nonfinite(args);
+  if (is_finite) {
+    accumulate_chunks<grad_t, state_t, kSqrtFisher, kMomentum, kGradsChange>(args, grads,
+                                                                             shared.warp_values);
+  }
+  if (is_last_block(args.ticket, shared.is_last)) {
+    finish_step(args, is_finite, shared);
+  }
+}
+
 // Accumulates the Fisher diagonal (and the gradient mean) and the excess risk of every present task, then updates baselines and
 // weights, in one launch (He et al. 2024, Eqs. 6, 7, 9).
 //
 // Grid:         grid_of(): x = walks over the chunks, y = task; block = kThreads threads.
 // Traffic:      per element: gradient read once; sq_grad_sum (and grad_mean) read once and written once: 12 (20) bytes for float32,
-//               8 (12) with bfloat16 state.
+//               8 (12) with bfloat16 state; before it find_nonfinite_kernel reads the gradient.
 // Determinism:  no floating-point atomics. One partial per chunk and task, float64, each thread's share in acc_t; the last block
 //               to take a ticket adds them in a fixed order: equal inputs give equal bits on any grid and any GPU.
+// Not finite:   writes no state where a task is flagged in args.found_nonfinite.
 // Precondition: *ticket == 0; it is 0 again on exit. At least one task is present, and there is at least one chunk.
 template <typename grad_t, typename state_t, bool kSqrtFisher, bool kMomentum, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<Accumulation<state_t>, kMomentum>)
@@ -297,11 +290,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<Accumulation<state_t
                       const __grid_constant__ PointerTable<kCapacity> grads) {
   StepShared& shared = block_shared<StepShared>();
   args.chunks.check(args.row_stride);
-  accumulate_chunks<grad_t, state_t, kSqrtFisher, kMomentum, false>(args, grads,
-                                                                    shared.warp_values);
-  if (is_last_block(args.ticket, shared.is_last)) {
-    finish_step(args, shared);
-  }
+  run_step<grad_t, state_t, kSqrtFisher, kMomentum, false>(args, grads, shared);
 }
 
 }  // namespace excessmtl::cuda

@@ -23,14 +23,14 @@ cudaError_t launch_both_as(StepCall& call, const LaunchScope& scope) {
   const StepPlan plan = plan_of(call, scope);
   const StepTensors& state = call.state;
   const StepChoices& choices = call.choices;
-  std::optional<Tensor> partials;
+  StepScratch scratch;
   StepCombineArgs<acc_t> args = {};
   args.step = make_step_args<acc_t>(call.grads, plan, state.sq_grad_sum, state.grad_mean, {},
-                                    state.ticket, choices.eps, choices.gradient_momentum, partials);
+                                    state.ticket, choices.eps, choices.gradient_momentum,
+                                    std::nullopt, scratch);
   args.step.state = state.task_state();
   args.step.task_options = choices.task_options(call.layout);
-  args.combine =
-      make_combine_args<acc_t>(plan, call.combine_state(), !call.outputs.empty(), call.accumulate);
+  args.combine = make_combine_args(plan, call.combine_state(), !call.outputs.empty(), call.accumulate);
   std::vector<const void*> pointers = call.grads.data;
   for (const Tensor& output : call.outputs) {
     pointers.push_back(output.numel() > 0 ? output.mutable_data_ptr() : nullptr);

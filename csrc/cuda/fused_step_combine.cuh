@@ -17,7 +17,7 @@ namespace excessmtl::cuda {
 template <typename acc_t>
 struct StepCombineArgs {
   StepArgs<acc_t> step;
-  CombineArgs<acc_t> combine;
+  CombineArgs combine;
 };
 static_assert(sizeof(StepCombineArgs<double>) <= kArgumentBytes,
               "The pointer tables leave kArgumentBytes for the arguments.");
@@ -29,30 +29,28 @@ struct StepCombineShared {
   CombineShared<acc_t> combine;
 };
 
-// fused_step_kernel, then, when its last block has written the weights, combine_kernel.
+// find_nonfinite_kernel, fused_step_kernel, then, when its last block has written the weights, combine_kernel.
 //
 // Grid:         cooperative_grid_of(): x = walks over the chunks, y = task, all resident; block = kThreads threads. In the second
 //               phase a block is no longer of a task: all blocks of the grid share the chunks.
-// Traffic:      as the two kernels, the second's gradients from L2 where they fit (fits_one_launch()).
-// Determinism:  as the two kernels: which block takes a chunk changes no sum.
-// Precondition: those of both kernels; a cooperative launch. `tensors`: T x L gradients, then L outputs.
+// Traffic:      as the three kernels, the gradients of the second and third from L2 where they fit (fits_one_launch()).
+// Determinism:  as those kernels: which block takes a chunk changes no sum.
+// Precondition: those of the kernels; a cooperative launch. `tensors`: T x L gradients, then L outputs.
 template <typename grad_t, typename acc_t, bool kSqrtFisher, bool kMomentum, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSmOfBoth<acc_t, kMomentum>)
     fused_step_combine_kernel(const __grid_constant__ StepCombineArgs<acc_t> args,
                               const __grid_constant__ PointerTable<kCapacity> tensors) {
   StepCombineShared<acc_t>& shared = block_shared<StepCombineShared<acc_t>>();
   args.step.chunks.check(args.step.row_stride);
-  accumulate_chunks<grad_t, acc_t, kSqrtFisher, kMomentum, true>(args.step, tensors,
-                                                                 shared.step.warp_values);
-  if (is_last_block(args.step.ticket, shared.step.is_last)) {
-    finish_step(args.step, shared.step);
-  }
+  find_nonfinite_in_chunks<grad_t, acc_t, true>(args.step, tensors);
+  // Every block sees all flags from here on.
+  cooperative_groups::this_grid().sync();
+  run_step<grad_t, acc_t, kSqrtFisher, kMomentum, true>(args.step, tensors, shared.step);
   // The last block has come here: weights, flags and the state of every block are written, for every block to see.
   cooperative_groups::this_grid().sync();
   const int64_t block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
   const int64_t num_blocks = int64_t{gridDim.x} * gridDim.y;
-  combine_chunks<grad_t, acc_t>(args.combine, tensors, shared.combine.task_weights, block,
-                                num_blocks);
+  combine_chunks<grad_t>(args.combine, tensors, shared.combine.task_weights, block, num_blocks);
 }
 
 }  // namespace excessmtl::cuda

@@ -18,6 +18,15 @@ template <typename grad_t, typename state_t, bool kSqrtFisher, bool kMomentum>
 inline cudaError_t launch_fused_step_as(dim3 grid, cudaStream_t stream,
                                         const StepArgs<state_t>& args,
                                         const TensorPointers& grads) {
+  if (args.finds_nonfinite) {
+    const cudaError_t status =
+        launch_with_table(find_nonfinite_kernel<grad_t, state_t, kSmallTable>,
+                          find_nonfinite_kernel<grad_t, state_t, kLargeTable>, grid, stream, args,
+                          grads);
+    if (status != cudaSuccess) {
+      return status;
+    }
+  }
   return launch_with_table(fused_step_kernel<grad_t, state_t, kSqrtFisher, kMomentum, kSmallTable>,
                            fused_step_kernel<grad_t, state_t, kSqrtFisher, kMomentum, kLargeTable>,
                            grid, stream, args, grads);

@@ -14,9 +14,8 @@ namespace excessmtl::cuda {
 // What the random bits of a launch are drawn from.
 struct LaunchRounding {
   int64_t seed;
-  const int64_t* num_steps;          // []
-  const int64_t* num_skipped_steps;  // []
-  int first_task;                    // whose row is the first
+  const int64_t* num_steps;  // []
+  int first_task;            // whose row is the first
 };
 
 // The 16 bits of a position's word that each of the two rows draws.
@@ -35,8 +34,7 @@ struct StateAccess : StateVector<state_t> {
   using Rounding = NoRounding;
   static constexpr int kWidth = StateVector<state_t>::kWidth;
   using vector_t = typename StateVector<state_t>::vector_t;
-  static __device__ __forceinline__ RoundingKey row_key(const NoRounding& /*source*/, int /*row*/,
-                                                        RoundingUse /*use*/) {
+  static __device__ __forceinline__ RoundingKey row_key(const NoRounding& /*source*/, int /*row*/) {
     return {};
   }
   static __device__ __forceinline__ uint32_t word_at(const SliceRounding& /*rounding*/,
@@ -62,10 +60,8 @@ struct StateAccess<BFloat16Bits> {
   static constexpr int kWidth = StateVector<float>::kWidth;
   using vector_t = uint2;
   // Read on the device: the host never waits for the number of the step.
-  static __device__ __forceinline__ RoundingKey row_key(const LaunchRounding& source, int row,
-                                                        RoundingUse use) {
-    const int64_t step = __ldcg(source.num_steps) + __ldcg(source.num_skipped_steps);
-    return rounding_key(source.seed, step, source.first_task + row, use);
+  static __device__ __forceinline__ RoundingKey row_key(const LaunchRounding& source, int row) {
+    return rounding_key(source.seed, __ldcg(source.num_steps), source.first_task + row);
   }
   static __device__ __forceinline__ uint32_t word_at(const SliceRounding& rounding, int at) {
     return rounding_words(rounding.position + static_cast<uint32_t>(at), rounding.key);

@@ -9,7 +9,7 @@ from excessmtl_ext import gradient_sizes
 from excessmtl_ext.distributed.agreement import agree_on_end
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import RankStep, check_memory, run_pass
-from excessmtl_ext.distributed.weights import repair, update_from_own
+from excessmtl_ext.distributed.weights import update_from_own
 from excessmtl_ext.step import raise_if_nonfinite
 
 
@@ -26,7 +26,6 @@ def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
     step.reached = agree_on_end(parallel, step)
     with torch.no_grad():
         update_from_own(parallel, rule, flat, agreed, step.given.grad_scale)
-        repair(parallel, rule, flat, step.given.grad_scale)
         raise_if_nonfinite(rule)
         outputs = [
             torch.zeros_like(parameter, memory_format=torch.contiguous_format)

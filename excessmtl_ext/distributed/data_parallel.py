@@ -18,7 +18,7 @@ from excessmtl_ext.distributed.exact import exact_step, update_from_grads
 from excessmtl_ext.distributed.fully_sharded import fully_sharded_step
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import RankStep, other_leaves
-from excessmtl_ext.distributed.weights import repair, update_from_own
+from excessmtl_ext.distributed.weights import update_from_own
 from excessmtl_ext.engines.exact import ExactEngine
 from excessmtl_ext.step import Batched, FisherRule, Step, raise_if_nonfinite
 
@@ -94,7 +94,6 @@ class DataParallel(Partition, ExactEngine):
             if self.is_sharded or self.reduce == "risks":
                 flat = [local_part(grad) for grad in task_grads]
                 update_from_own(self, rule, flat, agreed, step.grad_scale)
-                repair(self, rule, flat, step.grad_scale)
             else:
                 update_from_grads(self, rule, rows, agreed, step.grad_scale)
             raise_if_nonfinite(rule)

@@ -10,7 +10,7 @@ from excessmtl_ext.distributed.agreement import agree_on_end
 from excessmtl_ext.distributed.collectives import PendingShard
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement, RankStep, run_pass
-from excessmtl_ext.distributed.weights import repair, resting, update_from_parts
+from excessmtl_ext.distributed.weights import resting, update_from_parts
 from excessmtl_ext.state import ParamLayout
 from excessmtl_ext.step import FisherRule, raise_if_nonfinite
 
@@ -36,16 +36,13 @@ def exact_step(parallel: Partition, step: RankStep) -> list[Tensor]:
         parts = _parts(parallel, pending)
         update_from_parts(parallel, rule, parts, agreed, unscale)
         if rule.nonfinite == "raise":
-            repair(parallel, rule, parts, unscale)
             raise_if_nonfinite(rule)
         if not agreed.averages_shared:
-            repair(parallel, rule, parts, unscale)
             return _combined_here(parallel, rule, local)
         own = torch.zeros(parallel.shard_numel, dtype=parallel.grad_dtype, device=parallel.device)
         state = rule.step_state
         weights = rule.sum_weights()
         if weights.dim() == 2:
-            repair(parallel, rule, parts, unscale)
             first, sizes = parallel.own_pieces
             gradient_sizes.weighted_sum_(
                 parallel.cut(parts),
@@ -76,7 +73,6 @@ def update_from_grads(
     unscale = _times_size(parallel, scale)
     with resting(parallel, rule):
         update_from_parts(parallel, rule, parts, agreed, unscale)
-        repair(parallel, rule, parts, unscale)
 
 
 def _parts(parallel: Partition, pending: dict[int, PendingShard]) -> list[Tensor]:

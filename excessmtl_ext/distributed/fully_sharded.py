@@ -10,7 +10,7 @@ from excessmtl_ext.distributed.deposit import averaged_heads
 from excessmtl_ext.distributed.dtensors import is_dtensor, like_dtensor, local_part
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import RankStep
-from excessmtl_ext.distributed.weights import repair, update_from_own
+from excessmtl_ext.distributed.weights import update_from_own
 from excessmtl_ext.passes.capture import deposit_grads
 from excessmtl_ext.passes.per_task import (
     check_reached,
@@ -52,7 +52,6 @@ def fully_sharded_step(parallel: Partition, step: RankStep) -> None:
         flat = [none if grad is None else local_part(grad) for row in rows for grad in row]
         if moves:
             update_from_own(parallel, rule, flat, agreed, step.given.grad_scale)
-            repair(parallel, rule, flat, step.given.grad_scale)
             raise_if_nonfinite(rule)
         else:
             rule.found_nonfinite.zero_()

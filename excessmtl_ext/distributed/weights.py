@@ -74,6 +74,10 @@ def _own_risk_sums(
 ) -> Tensor:
     state = rule.step_state
     sums = torch.zeros_like(state.excess_risk)
+    own = functional.find_nonfinite(flat, parallel.num_tasks, state.sq_grad_sum.dtype, scale)
+    # No rank writes its rows before all know that the step counts.
+    flags = own.to(sums)
+    parallel.ranks.all_reduce(flags)
     functional.accumulate_excess_risk_(
         flat,
         parallel.state_layout,
@@ -83,6 +87,7 @@ def _own_risk_sums(
         state.ticket,
         rule.step_options,
         scale,
+        known_nonfinite=flags > 0,
     )
     return sums
 
@@ -98,17 +103,3 @@ def _update_weights(
         parallel.ranks.all_reduce(both)
         sums, squares = both[:, 0].contiguous(), both[:, 1:].contiguous()
     rule.commit(sums, squares, agreed.tasks)
-
-
-def repair(parallel: Partition, rule: FisherRule, flat: list[Tensor], scale: Tensor | None) -> None:
-    """Undoes the step in this rank's state if any rank's part was not finite."""
-    state = rule.step_state
-    functional.repair_(
-        flat,
-        parallel.state_layout,
-        state.sq_grad_sum,
-        state.grad_mean,
-        state.found_nonfinite,
-        rule.step_options,
-        scale,
-    )

@@ -203,6 +203,4 @@ def update_and_combine(rule: WeightingRule, step: Step, targets: Targets) -> Non
 def update_or_raise(rule: WeightingRule, step: Step) -> None:
     """Moves the weights; raises FloatingPointError, the state as before, if a gradient is not finite."""
     update(rule, step)
-    if bool(rule.found_nonfinite.any()):
-        rule.combine(step, NO_TARGETS)
-        raise_if_nonfinite(rule)
+    raise_if_nonfinite(rule)

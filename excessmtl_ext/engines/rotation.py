@@ -10,7 +10,7 @@ from torch import Tensor
 
 from excessmtl_ext.engines.cheaper import CheaperEngine, subset_rows
 from excessmtl_ext.engines.exact import step_without_task_grads, weights_of_heads
-from excessmtl_ext.engines.undo import all_or_nothing
+from excessmtl_ext.engines.undo import Before, all_or_nothing
 from excessmtl_ext.passes.heads import HeadGraph
 from excessmtl_ext.passes.per_task import HeadGrads, add_scaled_grads, backward_per_task, flat_rows
 from excessmtl_ext.passes.weighted import apply_weights
@@ -91,6 +91,7 @@ class RotationEngine(CheaperEngine):
             return step.tasks
         graph = HeadGraph(step.roots, step.shared)
         rotation, waiting = self.rotation, list(self.rotation.waiting)
+        before: Before | None = None
         try:
             served = rotation.served
             turn = rotation.take_turns(step.tasks)
@@ -98,7 +99,7 @@ class RotationEngine(CheaperEngine):
             if ends_first:
                 rotation.start_round()
                 turn = rotation.take_turns(step.tasks)
-            with all_or_nothing(rule, [*step.shared, *graph.heads], turn):
+            with all_or_nothing(rule, [*step.shared, *graph.heads], turn) as before:
                 if ends_first:
                     with torch.no_grad():
                         rule.found_nonfinite.zero_()
@@ -107,12 +108,28 @@ class RotationEngine(CheaperEngine):
                     self._run_whole(rule, step, turn)
                 else:
                     self._run_subset(rule, step, turn, self.subset)
+                if rule.task_weights.device.type == "cpu" and bool(rule.found_nonfinite.any()):
+                    self._give_turns_back(rule, before, waiting)
         except FloatingPointError:
+            assert before is not None
+            self._give_turns_back(rule, before, waiting)
             raise
         except BaseException:
             rotation.waiting = waiting
             raise
         return step.tasks
+
+    def _give_turns_back(self, rule: FisherRule, before: Before, waiting: list[int]) -> None:
+        """Makes a step that does not count one that never was, but for its flags and its count.
+
+        Not on a GPU, whose flags the host does not wait for: there the turn is over, and the tasks of it whose
+        gradients are finite have been taken in.
+        """
+        flags = rule.found_nonfinite.clone()
+        before.restore()
+        rule.found_nonfinite.copy_(flags)
+        rule.num_skipped_steps += 1
+        self.rotation.waiting = waiting
 
     def _run_subset(
         self, rule: FisherRule, step: Step, turn: Sequence[int], subset: list[Tensor]

@@ -49,7 +49,7 @@ class Before:
 @contextmanager
 def all_or_nothing(
     rule: WeightingRule, parameters: Sequence[Tensor], tasks: Sequence[int] = ()
-) -> Iterator[None]:
+) -> Iterator[Before]:
     """Puts back the state of ``rule`` and the ``.grad`` of ``parameters`` if the body raises, Ctrl-C included.
 
     In the body ``.grad`` is empty; what was there is added to what the body leaves. A
@@ -68,7 +68,7 @@ def all_or_nothing(
     for parameter in parameters:
         parameter.grad = None
     try:
-        yield
+        yield before
         if any(grad is not None for grad in saved):
             raise_if_reused({BEFORE: saved, THIS_STEP: [each.grad for each in parameters]})
         for index, parameter in enumerate(parameters):

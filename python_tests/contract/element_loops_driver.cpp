@@ -184,7 +184,7 @@ std::vector<double> values_of(const std::vector<state_t>& state) {
 }
 
 template <typename state_t>
-void check_accumulate_and_repair(const StateLoops<state_t>& loops, const char* name, Type type,
+void check_accumulate(const StateLoops<state_t>& loops, const char* name, Type type,
                                  bool sqrt_fisher, bool has_momentum, Content content,
                                  std::mt19937_64& random) {
   using acc_t = Accumulation<state_t>;
@@ -209,7 +209,7 @@ void check_accumulate_and_repair(const StateLoops<state_t>& loops, const char* n
                                                   : "");
   for (const int64_t n : kSizes) {
     const Grads grads = random_grads(type, n, content, random);
-    const SliceRounding rounding = {rounding_key(7, n, 1, RoundingUse::kAccumulate), 0};
+    const SliceRounding rounding = {rounding_key(7, n, 1), 0};
     std::vector<state_t> stored_sums = random_state<state_t>(n, false, random);
     std::vector<state_t> stored_means = random_state<state_t>(n, true, random);
     for (size_t at = 3; content == kExtreme && at < static_cast<size_t>(n); at += 5) {
@@ -265,25 +265,6 @@ void check_accumulate_and_repair(const StateLoops<state_t>& loops, const char* n
       expect_near(std::isfinite(risk) ? 1.0 : 0.0, 0.0, 0.0, what + ", excess risk is finite", n,
                   -1);
     }
-
-    if (content == kExtreme) {
-      continue;  // what a sum has lost to rounding or to its ceiling no repair brings back
-    }
-    loops.repair[type][has_momentum](grads.data(), stored_sums.data(),
-                                     has_momentum ? stored_means.data() : nullptr, n, options,
-                                     rounding);
-    const std::vector<double> repaired = values_of(stored_sums);
-    const std::vector<double> repaired_means = values_of(stored_means);
-    for (int64_t k = 0; k < n; ++k) {
-      const size_t at = static_cast<size_t>(k);
-      expect_near(repaired[at], sums_before[at], 4 * kStoredUnit * sums[at],
-                  what + ", repaired sq_grad_sum", n, k);
-      const double grad = grads.value(k) / scale;
-      const double size =
-          std::fabs(means_before[at]) + (std::isfinite(grad) ? std::fabs(grad) : 0.0);
-      expect_near(repaired_means[at], means_before[at], 8 * kStoredUnit * size,
-                  what + ", repaired grad_mean", n, k);
-    }
   }
 }
 
@@ -294,7 +275,7 @@ void check_rounding(const StateLoops<BFloat16Bits>& loops, const char* name,
   const std::string what = std::string(name) + ", rounding to bfloat16";
   for (const int64_t n : kSizes) {
     for (const uint32_t position : {0U, 96U, 0xffffff00U}) {
-      const SliceRounding rounding = {rounding_key(3, 1000, 2, RoundingUse::kRepair), position};
+      const SliceRounding rounding = {rounding_key(3, 1000, 2), position};
       const Grads grads = random_grads(kBFloat16, n, kOrdinary, random);
       std::vector<BFloat16Bits> sums = random_state<BFloat16Bits>(n, false, random);
       std::vector<BFloat16Bits> means = random_state<BFloat16Bits>(n, true, random);
@@ -357,6 +338,39 @@ void check_fold(const FoldLoops<acc_t>& loops, const char* name, Type type,
   }
 }
 
+// The largest of n magnitudes, wherever it stands, and infinity and NaN above all others.
+template <typename acc_t>
+void check_largest_magnitude(const FoldLoops<acc_t>& loops, const char* name, Type type,
+                             std::mt19937_64& random) {
+  const std::string what = std::string(name) + ", largest magnitude of " + kTypeNames[type];
+  for (const int64_t n : kSizes) {
+    for (const Content content : {kOrdinary, kNonFinite, kExtreme}) {
+      const Grads grads = random_grads(type, n, content, random);
+      double expected = 0.0;
+      bool has_nan = false;
+      for (int64_t k = 0; k < n; ++k) {
+        const double magnitude = std::fabs(grads.value(k));
+        has_nan |= std::isnan(magnitude);
+        expected = magnitude > expected ? magnitude : expected;
+      }
+      const double largest = static_cast<double>(loops.largest_magnitude[type](grads.data(), n));
+      if (has_nan) {
+        expect_near(std::isnan(largest) ? 1.0 : 0.0, 1.0, 0.0, what + ", NaN", n, -1);
+      } else if (std::isinf(expected)) {
+        expect_near(std::isinf(largest) ? 1.0 : 0.0, 1.0, 0.0, what + ", infinity", n, -1);
+      } else {
+        expect_near(largest, expected, 0.0, what, n, -1);
+      }
+    }
+    for (int64_t at = 0; at < n; at += n > 200 ? 97 : 1) {
+      Grads grads = random_grads(type, n, kOrdinary, random);
+      grads.set(at, std::numeric_limits<double>::infinity());
+      const double largest = static_cast<double>(loops.largest_magnitude[type](grads.data(), n));
+      expect_near(std::isinf(largest) ? 1.0 : 0.0, 1.0, 0.0, what + ", one infinity", n, at);
+    }
+  }
+}
+
 template <typename state_t>
 void check_loops(const StateLoops<state_t>& loops, const FoldLoops<Accumulation<state_t>>& folds,
                  const char* name) {
@@ -368,12 +382,13 @@ void check_loops(const StateLoops<state_t>& loops, const FoldLoops<Accumulation<
     for (const bool sqrt_fisher : {false, true}) {
       for (const bool has_momentum : {false, true}) {
         for (const Content content : {kOrdinary, kNonFinite, kExtreme}) {
-          check_accumulate_and_repair(loops, name, type, sqrt_fisher, has_momentum, content,
+          check_accumulate(loops, name, type, sqrt_fisher, has_momentum, content,
                                       random);
         }
       }
     }
     check_fold(folds, name, type, random);
+    check_largest_magnitude(folds, name, type, random);
   }
 }
 

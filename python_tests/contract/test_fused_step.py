@@ -169,7 +169,7 @@ def test_a_step_without_any_task_changes_nothing(device):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_nonfinite_step_is_counted_and_repaired(bad, momentum, device):
+def test_nonfinite_step_is_counted_and_changes_nothing(bad, momentum, device):
     """1e30 is finite but its square is not, in float32."""
     numels = [20_000, 7]
     layout, options = (
@@ -191,10 +191,7 @@ def test_nonfinite_step_is_counted_and_repaired(bad, momentum, device):
     for name, left, right in zip(StepState._fields, state, before, strict=True):
         if name in ("found_nonfinite", "num_skipped_steps"):
             continue
-        # Adding and subtracting a square rounds twice at the size of the larger one.
-        torch.testing.assert_close(
-            left, right, rtol=0, atol=5e-6 if name in ("sq_grad_sum", "grad_mean") else 0
-        )
+        assert torch.equal(left, right), name
     F.fused_step_(make_task_grads(2, numels, torch.float32, device), layout, state, options)
     assert not state.found_nonfinite.any()
     assert bool(state.task_weights.isfinite().all())

@@ -117,6 +117,9 @@ inline void __threadfence() { simt::fence(); }
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return simt::atomic_inc(address, limit);
 }
+inline unsigned atomicOr(unsigned* address, unsigned bits) {
+  return simt::atomic_or(address, bits);
+}
 
 // ---- runtime ---------------------------------------------------------------------------------------------------------
 

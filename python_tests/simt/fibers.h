@@ -254,6 +254,14 @@ inline void fence() {
   counters().fences++;
   yield();
 }
+inline unsigned atomic_or(unsigned* address, unsigned bits) {
+  counters().atomics++;
+  yield();
+  const unsigned old = *address;
+  *address = old | bits;
+  yield();
+  return old;
+}
 inline unsigned atomic_inc(unsigned* address, unsigned limit) {
   counters().atomics++;
   yield();

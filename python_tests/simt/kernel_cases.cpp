@@ -18,6 +18,7 @@
 #include "cuda/fold.cuh"
 #include "cuda/fused_step_combine_launch.cuh"
 #include "cuda/fused_step_launch.cuh"
+#include "cuda/update_task_risks.cuh"
 #include "cuda/update_task_weights.cuh"
 
 namespace excessmtl::cuda {
@@ -117,9 +118,8 @@ uint64_t mix64(uint64_t z) {
   return z ^ z >> 31;
 }
 
-uint32_t word_of(int64_t step, int task, bool is_repair, int64_t position) {
-  const uint64_t key =
-      mix64(mix64(mix64(kSeed) + static_cast<uint64_t>(step)) + 2ULL * task + (is_repair ? 1 : 0));
+uint32_t word_of(int64_t step, int task, int64_t position) {
+  const uint64_t key = mix64(mix64(mix64(kSeed) + static_cast<uint64_t>(step)) + 2ULL * task);
   uint32_t word = static_cast<uint32_t>(position) ^ static_cast<uint32_t>(key);
   word = (word ^ word >> 16) * 0x7feb352dU;
   word ^= static_cast<uint32_t>(key >> 32);
@@ -153,10 +153,9 @@ struct Reference {
   std::vector<int64_t> offsets;  // of the parameters in a row
 
   // What the state keeps of S and m.
-  void store(const Case& c, int i, size_t l, size_t k, double sum, double mean, bool is_repair) {
+  void store(const Case& c, int i, size_t l, size_t k, double sum, double mean) {
     if (c.is_rounded) {
-      const uint32_t word =
-          word_of(steps + skipped, i, is_repair, offsets[l] + static_cast<int64_t>(k));
+      const uint32_t word = word_of(steps, i, offsets[l] + static_cast<int64_t>(k));
       sum = rounded_by_hand(sum, word & 0xffffU);
       mean = rounded_by_hand(mean, word >> 16);
     }
@@ -206,6 +205,19 @@ void reference_step(const Case& c, Reference& r, const Grads& raw, bool square_o
     num_params += n;
   }
   for (int i = 0; i < c.num_tasks; ++i) {
+    for (const auto& grads : raw[i]) {
+      for (const double value : grads) {
+        const double g = value / scale;
+        r.flags[i] = r.flags[i] || !(g * g <= largest);
+      }
+    }
+    any = any || r.flags[i];
+  }
+  if (any) {
+    r.skipped++;
+    return;
+  }
+  for (int i = 0; i < c.num_tasks; ++i) {
     if (!is_present(raw[i])) {
       continue;
     }
@@ -214,27 +226,17 @@ void reference_step(const Case& c, Reference& r, const Grads& raw, bool square_o
       for (size_t k = 0; k < raw[i][l].size(); ++k) {
         const double g = raw[i][l][k] / scale;
         const double sq = g * g;
-        const bool finite = sq <= largest;
-        double sum = r.S[i][l][k];
+        const double sum = r.S[i][l][k] + sq;
         double mean = r.m[i][l][k];
-        if (finite) {
-          sum += sq;
-          if (c.momentum > 0.0) {
-            mean = c.momentum * mean + (1.0 - c.momentum) * g;
-          }
+        if (c.momentum > 0.0) {
+          mean = c.momentum * mean + (1.0 - c.momentum) * g;
         }
-        r.store(c, i, l, k, sum, mean, false);
+        r.store(c, i, l, k, sum, mean);
         const double numerator = c.momentum > 0.0 ? mean * mean : sq;
         const double h = c.sqrt_fisher ? std::sqrt(sum + 1e-7) : sum + 1e-7;
-        sums[i] += finite ? numerator / h : std::numeric_limits<double>::infinity();
+        sums[i] += numerator / h;
       }
     }
-    r.flags[i] = !std::isfinite(sums[i]);
-    any = any || r.flags[i];
-  }
-  if (any) {
-    r.skipped++;
-    return;
   }
   double old_mass = 0.0, new_mass = 0.0;
   std::vector<double> moved(c.num_tasks);
@@ -270,29 +272,6 @@ void reference_step(const Case& c, Reference& r, const Grads& raw, bool square_o
              ((1.0 - c.num_tasks * c.min_weight) * std::exp(r.log_w[i]) / total + c.min_weight);
   }
   r.steps++;
-}
-
-void reference_repair(const Case& c, Reference& r, const Grads& raw,
-                      bool square_overflows_as_float) {
-  const double scale = c.grad_scale > 0.0 ? c.grad_scale : 1.0;
-  const double largest = square_overflows_as_float ? std::numeric_limits<float>::max()
-                                                   : std::numeric_limits<double>::max();
-  for (int i = 0; i < c.num_tasks; ++i) {
-    for (size_t l = 0; l < c.numels.size(); ++l) {
-      for (size_t k = 0; k < raw[i][l].size(); ++k) {
-        const double g = raw[i][l][k] / scale;
-        double sum = r.S[i][l][k];
-        double mean = r.m[i][l][k];
-        if (g * g <= largest) {
-          sum = std::max(sum - g * g, 0.0);
-          if (c.momentum > 0.0) {
-            mean = (mean - (1.0 - c.momentum) * g) / c.momentum;
-          }
-        }
-        r.store(c, i, l, k, sum, mean, true);
-      }
-    }
-  }
 }
 
 // ---- one case under one schedule ------------------------------------------------------------------------------------------
@@ -343,6 +322,7 @@ class Run {
               allocate_filled<bool>(tasks, true)};  // stale flags must not survive a step
     ticket_ = allocate_filled<unsigned>(1, 0U);
     partials_ = allocate<double>(tasks * num_chunks_);
+    found_nonfinite_ = allocate_filled<unsigned>(tasks, 0U);
     risk_sums_ = allocate<double>(tasks);
     grad_scale_ =
         c.grad_scale > 0.0 ? allocate_filled<float>(1, static_cast<float>(c.grad_scale)) : nullptr;
@@ -450,7 +430,7 @@ class Run {
 
   void set_rounding(NoRounding& /*rounding*/) const {}
   void set_rounding(LaunchRounding& rounding) const {
-    rounding = {kSeed, state_.num_steps, state_.num_skipped_steps, 0};
+    rounding = {kSeed, state_.num_steps, 0};
   }
 
   StepArgs<state_t> step_args() {
@@ -463,6 +443,9 @@ class Run {
     args.sq_grad_sum = sq_grad_sum_;
     args.grad_mean = grad_mean_;
     args.row_stride = padded_;
+    std::fill(found_nonfinite_, found_nonfinite_ + c_.num_tasks, 0U);
+    args.found_nonfinite = found_nonfinite_;
+    args.finds_nonfinite = true;
     args.partials = partials_;
     args.ticket = ticket_;
     args.excess_risk_sum = c_.split ? risk_sums_ : nullptr;
@@ -474,17 +457,12 @@ class Run {
     return args;
   }
 
-  CombineArgs<state_t> combine_args() const {
-    CombineArgs<state_t> args = {};
-    set_rounding(args.rounding);
+  CombineArgs combine_args() const {
+    CombineArgs args = {};
     args.chunks = chunks_;
-    args.grad_scale = {grad_scale_, false};
     args.task_weights = state_.task_weights;
     args.found_nonfinite = state_.found_nonfinite;
-    args.sq_grad_sum = sq_grad_sum_;
-    args.grad_mean = grad_mean_;
     args.row_stride = padded_;
-    args.element_options = make_element_options<acc_t>(1.0, c_.momentum, 1.0);
     args.num_tasks = c_.num_tasks;
     args.has_outputs = true;
     args.accumulate = c_.accumulate;
@@ -540,19 +518,15 @@ class Run {
 
   void combine() {
     const std::vector<const void*> pointers = grads_and_outputs();
-    launch_with_table(combine_kernel<grad_t, state_t, kSmallTable>,
-                      combine_kernel<grad_t, state_t, kLargeTable>,
+    launch_with_table(combine_kernel<grad_t, acc_t, kSmallTable>,
+                      combine_kernel<grad_t, acc_t, kLargeTable>,
                       grid_of(num_chunks_, 1, static_cast<int>(c_.num_sms)), nullptr,
                       combine_args(), tensors(pointers));
   }
 
-  // After a non-finite step also takes the step out of the reference's state.
   void compare_outputs() {
-    const bool repairs =
+    const bool is_skipped =
         std::find(reference_.flags.begin(), reference_.flags.end(), true) != reference_.flags.end();
-    if (repairs) {
-      reference_repair(c_, reference_, raw_, sizeof(acc_t) == 4);
-    }
     const double rtol = sizeof(grad_t) == 8              ? 1e-12
                         : sizeof(grad_t) == 4            ? 2e-6
                         : std::is_same_v<grad_t, __half> ? 1e-3
@@ -560,7 +534,7 @@ class Run {
     for (int64_t l = 0; l < num_tensors_; ++l) {
       for (int64_t k = 0; k < c_.numels[l]; ++k) {
         const double actual = static_cast<double>(GradVector<grad_t>::widen(outputs_[l][k]));
-        if (repairs) {
+        if (is_skipped) {
           if (actual == actual) {
             report(c_, "output %lld is not NaN after a non-finite step", static_cast<long long>(l));
           }
@@ -696,6 +670,7 @@ class Run {
   state_t* grad_mean_;
   TaskState state_ = {};
   unsigned* ticket_;
+  unsigned* found_nonfinite_;
   double* partials_;
   double* risk_sums_;
   float* grad_scale_;

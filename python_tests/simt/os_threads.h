@@ -118,6 +118,10 @@ inline void fence() {
   }
 }
 inline void maybe_yield() {}
+inline unsigned atomic_or(unsigned* address, unsigned bits) {
+  auto* word = reinterpret_cast<std::atomic<unsigned>*>(address);
+  return word->fetch_or(bits, std::memory_order_relaxed);
+}
 inline unsigned atomic_inc(unsigned* address, unsigned limit) {
   auto* word = reinterpret_cast<std::atomic<unsigned>*>(address);
   const auto order =

@@ -160,6 +160,7 @@ void grid_barrier(const Site& site);
 void fence();
 void maybe_yield();
 unsigned atomic_inc(unsigned* address, unsigned limit);
+unsigned atomic_or(unsigned* address, unsigned bits);
 void run_grid(dim3 grid, dim3 block, bool cooperative, const std::function<void()>& kernel);
 
 template <typename Shared>

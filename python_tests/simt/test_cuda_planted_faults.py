@@ -76,6 +76,68 @@ FAULTS = [
         "  value = warp_reduce<Operation>(value);\n",
         "  if (threadIdx.x % kWarpSize != 31) value = warp_reduce<Operation>(value);\n",
     ),
+    # find_nonfinite.cuh
+    Fault(
+        "the last elements not looked at",
+        "find_nonfinite.cuh",
+        "at = done + index; at < numel; at += kStride",
+        "at = done + index; at < numel && done == 0; at += kStride",
+    ),
+    Fault(
+        "vectors past the batches not looked at",
+        "find_nonfinite.cuh",
+        "    for (; at < num_vectors; at += kStride) {",
+        "    for (; at < 0; at += kStride) {",
+    ),
+    Fault(
+        "a vector past the end looked at",
+        "find_nonfinite.cuh",
+        "at + (kBatch - 1) * kStride < num_vectors",
+        "at + (kBatch - 2) * kStride < num_vectors",
+    ),
+    Fault(
+        "one thread's verdict stands for the block's",
+        "find_nonfinite.cuh",
+        "if (__syncthreads_or(found) != 0 && threadIdx.x == 0)",
+        "if (found && threadIdx.x == 0)",
+    ),
+    Fault(
+        "flag of the wrong task",
+        "find_nonfinite.cuh",
+        "atomicOr(args.found_nonfinite + task, 1U)",
+        "atomicOr(args.found_nonfinite, 1U)",
+    ),
+    Fault(
+        "flag set without an atomic",
+        "find_nonfinite.cuh",
+        "atomicOr(args.found_nonfinite + task, 1U)",
+        "args.found_nonfinite[task] |= 1U",
+        threads=True,
+    ),
+    Fault(
+        "a block looks at the flag of its own task alone",
+        "find_nonfinite.cuh",
+        "found |= __ldcg(args.found_nonfinite + task) != 0;",
+        "found |= task == static_cast<int>(blockIdx.y) && __ldcg(args.found_nonfinite + task) != 0;",
+    ),
+    Fault(
+        "flags past the first 256 not looked at",
+        "find_nonfinite.cuh",
+        "task < args.num_tasks; task += kThreads) {\n    // From L2",
+        "task < args.num_tasks && task < kThreads; task += kThreads) {\n    // From L2",
+    ),
+    Fault(
+        "square looked at with the loss scale",
+        "../excess_risk_math.h",
+        "  const acc_t grad = scaled_grad * inverse_scale;\n  return grad * grad",
+        "  const acc_t grad = scaled_grad;\n  return grad * grad",
+    ),
+    Fault(
+        "state written although the step does not count",
+        "fused_step.cuh",
+        "  const bool is_finite = !any_nonfinite(args);\n  if (is_finite) {",
+        "  const bool is_finite = !any_nonfinite(args);\n  {",
+    ),
     # fused_step.cuh: the ticket
     Fault(
         "ticket does not wrap",
@@ -283,20 +345,14 @@ FAULTS = [
     Fault(
         "every step draws the same bits",
         "state_access.cuh",
-        "__ldcg(source.num_steps) + __ldcg(source.num_skipped_steps);",
-        "0;",
-    ),
-    Fault(
-        "a skipped step's bits are drawn again",
-        "state_access.cuh",
-        "__ldcg(source.num_steps) + __ldcg(source.num_skipped_steps);",
-        "__ldcg(source.num_steps);",
+        "__ldcg(source.num_steps), source.first_task",
+        "0, source.first_task",
     ),
     Fault(
         "every task draws the same bits",
         "state_access.cuh",
-        "source.first_task + row, use);",
-        "source.first_task, use);",
+        "source.first_task + row);",
+        "source.first_task);",
     ),
     Fault(
         "every slice draws the bits of the first",
@@ -311,27 +367,12 @@ FAULTS = [
         "const uint32_t word = State::word_at(rounding, at - done);",
     ),
     Fault(
-        "the repair draws the bits of the step",
-        "combine.cuh",
-        "RoundingUse::kRepair",
-        "RoundingUse::kAccumulate",
-    ),
-    Fault(
         "one word of the key left out",
         "../stochastic_rounding.h",
         "  word ^= key.high;\n",
         "",
     ),
     # combine.cuh
-    Fault(
-        "output overwritten before the state is repaired",
-        "combine.cuh",
-        "  for (int at = index; at < column.slice.numel; at += kStride) {\n    for (int task = 0; args",
-        "  for (int at = index; at < column.slice.numel; at += kStride) {\n"
-        "    if (args.has_outputs && column.output() != nullptr)"
-        " __stcg(column.output() + at, GradVector<grad_t>::narrow(acc_t(NAN)));\n"
-        "    for (int task = 0; args",
-    ),
     Fault(
         "gradients read through the read-only path although outputs may be gradients",
         "combine.cuh",
@@ -341,8 +382,8 @@ FAULTS = [
     Fault(
         "weights not waited for",
         "combine.cuh",
-        "const bool repairs = __syncthreads_or(found) != 0;",
-        "const bool repairs = found;",
+        "const bool counts = __syncthreads_or(found) == 0;",
+        "const bool counts = !found;",
     ),
     Fault(
         "alignment of the output not looked at",
@@ -358,23 +399,30 @@ FAULTS = [
     ),
     # fused_step_combine.cuh and its launch
     Fault(
-        "no grid barrier between the phases",
+        "no grid barrier after the flags",
         "fused_step_combine.cuh",
-        "  cooperative_groups::this_grid().sync();\n",
-        "",
+        "  cooperative_groups::this_grid().sync();\n  run_step",
+        "  run_step",
     ),
     Fault(
-        "no grid barrier between the phases, as a race",
+        "no grid barrier before the sum",
         "fused_step_combine.cuh",
-        "  cooperative_groups::this_grid().sync();\n",
-        "",
+        "  cooperative_groups::this_grid().sync();\n  const int64_t block",
+        "  const int64_t block",
+    ),
+    Fault(
+        "no grid barrier before the sum, as a race",
+        "fused_step_combine.cuh",
+        "  cooperative_groups::this_grid().sync();\n  const int64_t block",
+        "  const int64_t block",
         threads=True,
     ),
     Fault(
         "blocks of absent tasks do not wait at the grid barrier",
         "fused_step_combine.cuh",
-        "  cooperative_groups::this_grid().sync();\n",
-        "  if (args.step.present.contains(blockIdx.y)) cooperative_groups::this_grid().sync();\n",
+        "  cooperative_groups::this_grid().sync();\n  const int64_t block",
+        "  if (args.step.present.contains(blockIdx.y)) cooperative_groups::this_grid().sync();\n"
+        "  const int64_t block",
     ),
     Fault(
         "second phase: chunks of the other tasks' blocks left out",
@@ -389,10 +437,16 @@ FAULTS = [
         "gridDim.x;",
     ),
     Fault(
-        "first phase reads through the read-only path what the second overwrites",
+        "the step reads through the read-only path what the sum overwrites",
         "fused_step_combine.cuh",
         "kMomentum, true>(args.step",
         "kMomentum, false>(args.step",
+    ),
+    Fault(
+        "the search reads through the read-only path what the sum overwrites",
+        "fused_step_combine.cuh",
+        "<grad_t, acc_t, true>(args.step",
+        "<grad_t, acc_t, false>(args.step",
     ),
     Fault(
         "launch of both phases not cooperative",

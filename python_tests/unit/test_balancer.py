@@ -325,7 +325,7 @@ def test_a_step_that_raised_does_not_count_towards_update_every(how):
     assert int(balancer.num_steps) == 1  # the first call that succeeds moves the weights
 
 
-def test_update_weights_repairs_too():
+def test_update_weights_skips_too():
     balancer = published(num_tasks=2, robust_step_size=1.0)
     for _ in range(2):
         balancer.update_weights(torch.ones(2, 5))
@@ -333,7 +333,7 @@ def test_update_weights_repairs_too():
     bad = torch.ones(2, 5)
     bad[1, 3] = float("nan")
     balancer.update_weights(bad)
-    torch.testing.assert_close(balancer.sq_grad_sum, before)
+    assert torch.equal(balancer.sq_grad_sum, before)
     assert balancer.found_nonfinite.tolist() == [False, True]
 
 
