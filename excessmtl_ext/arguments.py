@@ -112,7 +112,7 @@ def shortened(sizes: Sequence[object]) -> str:
 
 def stacklevel_of_caller() -> int:
     """The ``stacklevel`` that makes a warning of the calling function point at the code that uses the package."""
-    frame, level = sys._getframe(1), 1
+    frame, level = sys._getframe(1), 1  # pyright: ignore[reportPrivateUsage]
     while frame.f_back is not None:
         module = str(frame.f_globals.get("__name__")).partition(".")[0]
         if module not in (__name__.partition(".")[0], "torch"):

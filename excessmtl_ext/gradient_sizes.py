@@ -52,7 +52,7 @@ def sums_of_squares(
     if any(grad.dtype == torch.float64 and grad.numel() > 0 for grad in task_grads):
         wide = torch.float64
     present = [grad for grad in task_grads if grad.numel() > 0]
-    norms = iter(torch._foreach_norm(present, 2, wide) if present else [])
+    norms = iter(torch._foreach_norm(present, 2, wide) if present else [])  # pyright: ignore
     zero = torch.zeros((), dtype=wide, device=(present or task_grads)[0].device)
     rows = [next(norms) if grad.numel() > 0 else zero for grad in task_grads]
     squares = torch.stack(rows).double().square().view(-1, num_tensors)

@@ -53,6 +53,10 @@ class RecordedRule(Protocol):
     task_weights: Tensor
     found_nonfinite: Tensor
 
+    def pass_weights(self) -> Tensor:
+        """Factors [T] of the task gradients."""
+        ...
+
 
 class History:
     """What a balancer did, see :meth:`excessmtl_ext.Balancer.record_history`, which makes it.

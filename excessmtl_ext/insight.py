@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 from excessmtl_ext.history import History, HistoryWriter
 from excessmtl_ext.memory import MemoryReport, make_memory_report
@@ -58,7 +59,7 @@ class Insight(StateModule):
         if gradients and self.engine.statistics_obstacle is not None:
             raise NotImplementedError(self.engine.statistics_obstacle)
         history = History(
-            self,
+            cast(Any, self),
             every=every,
             flush_every=flush_every,
             keep=keep,
@@ -75,7 +76,7 @@ class Insight(StateModule):
 
         Gradient norm, noise share and cosine need ``record_history(gradients=True)``. Waits for the device.
         """
-        return make_report(self)
+        return make_report(cast(Any, self))
 
     def memory_report(self, step: Callable[[], object] | None = None) -> MemoryReport:
         """What the balancer holds and what a step adds, in bytes by kind, and a measured peak; to print.
@@ -87,4 +88,4 @@ class Insight(StateModule):
         Raises:
             ValueError: the balancer was made without parameters and has seen no gradient.
         """
-        return make_memory_report(self, step)
+        return make_memory_report(cast(Any, self), step)

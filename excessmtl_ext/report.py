@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -172,7 +172,7 @@ assert {name for name, _ in _COLUMNS} < {field.name for field in fields(TaskRepo
 class ReportedRule(Protocol):
     """What a report reads of a balancer; risks where the method has them."""
 
-    requires: frozenset[str]
+    requires: ClassVar[frozenset[str]]
     num_tasks: int
     batched: Batched
     history: History | None
@@ -200,8 +200,8 @@ def make_report(rule: ReportedRule) -> BalancerReport:
         if hasattr(rule, attribute)
     }
     num_steps = int(rule.num_steps)
-    if hasattr(rule, "num_task_steps"):
-        num_task_steps: Any = rule.num_task_steps
+    num_task_steps: Any = getattr(rule, "num_task_steps", None)
+    if num_task_steps is not None:
         state["absent_steps"] = [num_steps - taken for taken in num_task_steps.tolist()]
     names: Sequence[str] = [f"task{task}" for task in range(rule.num_tasks)]
     if history is not None:

@@ -45,11 +45,15 @@ class DataParallel(Partition, ExactEngine):
         ExactEngine.__init__(self, batched)
         Partition.__init__(self, *args, **kwargs)
 
-    def refuse(self, rule: FisherRule, error: Exception) -> None:
+    def refuse(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, rule: FisherRule, error: Exception
+    ) -> None:
         """Raises ``error`` here and, at their next step, an error on the ranks that wait for this one."""
         agree(self, rule, [], None, error)
 
-    def run(self, rule: FisherRule, step: Step) -> Sequence[int]:
+    def run(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, rule: FisherRule, step: Step
+    ) -> Sequence[int]:
         """One balanced step of all ranks; every rank calls it, with its own losses."""
         present = [root is not None for root in step.roots]
         agreed = agree(self, rule, present, step.num_samples)
@@ -69,7 +73,9 @@ class DataParallel(Partition, ExactEngine):
         deposit(self, rank_step, shared_grads, at_start)
         return agreed.tasks
 
-    def update(self, rule: FisherRule, step: Step) -> Sequence[int]:
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, rule: FisherRule, step: Step
+    ) -> Sequence[int]:
         """Moves the weights from T * L gradients of this rank."""
         task_grads, num_tensors = step.task_grads.tensors, len(self.shared)
         rows = [

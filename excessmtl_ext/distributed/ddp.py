@@ -59,7 +59,7 @@ class AveragedGrads:
 
 def register_averaged_grads(ddp: DistributedDataParallel) -> AveragedGrads | None:
     """Hooks an :class:`AveragedGrads` into ``ddp``, or finds the one there; None where another hook is in charge."""
-    for hook, state in ddp._comm_hooks:
+    for hook, state in ddp._comm_hooks:  # pyright: ignore[reportPrivateUsage]
         return state if hook is _average_the_rest else None  # type: ignore[return-value]
     if ddp.mixed_precision is not None:
         return None
@@ -107,7 +107,7 @@ def static_graph_held(roots: Sequence[Root | None]) -> Iterator[Any]:
     waiting = [
         ddp
         for _, ddp in _ddp_sinks(roots)
-        if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
+        if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued  # pyright: ignore[reportPrivateUsage]
     ]
 
     def release() -> None:
@@ -117,12 +117,12 @@ def static_graph_held(roots: Sequence[Root | None]) -> Iterator[Any]:
             )
 
     for ddp in waiting:
-        ddp._static_graph_delay_allreduce_enqueued = True
+        ddp._static_graph_delay_allreduce_enqueued = True  # pyright: ignore[reportPrivateUsage]
     try:
         yield release
     except BaseException:
         for ddp in waiting:
-            ddp._static_graph_delay_allreduce_enqueued = False
+            ddp._static_graph_delay_allreduce_enqueued = False  # pyright: ignore[reportPrivateUsage]
         raise
 
 

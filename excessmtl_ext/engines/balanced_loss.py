@@ -53,7 +53,7 @@ def _refusing_other_inputs(anchor: Node) -> Callable[[Tensor], None]:
     """A hook of the scalar that raises where a pass is asked for certain inputs only: no step would run."""
 
     def check(grad: Tensor) -> None:
-        if not torch._C._will_engine_execute_node(anchor):
+        if not torch._C._will_engine_execute_node(anchor):  # pyright: ignore[reportPrivateUsage]
             raise RuntimeError(
                 "Expected balancer(losses).backward() without `inputs`, and no torch.autograd.grad() of it: the step "
                 "writes .grad of all shared and head parameters, and its gradients are not those of one scalar. Call "
@@ -66,7 +66,7 @@ def _refusing_other_inputs(anchor: Node) -> Callable[[Tensor], None]:
 def _is_visited_later(roots: Sequence[Root | None]) -> bool:
     """Whether the pass under way goes on to a node that a pass from ``roots`` needs, as with an auxiliary loss."""
     return any(
-        torch._C._will_engine_execute_node(node)
+        torch._C._will_engine_execute_node(node)  # pyright: ignore[reportPrivateUsage]
         for node in nodes_of(root for root in roots if root is not None)
         if not hasattr(node, "variable")
     )
@@ -98,7 +98,7 @@ class _BalancedLoss(torch.autograd.Function):
             step.starts = starts_of(step.roots, scale)
         step.retain_graph = (
             step.retain_graph
-            or torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+            or torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
             or _is_visited_later(step.roots)
         )
         with torch.enable_grad():

@@ -63,7 +63,7 @@ def checked_subset(chosen: Iterable[Tensor], shared: Sequence[Tensor] | None) ->
 class CheaperEngine(ExactEngine):
     """What these engines have in common: no streaming, no encoder passes that could be one, and the latest weights."""
 
-    stream_obstacle = (
+    stream_obstacle: str | None = (
         "ExcessMTL cannot stream: `estimate_from` and `tasks_per_step` are there to save the passes it runs. "
         "Call backward(losses), or update_weights() with your own gradients."
     )
@@ -81,7 +81,9 @@ class CheaperEngine(ExactEngine):
         """Tasks whose gradients live at once."""
         return rule.num_tasks
 
-    def run(self, rule: FisherRule, step: Step) -> Sequence[int]:
+    def run(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, rule: FisherRule, step: Step
+    ) -> Sequence[int]:
         """Estimates the risks, moves the weights and applies them; all of it, or nothing."""
         if step.tasks and step.moves_weights:
             graph = HeadGraph(step.roots, step.shared)

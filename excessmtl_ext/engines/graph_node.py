@@ -76,7 +76,7 @@ class NodePass:
         ]
         if not rule.holds_weights:
             self.has_run = True
-            _LATEST_PASS[rule] = torch._C._current_graph_task_id()
+            _LATEST_PASS[rule] = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
         self.close(step, step.tasks)
         return handed
 
@@ -128,7 +128,7 @@ class NodePass:
                 "weights already. Call backward once, on the sum of the losses; passes that are not to move the "
                 "weights belong into `with balancer.hold_weights():`."
             )
-        graph_task = torch._C._current_graph_task_id()
+        graph_task = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
         if graph_task >= 0 and _LATEST_PASS.get(self.rule) == graph_task:
             raise RuntimeError(
                 "Expected one balancer.split() in a backward pass, but this one has come through another already, "
@@ -173,7 +173,7 @@ _RULES: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _HANDLES: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # pyright: ignore[reportPrivateUsage]
 def handle_of(rule: Any) -> int:
     """A number for ``rule``, by which a compiled graph finds it."""
     if rule not in _HANDLES:

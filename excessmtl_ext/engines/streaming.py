@@ -150,12 +150,13 @@ class Stream:
         shift = rule.log_task_weights[first] - self._log_weights[first]
         common = 0.0 if self._log_factors is None else self._log_factors
         log_share = self._running_log_max + shift - rule.log_task_weights.logsumexp(0) + common
-        is_scalar = not isinstance(rule.min_weight, tuple)
-        total_floor = rule.num_tasks * rule.min_weight if is_scalar else sum(rule.min_weight)
+        if isinstance(rule.min_weight, tuple):  # each is part of the floored sum already
+            total_floor, floor = sum(rule.min_weight), 1.0
+        else:
+            total_floor, floor = rule.num_tasks * rule.min_weight, rule.min_weight
         factors = [rule.weight_total * (1.0 - total_floor) * log_share.exp()]
         buffers = [self._running_sum]
         if self._floored_sum is not None:
-            floor = rule.min_weight if is_scalar else 1.0
             log_floored = self._floored_log_max + common
             factors.append(rule.weight_total * floor * log_floored.exp())
             buffers.append(self._floored_sum)

@@ -76,7 +76,7 @@ class TrainConfig:
             _check_type(name, getattr(self, name), str, "a string")
         for name, minimum, maximum in _WHOLE_NUMBERS:
             value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
+            if name in _MAY_BE_NONE and value is None:
                 continue
             _check_type(name, value, int, "a whole number")
             if value < minimum:
@@ -89,7 +89,7 @@ class TrainConfig:
             ("robust_step_size", False),
         ):
             value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
+            if name in _MAY_BE_NONE and value is None:
                 continue
             _check_number(name, value)
             if not (value >= 0 if may_be_zero else value > 0):

@@ -244,7 +244,7 @@ class RunRecord:
 
     def _read_kept_rows(self, counts: Mapping[str, int]) -> dict[str, bytes]:
         """Returns what stays of each table: the rows that the checkpoint counts; nothing where it does not name it."""
-        kept = dict.fromkeys(TABLES, b"")
+        kept: dict[str, bytes] = dict.fromkeys(TABLES, b"")
         for name, count in counts.items():
             path = self.folder / name
             lines = _read_lines(path)
