@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import GradientEdge
 
-from excessmtl_ext.arguments import refuse_fake
 from excessmtl_ext.step import (
     Features,
     Losses,
@@ -21,6 +21,7 @@ from excessmtl_ext.step import (
     WeightingRule,
     input_metadata_of,
 )
+from excessmtl_ext.unfit_parameters import raise_unfit
 
 
 def read_step(
@@ -206,33 +207,16 @@ def check_accumulation_hooks(shared: Sequence[Tensor]) -> None:
 
 
 def bound_parameters(rule: WeightingRule) -> list[Tensor]:
-    """The shared parameters; raises ValueError where the balancer was made without them."""
-    if rule.shared_parameters is None:
-        raise ValueError(
-            "Expected `shared_parameters`: this balancer was made without them and cannot write gradients. Make "
-            f"it as {type(rule).__name__}(model.encoder.parameters(), num_tasks={rule.num_tasks}), or use "
-            "update_weights()."
-        )
+    """The shared parameters; raises ValueError where no gradients can be written to them."""
     shared = rule.shared_parameters
-    refuse_fake(shared[0])
-    if shared[0].is_meta:
-        raise ValueError(
-            "Expected shared parameters with data, but they are on the meta device: the model got its memory after the "
-            "balancer was made, and with it other parameters. Make the balancer after from_pretrained() or to_empty(), "
-            "or give it the new ones: balancer.shared_parameters = list(model.encoder.parameters())."
-        )
-    if not any(parameter.requires_grad for parameter in shared):
-        raise ValueError(
-            f"Expected some shared parameter to require grad, but all {len(shared)} are frozen. While only heads "
-            "train, call sum(losses).backward()."
-        )
-    for index, parameter in rule.frozen_parameters.items():
-        if parameter.requires_grad:
-            raise ValueError(
-                f"Expected shared parameter {index}, of shape {list(parameter.shape)}, to stay frozen as it was when "
-                "the balancer was made, but it requires grad now, and there is no state for it. Make a new balancer; "
-                "or make it while everything that will ever train requires grad, and freeze afterwards."
-            )
+    if (
+        shared is None
+        or isinstance(shared[0], FakeTensor)
+        or shared[0].is_meta
+        or not any(parameter.requires_grad for parameter in shared)
+        or any(parameter.requires_grad for parameter in rule.frozen_parameters.values())
+    ):
+        raise_unfit(rule)
     return shared
 
 

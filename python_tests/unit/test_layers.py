@@ -16,7 +16,15 @@ LAYERS = (
     {"arguments", "_build_facts", "_extension", "_ctrl_c"},
     {"state", "stochastic_rounding"},
     {"reference", "op_calls", "gpu_support", "functional"},
-    {"step", "step_arguments", "gradient_sizes", "bounded_moves", "skips", "self_test"},
+    {
+        "step",
+        "step_arguments",
+        "unfit_parameters",
+        "gradient_sizes",
+        "bounded_moves",
+        "skips",
+        "self_test",
+    },
     {
         "passes",
         "given_gradients",
