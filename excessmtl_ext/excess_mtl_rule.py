@@ -11,7 +11,7 @@ from torch import Tensor
 from excessmtl_ext import bounded_moves, functional, gradient_sizes
 from excessmtl_ext.bounded_moves import MoveOptions, MoveState
 from excessmtl_ext.excess_mtl_state import ExcessMTLState
-from excessmtl_ext.state import MAX_LOG_STEP, StepOptions, StepState
+from excessmtl_ext.state import MAX_LOG_STEP, Fisher, StepOptions, StepState
 from excessmtl_ext.step import Step, StreamedWeight, Targets
 
 
@@ -19,6 +19,13 @@ class ExcessMTLRule(ExcessMTLState):
     """What the engines ask of :class:`excessmtl_ext.ExcessMTL`."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
+
+    max_log_ratio: float
+    fisher: Fisher
+    eps: float
+    num_warmup_steps: int
+    relative: bool
+    rounding_seed: int
 
     _new_shares: Tensor | None = None
     """[T], of the tasks that a step under way has taken in."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.bounded_moves import MoveState, init_move_state
 from excessmtl_ext.extra_state import Fields, are_equal_sizes
-from excessmtl_ext.state import Fisher, ParamLayout, init_state, padded_numel
+from excessmtl_ext.state import ParamLayout, init_state, padded_numel
 from excessmtl_ext.step import TaskGrads
 
 if TYPE_CHECKING:
@@ -42,16 +42,10 @@ class ExcessMTLState(Balancer):
     )
 
     robust_step_size: float | None
-    max_log_ratio: float
-    fisher: Fisher
-    eps: float
-    num_warmup_steps: int
     gradient_momentum: float
-    relative: bool
     combination: Combination | None
     priorities: tuple[float, ...] | None
     state_dtype: torch.dtype | None
-    rounding_seed: int
     _parallel: DataParallel | None
 
     sq_grad_sum: Tensor

@@ -12,10 +12,15 @@ MIRRORED = ("", "baselines", "engines", "passes")
 
 TESTED_IN = {
     "_ctrl_c": "contract/test_interruptions",
+    "batch_trees": "contract/test_graphed_step",
+    "compiled_step": "contract/test_compiled_step",
+    "cuda_graphs": "contract/test_graphed_step",
     "excess_mtl_options": "unit/test_excess_mtl",
     "excess_mtl_rule": "unit/test_excess_mtl",
     "excess_mtl_state": "contract/test_resume",
+    "extra_state": "contract/test_checkpoint_portability",
     "gradient_statistics": "unit/test_history",
+    "graphed_step": "contract/test_graphed_step",
     "history_writers": "unit/test_history",
     "insight": "unit/test_report",
     "op_calls": "contract/test_op_registration",

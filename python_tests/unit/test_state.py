@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
+import excessmtl_ext
 from excessmtl_ext.state import ParamLayout, StepOptions, init_state, padded_numel, segments
 
 
@@ -66,3 +69,31 @@ def test_the_state_begins_with_uniform_weights_and_zero_sums() -> None:
     assert init_state(4, ParamLayout([5])).grad_mean.shape == (4, 0)
     with pytest.raises(ValueError, match=r"Expected `num_tasks` between 1 and 512, but got 513"):
         init_state(513, ParamLayout([]))
+
+
+def test_an_option_of_a_step_is_spelled_in_few_files() -> None:
+    package = Path(excessmtl_ext.__file__).parent
+    names = {
+        file.relative_to(package).as_posix(): spelled_in(ast.parse(file.read_text()))
+        for folder in (".", "engines", "passes", "distributed")
+        for file in (package / folder).glob("*.py")
+    }
+    assert {file for file, spelled in names.items() if "relative" in spelled} == {
+        "state.py",
+        "excess_mtl.py",
+        "excess_mtl_options.py",
+        "excess_mtl_rule.py",
+        "excess_mtl_state.py",  # a saved state depends on it
+        "reference.py",  # the equation
+    }
+
+
+def spelled_in(tree: ast.AST) -> set[str]:
+    """Every identifier and every string of a file."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "arg", "value"):
+            name = getattr(node, field, None)
+            if isinstance(name, str):
+                found.add(name)
+    return found
