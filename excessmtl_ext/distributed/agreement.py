@@ -11,7 +11,6 @@ import torch.distributed as dist
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import Agreement, RankStep, check_memory
 from excessmtl_ext.distributed.signature import UNKNOWN, checksum, signature
-from excessmtl_ext.state import MAX_TASKS
 from excessmtl_ext.step import FisherRule, NumSamples
 from excessmtl_ext.step_arguments import moves_weights
 
@@ -34,6 +33,9 @@ _MUST_AGREE = (
     ),
 )
 """Columns of the first exchange, what they say, and the way out."""
+
+NUM_FIRST_COUNTS = 32
+"""Tasks whose samples fit into the first exchange; those of more follow in another one."""
 
 ABSENT = -1.0
 """Instead of a number of samples: the rank has no loss of that task. 0: it has one that weighs nothing."""
@@ -61,10 +63,8 @@ def agree(
         float(parallel.needs_ddp),
     ]
     # Of one length whatever a rank has got: one of another would hang or crash the ranks that wait.
-    numbers += [*counts, *[ABSENT] * (MAX_TASKS - len(counts))]
-    device = parallel.ranks.exchange_device(parallel.device)
-    header = torch.tensor(numbers, dtype=torch.float64, device=device)
-    rows = parallel.ranks.all_gather(header).view(parallel.ranks.size, -1).tolist()
+    first = counts[:NUM_FIRST_COUNTS]
+    rows = _gathered(parallel, [*numbers, *first, *[ABSENT] * (NUM_FIRST_COUNTS - len(first))])
     if error is not None:
         raise error
     _raise_if_some([row[0] for row in rows])
@@ -74,7 +74,10 @@ def agree(
                 f"Expected the same {what} on every rank, but they differ. {way_out}"
             )
     parallel.is_compared = True
-    all_counts: list[list[float]] = [row[5 : 5 + parallel.num_tasks] for row in rows]
+    all_counts = [row[5 : 5 + len(first)] for row in rows]
+    if len(counts) > len(first):  # on all ranks, as they have agreed
+        others = _gathered(parallel, counts[len(first) :])
+        all_counts = [row + more for row, more in zip(all_counts, others, strict=True)]
     totals = [sum((max(c, 0.0) for c in column), 0.0) for column in zip(*all_counts, strict=True)]
     _check_absent(parallel, all_counts, totals)
     shares = [
@@ -84,6 +87,13 @@ def agree(
     tasks = [task for task, total in enumerate(totals) if total > 0]
     averages_shared = moves_weights(rule) and not any(row[4] for row in rows)
     return Agreement(tasks, shares, averages_shared)
+
+
+def _gathered(parallel: Partition, numbers: Sequence[float]) -> list[list[float]]:
+    """The numbers of every rank, by rank."""
+    device = parallel.ranks.exchange_device(parallel.device)
+    own = torch.tensor(numbers, dtype=torch.float64, device=device)
+    return parallel.ranks.all_gather(own).view(parallel.ranks.size, -1).tolist()
 
 
 def _counts(num_tasks: int, present: Sequence[bool], num_samples: NumSamples | None) -> list[float]:
