@@ -14,12 +14,12 @@ from excessmtl_ext import _extension
 BENCH = ROOT / "bench"
 
 
-def run_bench(*arguments):
+def run_bench(*arguments, script="bench_fused_step.py"):
     # A process of its own: the bench owns its threads and its warnings. It must find the package this test found.
     package = str(Path(_extension.__file__).parents[1])
     path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, str(BENCH / "bench_fused_step.py"), *arguments],
+        [sys.executable, str(BENCH / script), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -63,3 +63,15 @@ def test_bench_fused_step_says_that_a_device_is_missing(monkeypatch):
     done = run_bench("--device", "cuda")
     assert done.returncode != 0
     assert "torch sees no CUDA device" in done.stderr
+
+
+@pytest.mark.slow
+def test_bench_malloc_writes_a_complete_results_folder(tmp_path):
+    arguments = ["--numel", "80000", "--rounds", "1", "--output", str(tmp_path / "out")]
+    done = run_bench(*arguments, script="bench_malloc.py")
+    assert done.returncode == 0, done.stderr
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"README.md", "config.json", "environment.json", "measurements.json"}
+    measured = json.loads((tmp_path / "out" / "measurements.json").read_text())
+    assert {len(rows) for rows in measured.values()} == {3}
+    assert (tmp_path / "out" / "README.md").read_text().count("the usual loop |") == 2
