@@ -72,10 +72,6 @@ template __global__ void combine_kernel<float, float, kSmallTable>(
     const __grid_constant__ CombineArgs, const __grid_constant__ PointerTable<kSmallTable>);
 template __global__ void combine_kernel<__nv_bfloat16, float, kSmallTable>(
     const __grid_constant__ CombineArgs, const __grid_constant__ PointerTable<kSmallTable>);
-template __global__ void find_nonfinite_kernel<float, float, kSmallTable>(
-    const __grid_constant__ StepArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
-template __global__ void find_nonfinite_kernel<__nv_bfloat16, float, kSmallTable>(
-    const __grid_constant__ StepArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
 template __global__ void fold_kernel<float, float, kSmallTable>(
     const __grid_constant__ FoldArgs<float>, const __grid_constant__ PointerTable<kSmallTable>);
 }
