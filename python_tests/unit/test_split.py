@@ -122,6 +122,20 @@ def test_heads_get_the_gradient_of_their_own_loss():
         torch.testing.assert_close(mine.grad, other.grad)
 
 
+def test_equal_weights_are_the_mean_of_the_losses():
+    """The setting that the guide names for comparisons."""
+    problem, plain = make_problem(), make_problem()
+    balancer = ExcessMTL(num_tasks=3, max_log_ratio=0, combine="sum")
+    for number in range(3):
+        change_batch(problem, number)
+        change_batch(plain, number)
+        split_step(problem, balancer)
+    plain.zero_grad()
+    (sum(plain.losses()) / 3).backward()  # type: ignore[operator]
+    for mine, other in zip(problem.encoder.parameters(), plain.encoder.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
 def test_an_absent_task_is_not_counted():
     balancer = ExcessMTL(num_tasks=3)
     split_step(make_problem(), balancer, absent=(1,))
