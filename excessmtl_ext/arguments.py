@@ -37,7 +37,7 @@ def check_count(name: str, value: int, least: int) -> None:
 def checked_parameters(
     shared_parameters: Iterable[Tensor], name: str = "shared_parameters"
 ) -> list[Tensor]:
-    """The shared parameters as a list; raises when empty, repeated, no leaves or on several devices."""
+    """Lists the shared parameters; raises where there are none, or one is repeated, no leaf or on another device."""
     if isinstance(shared_parameters, (Tensor, nn.Module)):
         raise TypeError(
             f"Expected `{name}` to be parameters, as from model.encoder.parameters(), but got a "
@@ -94,7 +94,7 @@ def refuse_fake(tensor: Tensor | None) -> None:
 
 
 def trainable(parameters: Sequence[Tensor], name: str = "shared_parameters") -> list[Tensor]:
-    """Those that require grad; raises ValueError where none does."""
+    """Selects the parameters that require grad; raises ValueError where none does."""
     found = [parameter for parameter in parameters if parameter.requires_grad]
     if not found:
         raise ValueError(
@@ -111,7 +111,7 @@ def shortened(sizes: Sequence[object]) -> str:
 
 
 def stacklevel_of_caller() -> int:
-    """The ``stacklevel`` that makes a warning of the calling function point at the code that uses the package."""
+    """Finds the ``stacklevel`` with which a warning of the caller points at the code that uses the package."""
     frame, level = sys._getframe(1), 1  # pyright: ignore[reportPrivateUsage]
     while frame.f_back is not None:
         module = str(frame.f_globals.get("__name__")).partition(".")[0]

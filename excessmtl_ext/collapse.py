@@ -21,7 +21,7 @@ LOOKS_REMEMBERED = 8
 """The latest looks that are judged together, so that the noise of one batch is averaged away: 400 calls."""
 
 LOOKS_COLLAPSED = 4
-"""So many of them must find a collapse. Not all: published settings without label noise throw the weight to and fro."""
+"""So many of them must find a collapse. Not all: in published settings the weight goes back and forth without noise."""
 
 FEWEST_EFFECTIVE_TASKS = 1.1
 """Below this the weights count as collapsed: the heaviest task then has more than 90 % of them."""
@@ -35,7 +35,7 @@ class TaskCollapseWarning(RuntimeWarning):
 
 
 def effective_num_tasks(task_weights: Tensor) -> Tensor:
-    r"""How many equally weighted tasks the weights amount to (Kish 1965, effective sample size; inverse Simpson index).
+    r"""Counts the equal tasks that the weights amount to (Kish 1965, effective sample size; inverse Simpson index).
 
     .. math:: (\textstyle\sum_i \alpha_i)^2 / \sum_i \alpha_i^2
 

@@ -110,7 +110,7 @@ class CompiledStep:
             try:
                 losses, grads, tasks = self._run_graph(batch, kind, moves=moves)
             except (
-                torch._dynamo.exc.TorchDynamoException
+                torch._dynamo.exc.TorchDynamoException  # pyright: ignore
             ) as error:  # while compiling: nothing has run
                 self._obstacle = (str(error).splitlines() or [type(error).__name__])[0]
             else:
@@ -225,7 +225,9 @@ class CompiledStep:
         self, batch: Sequence[Any], kind: Any, *, moves: bool
     ) -> tuple[Tensor, list[Tensor | None], list[int]]:
         with ExitStack() as stack:
-            stack.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+            stack.enter_context(
+                torch._dynamo.config.patch(trace_autograd_ops=True)  # pyright: ignore[reportPrivateUsage]
+            )
             if (kind, moves) not in self._compiled:
                 # Caches of sizes, which are constants of a graph.
                 stack.enter_context(warnings.catch_warnings())

@@ -145,7 +145,7 @@ class History:
         return self._is_closed
 
     def records(self) -> HistoryRecords:
-        """The latest ``keep`` recorded steps. Flushes, so it waits for the device."""
+        """Returns the latest ``keep`` recorded steps. Flushes, so it waits for the device."""
         self.flush()
         if not self._kept:
             num_tasks = len(self.task_names)
@@ -313,7 +313,7 @@ def _ask_all(calls: Sequence[Callable[[], None]]) -> None:
 
 
 def _keeps_mean(rule: RecordedRule) -> bool:
-    """Whether the balancer's own state has a running mean of the gradients (``gradient_momentum`` of ExcessMTL)."""
+    """Tells whether the balancer's state has a running mean of the gradients (``gradient_momentum`` of ExcessMTL)."""
     return getattr(rule, "gradient_momentum", 0.0) > 0.0 and hasattr(rule, "grad_mean")
 
 

@@ -189,7 +189,7 @@ def _num_shared(rule: MeasuredRule) -> int:
 
 
 def _bytes_per_param(rule: MeasuredRule) -> int:
-    """Of a gradient: that of its parameter where the balancer knows it, else float32."""
+    """Returns the bytes of a gradient's element: those of the parameter's type where it is known, else of float32."""
     shared = rule.shared_parameters
     return shared[0].element_size() if shared else 4
 

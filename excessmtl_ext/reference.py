@@ -153,7 +153,7 @@ def find_nonfinite(
         return torch.zeros(num_rows, dtype=torch.bool, device=device)
     zero = torch.zeros((), dtype=wide, device=present[0].device)
     # The largest magnitude decides: NaN where there is one.
-    norms = iter(torch._foreach_norm(present, float("inf"), wide))
+    norms = iter(torch._foreach_norm(present, float("inf"), wide))  # pyright: ignore
     rows = [next(norms) if grad.numel() > 0 else zero for grad in task_grads]
     largest = torch.stack(rows).view(num_rows, -1)
     if grad_scale is not None:

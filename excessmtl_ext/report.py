@@ -276,7 +276,7 @@ def _finding(rule: ReportedRule, tasks: Sequence[TaskReport]) -> str:
 
 
 def _why_nothing(rule: ReportedRule, tasks: Sequence[TaskReport]) -> str:
-    """What to say where no task stands out: that none does, or what is missing to say it."""
+    """Says that no task stands out, or what is missing to judge it."""
     history = rule.history
     num_gradients = min(task.num_gradients for task in tasks)
     if history is None or not history.has_gradients:

@@ -329,7 +329,7 @@ class Observer(Protocol):
 
 
 def has_floor(rule: WeightingRule) -> bool:
-    """Whether some weight has a floor."""
+    """Tells whether some weight has a floor."""
     floor = rule.min_weight
     return max(floor) > 0.0 if isinstance(floor, tuple) else floor > 0.0
 

@@ -67,7 +67,7 @@ def read_step(
 
 
 def in_order(rule: WeightingRule, losses: Losses) -> Tensor | Sequence[Tensor | None]:
-    """The losses by task index: those of a mapping in the order of the first one that ``rule`` was given.
+    """Returns the losses by task index: those of a mapping in the order of the first one that ``rule`` was given.
 
     Raises:
         ValueError: the keys are not those of the first mapping.
@@ -120,19 +120,19 @@ def read_task(
 
 
 def moves_weights(rule: WeightingRule) -> bool:
-    """Whether the next step moves the weights or only applies them."""
+    """Tells whether the next step moves the weights or only applies them."""
     return rule.num_calls % rule.update_every == 0 and not rule.holds_weights
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context without autocast, under which sums of gradients would be rounded to its type."""
+    """Makes a context without autocast, which would round sums of gradients to its type."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def start_of(root: Root, scale: Tensor | None) -> Tensor:
-    """The gradient a pass starts with: ones, or the scale, in the shape and dtype of the loss."""
+    """Makes the gradient that a pass starts with: ones, or the scale, in the shape and dtype of the loss."""
     if isinstance(root, Tensor):
         one = torch.ones_like(root)
     else:
@@ -207,7 +207,7 @@ def check_accumulation_hooks(shared: Sequence[Tensor]) -> None:
 
 
 def bound_parameters(rule: WeightingRule) -> list[Tensor]:
-    """The shared parameters; raises ValueError where no gradients can be written to them."""
+    """Returns the shared parameters; raises ValueError where no gradients can be written to them."""
     shared = rule.shared_parameters
     if (
         shared is None
@@ -221,7 +221,7 @@ def bound_parameters(rule: WeightingRule) -> list[Tensor]:
 
 
 def as_scale(grad_scale: Tensor | float, device: torch.device) -> Tensor:
-    """The scale as a scalar tensor on ``device``, float32, or float64 where it was given so.
+    """Converts the scale to a scalar tensor on ``device``, float32, or float64 where it was given so.
 
     Raises:
         ValueError: it is not one number.
@@ -336,7 +336,7 @@ def _stacked_roots(losses: Tensor) -> list[Root | None]:
 
 
 def loss_values(losses: Tensor | Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """The losses as a detached tensor [T] of the dtype and device of ``like``; NaN for an absent task."""
+    """Stacks the losses to a detached tensor [T] of the dtype and device of ``like``; NaN for an absent task."""
     if isinstance(losses, Tensor):
         return losses.detach().to(like)
     missing = torch.full((), float("nan"), dtype=like.dtype, device=like.device)
@@ -362,7 +362,7 @@ def check_device(roots: Iterable[Root | None], device: torch.device) -> None:
 
 
 def checked_features(features: Features, device: torch.device) -> list[Tensor]:
-    """The features as a list.
+    """Lists the features.
 
     Raises:
         TypeError: ``features`` is neither a tensor nor a list of tensors.

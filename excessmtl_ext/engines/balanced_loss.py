@@ -21,7 +21,7 @@ def balanced_loss(
     losses: Tensor | Sequence[Tensor | None],
     run: Callable[[Step], None],
 ) -> Tensor:
-    """The weighted sum of the losses under the weights so far; its ``.backward()`` runs the step.
+    """Sums the losses under the weights so far; the ``.backward()`` of the sum runs the step.
 
     A loss that is NaN is left out of the value: that of a task without labels in this batch.
 
@@ -50,7 +50,7 @@ def balanced_loss(
 
 
 def _refusing_other_inputs(anchor: Node) -> Callable[[Tensor], None]:
-    """A hook of the scalar that raises where a pass is asked for certain inputs only: no step would run."""
+    """Makes a hook of the scalar that raises where a pass is asked for certain inputs only: no step would run."""
 
     def check(grad: Tensor) -> None:
         if not torch._C._will_engine_execute_node(anchor):  # pyright: ignore[reportPrivateUsage]
@@ -64,7 +64,7 @@ def _refusing_other_inputs(anchor: Node) -> Callable[[Tensor], None]:
 
 
 def _is_visited_later(roots: Sequence[Root | None]) -> bool:
-    """Whether the pass under way goes on to a node that a pass from ``roots`` needs, as with an auxiliary loss."""
+    """Tells whether the pass under way goes on to a node that ``roots`` need, as with an auxiliary loss."""
     return any(
         torch._C._will_engine_execute_node(node)  # pyright: ignore[reportPrivateUsage]
         for node in nodes_of(root for root in roots if root is not None)

@@ -48,7 +48,7 @@ from excessmtl_ext.step import (
 
 
 def checked_subset(chosen: Iterable[Tensor], shared: Sequence[Tensor] | None) -> list[Tensor]:
-    """The parameters that risks are estimated from, in the order given; raises unless all are shared ones."""
+    """Lists the parameters that risks are estimated from; raises ValueError unless all are shared ones."""
     subset = checked_parameters(chosen, "estimate_from")
     known = {id(parameter) for parameter in shared or ()}
     for index, parameter in enumerate(subset):
@@ -136,7 +136,7 @@ class SubsetEngine(CheaperEngine):
 def subset_rows(
     step: Step, subset: Sequence[Tensor], tasks: Iterable[int]
 ) -> list[list[Tensor | None]]:
-    """A row of gradients of ``subset`` for each of ``tasks``, None for the others; keeps the graphs.
+    """Computes a row of gradients of ``subset`` for each of ``tasks``, None for the others; keeps the graphs.
 
     Raises:
         ValueError: a node runs a backward pass of its own, which would write ``.grad``.

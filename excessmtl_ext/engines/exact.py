@@ -127,7 +127,7 @@ class ExactEngine:
         return step.tasks
 
     def refuse(self, rule: WeightingRule, error: Exception) -> None:
-        """Has nobody to tell."""
+        """Does nothing: no other process waits for this step."""
 
     def reset(self) -> None:
         """Forgets what was measured, and holds nothing."""
@@ -136,7 +136,7 @@ class ExactEngine:
 
 
 def step_without_task_grads(rule: WeightingRule, step: Step) -> None:
-    """A step whose weights need no gradients, or stay as they are: one weighted pass."""
+    """Runs a step whose weights need no gradients, or stay as they are: one weighted pass."""
     is_uniform = rule.has_uniform_weights
     graph, parameters = None, step.shared
     if not is_uniform:
@@ -169,7 +169,7 @@ def show_gradients(rule: WeightingRule, step: Step) -> None:
 
 
 def guarded_weights(rule: WeightingRule) -> Tensor:
-    """The pass weights [T]; NaN after a step that does not count, so that whoever guards the optimizer sees it."""
+    """Returns the pass weights [T]; NaN after a step that does not count, so that a guard of the optimizer sees it."""
     return torch.where(rule.found_nonfinite.any(), float("nan"), rule.pass_weights())
 
 
@@ -192,7 +192,7 @@ def update(rule: WeightingRule, step: Step) -> None:
 
 
 def update_and_combine(rule: WeightingRule, step: Step, targets: Targets) -> None:
-    """The same for ``rule.update_and_combine``."""
+    """Calls ``rule.update_and_combine``; a complaint of an op about an argument is a ValueError."""
     try:
         rule.update_and_combine(step, targets)
     except RuntimeError as error:

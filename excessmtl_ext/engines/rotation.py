@@ -47,7 +47,7 @@ class TaskRotation:
         return [task for task in range(self.num_tasks) if task not in self.waiting]
 
     def start_round(self) -> None:
-        """Puts every task in line again."""
+        """Begins a round: every task waits for its turn again."""
         self.waiting = list(range(self.num_tasks))
 
     def take_turns(self, present: Sequence[int]) -> list[int]:

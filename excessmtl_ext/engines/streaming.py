@@ -197,7 +197,7 @@ def _fold(
 
 
 def _on_host(scale: GivenScale) -> float | None:
-    """The scale as a number; None where reading it would wait for a GPU."""
+    """Returns the scale as a number; None where reading it would wait for a GPU."""
     if isinstance(scale, Tensor):
         return float(scale) if scale.device.type == "cpu" and scale.numel() == 1 else None
     return 1.0 if scale is None else float(scale)

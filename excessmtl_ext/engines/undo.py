@@ -1,4 +1,4 @@
-"""Steps that move the weights before their last pass: what they have written is put back where that pass fails."""
+"""Restores state and gradients where a step fails after it has moved the weights."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def nodes_of(roots: Iterable[Root]) -> Iterator[Node]:
 
 
 def leaves_of(*roots: Root) -> dict[int, Tensor]:
-    """Every parameter that a pass from ``roots`` reaches, by id."""
+    """Collects every parameter that a pass from ``roots`` reaches, by id."""
     leaves = {id(root): root for root in roots if isinstance(root, Tensor) and root.grad_fn is None}
     for node in nodes_of(roots):
         variable = getattr(node, "variable", None)
@@ -46,7 +46,7 @@ def capture_grads(
     retain_graph: bool,
     keep_sparse: bool = False,
 ) -> list[Tensor | None]:
-    """One pass that returns the gradients of ``parameters`` and touches no ``.grad``; sparse ones become dense.
+    """Runs one pass that returns the gradients of ``parameters`` and touches no ``.grad``; sparse ones become dense.
 
     Nothing that waits for a gradient to be accumulated is told: DistributedDataParallel sees one
     pass per step, that of :func:`deposit_grads`.
@@ -79,7 +79,7 @@ def capture_batched(
     *,
     retain_graph: bool,
 ) -> list[list[Tensor | None]]:
-    """K passes in one, vectorised: like :func:`capture_grads` from ``roots`` with ``starts[:, k]``, for every k.
+    """Runs K passes in one, vectorised: like :func:`capture_grads` from ``roots`` with ``starts[:, k]``, for every k.
 
     Args:
         roots: M tensors.
@@ -112,7 +112,7 @@ def deposit_grads(
     *,
     at_start: Callable[[], None] | None = None,
 ) -> None:
-    """One pass of the autograd engine that adds ``grads`` to ``.grad`` and runs whatever is hooked there.
+    """Runs one pass of the autograd engine that adds ``grads`` to ``.grad`` and runs whatever is hooked there.
 
     None is passed on as autograd's undefined gradient: the parameter is reported as done and its
     ``.grad`` stays as it is.

@@ -45,7 +45,7 @@ class Cut(CutGraph):
         keep_heads: bool,
         walk_encoder: Callable[[Cut, list[list[Tensor | None]]], GradRows] | None = None,
     ) -> tuple[GradRows, HeadGrads | None]:
-        """Gradients of every task, from the losses to the features and on to the shared parameters.
+        """Computes the gradients of every task, from the losses to the features and on to the shared parameters.
 
         Args:
             step: Gives roots and scale.
@@ -60,7 +60,7 @@ class Cut(CutGraph):
         return rows, HeadGrads(self.heads, dict(enumerate(head_grads)))
 
     def walk_heads(self, step: Step) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
-        """One pass from every loss to the features and the parameters of its head; no ``.grad`` is touched.
+        """Runs one pass from every loss to the features and the parameters of its head; touches no ``.grad``.
 
         Returns:
             Per task, gradients of the features it reached, and of its ``heads``.
@@ -136,7 +136,7 @@ class Cut(CutGraph):
         return [(position, self.edges[edges[position]]) for position in positions]  # type: ignore[index]
 
     def deposit_heads(self, head_grads: Sequence[Sequence[Tensor | None]]) -> None:
-        """Adds every task's gradients of its head to ``.grad``, in one pass, so that what is hooked there runs once."""
+        """Adds every task's gradients of its head to ``.grad``, in one pass, so that hooks there run once."""
         totals: dict[int, Tensor] = {}
         for heads, grads in zip(self.heads, head_grads, strict=True):
             for leaf, grad in zip(heads, grads, strict=True):
@@ -149,7 +149,7 @@ class Cut(CutGraph):
     def encoder_root(
         self, task: int, feature_grads: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Where the encoder's pass of ``task`` starts, and with what."""
+        """Finds where the encoder's pass of ``task`` starts, and with what."""
         pairs = [
             (self.features[index], grad)
             for index, grad in zip(self.reached[task], feature_grads, strict=True)
@@ -158,7 +158,7 @@ class Cut(CutGraph):
         return [feature for feature, _ in pairs], [grad for _, grad in pairs]
 
     def walk_encoder(self, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
-        """One pass of the encoder per present task, as ``per_task.backward_per_task``."""
+        """Runs one pass of the encoder per present task, as ``per_task.backward_per_task``."""
         passes = [
             Pass(task, *self.encoder_root(task, feature_grads[task]))
             for task, reached in enumerate(self.reached)
@@ -209,7 +209,7 @@ class Cut(CutGraph):
     def walk_encoder_weighted(
         self, feature_grads: Sequence[Sequence[Tensor | None]], task_weights: Tensor
     ) -> None:
-        """One pass of the encoder from the weighted sum of the features' gradients; adds to the shared ``.grad``."""
+        """Runs one pass of the encoder from the weighted features' gradients; adds to the shared ``.grad``."""
         present = [task for task, reached in enumerate(self.reached) if reached]
         used = sorted(set().union(*(self.reached[task] for task in present)))
         # Not by a list as index, which a GPU would wait for.
@@ -231,7 +231,7 @@ class Cut(CutGraph):
 def _reading(
     positions: Sequence[tuple[int, int]], found: dict[int, Tensor]
 ) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], None]:
-    """A node's hook that adds what it passes on at each position to ``found``, by feature."""
+    """Makes a node's hook that adds what it passes on at each position to ``found``, by feature."""
 
     def read(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
         for position, feature in positions:

@@ -151,7 +151,7 @@ class CutGraph:
         return None
 
     def obstacle_to_batching(self) -> str | None:
-        """Why a vectorised pass of the encoder would not equal T passes, or would waste most of its work; or None."""
+        """Says why a vectorised pass of the encoder would differ from T passes or waste most of its work; or None."""
         present = [set(reached) for reached in self.reached if reached]
         if len(present) < 2:
             return "fewer than two tasks are present"

@@ -130,7 +130,7 @@ class HeadGraph:
         return found
 
     def _nodes_above(self, targets: Iterable[Node]) -> set[Node]:
-        """``targets``, and every node whose gradients some of them receive."""
+        """Collects ``targets`` and every node whose gradients some of them receive."""
         children_of: dict[Node, list[Node]] = {}
         for node, edges in self._edges.items():
             for parent, _ in edges:

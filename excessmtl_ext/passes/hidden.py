@@ -26,7 +26,7 @@ _HARMLESS = (
 
 
 def hides_parameters(node: Node) -> bool:
-    """Whether the backward pass of ``node`` runs another one, into parameters that have no edge here."""
+    """Tells whether the backward pass of ``node`` runs another one, into parameters that have no edge here."""
     if not isinstance(node, BackwardCFunction):
         return False
     function: type = node._forward_cls  # type: ignore[attr-defined]  # pyright: ignore
@@ -36,7 +36,7 @@ def hides_parameters(node: Node) -> bool:
 
 
 def hidden_parameters(node: Node) -> list[Tensor] | None:
-    """Every parameter that the pass inside ``node`` may reach; None where they cannot be told.
+    """Collects every parameter that the pass inside ``node`` may reach; None where they cannot be told.
 
     They are looked up in what the node keeps: the function that is run again, the modules and
     tensors that it refers to.

@@ -35,7 +35,7 @@ def run_backward(
     retain_graph: bool,
     inputs: Sequence[Tensor] | None = None,
 ) -> None:
-    """One pass of the autograd engine from all ``roots``; adds to ``.grad`` of every leaf, or of ``inputs`` only."""
+    """Runs one pass of the engine from all ``roots``; adds to ``.grad`` of every leaf, or of ``inputs`` only."""
     try:
         torch.autograd.backward(
             roots,  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def raise_if_reused(
 
 
 def _storages(grads: Sequence[Tensor | None]) -> set[int]:
-    """Where the storages of the gradients begin: a loop over parameters, left to built-ins."""
+    """Collects the addresses of the gradients' storages: a loop over parameters, left to built-ins."""
     try:
         addresses = set(map(_address_of, map(_storage_of, compress(grads, _are_given(grads)))))
     except (RuntimeError, NotImplementedError):  # sparse, or a tensor whose elements lie elsewhere
@@ -193,7 +193,7 @@ class HeadGrads:
 
     @classmethod
     def of(cls, roots: Sequence[Root | None], shared: Sequence[Tensor]) -> HeadGrads:
-        """Those of the parameters that each root reaches and that are not shared.
+        """Keeps those of the parameters that each root reaches and that are not shared.
 
         Raises:
             ValueError: some of them cannot be told.
@@ -358,7 +358,7 @@ def uniform_backward(
     *,
     retain_graph: bool = False,
 ) -> None:
-    """One pass of the losses unweighted, then the shared gradients scaled: heads are right as they come."""
+    """Runs one pass of the unweighted losses and scales the shared gradients: heads get their own gradient."""
     with set_aside_grads(shared):
         run_backward(roots, starts, retain_graph=retain_graph)
         grads = take_grads(shared)
@@ -368,7 +368,7 @@ def uniform_backward(
 def weighted_starts(
     starts: Sequence[Tensor], tasks: Sequence[int], task_weights: Tensor
 ) -> list[Tensor]:
-    """The start of each task's pass times its weight."""
+    """Multiplies the start of each task's pass by its weight."""
     dtypes = {start.dtype for start in starts}
     of_dtype = {dtype: task_weights.to(dtype).unbind() for dtype in dtypes}
     return [start * of_dtype[start.dtype][task] for task, start in zip(tasks, starts, strict=True)]

@@ -61,7 +61,7 @@ def combine_targets(
 
 
 def _may_be_written(grads: Sequence[Tensor | None]) -> bool:
-    """Whether all gradients of a task are there, each contiguous and alone in its storage."""
+    """Tells whether all gradients of a task are there, each contiguous and alone in its storage."""
     if not all(_are_given(grads)):
         return False
     given: list[Tensor] = list(grads)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def _may_be_written(grads: Sequence[Tensor | None]) -> bool:
 
 
 def _storage_of(grad: Tensor | None) -> int:
-    """Where a gradient's storage begins.
+    """Returns the address of a gradient's storage.
 
     Parameters may share one: for ``a.view(-1) + b.view(-1)`` autograd makes both ``.grad`` views of
     one tensor, and a sum written for a would change what is read for b.
@@ -82,7 +82,7 @@ def _storage_of(grad: Tensor | None) -> int:
 
 
 def fills_its_storage(grad: Tensor) -> bool:
-    """False for a row of all tasks' gradients: as ``.grad`` it would keep those of all tasks alive."""
+    """Tells a gradient from a row of all tasks' gradients, which as ``.grad`` would keep those of all tasks alive."""
     return grad.untyped_storage().nbytes() <= grad.numel() * grad.element_size()
 
 

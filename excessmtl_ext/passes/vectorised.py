@@ -82,7 +82,7 @@ class EncoderPasses:
         return cut.walk_encoder(feature_grads)
 
     def _batched(self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
-        """The vectorised pass; a pass per task from then on if some layer cannot be batched."""
+        """Runs the vectorised pass; a pass per task from then on if some layer cannot be batched."""
         if self._has_worked:
             task_grads = cut.walk_encoder_batched(feature_grads, retain_graph=False)
         else:
@@ -100,7 +100,7 @@ class EncoderPasses:
         return task_grads
 
     def _measured(self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
-        """A step of the warm-up, in the way that has had fewer; chooses after the last one."""
+        """Runs a step of the warm-up in the way that has had fewer steps; chooses after the last one."""
         batched = self._num_steps[True] < self._num_steps[False]
         self.is_batched = batched
         self.reason = "measuring"
@@ -131,7 +131,7 @@ def _per_task(cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> Gra
 
 
 def _clock(device: torch.device) -> float:
-    """The time in seconds when ``device`` has done all it was given."""
+    """Waits until ``device`` has done all it was given; returns the time in seconds."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -28,7 +28,7 @@ def apply_weights(
     is_uniform: bool = False,
     graph: HeadGraph | None = None,
 ) -> None:
-    """Passes for given weights: shared ``.grad`` gets sum_i a_i g_i, heads their own gradient or a multiple of it.
+    """Runs passes for given weights: shared ``.grad`` gets sum_i a_i g_i, heads their own gradient or a multiple of it.
 
     One pass from all losses, in which what a task's own graph hands on is multiplied by its weight;
     heads lie above that. Where a parameter that is not shared lies below, as behind a tensor that
@@ -102,7 +102,7 @@ def _pass_weighted_at(
     *,
     retain_graph: bool,
 ) -> None:
-    """One pass in which what crosses the border of a task's own graph is multiplied by its weight."""
+    """Runs one pass in which gradients that leave a task's own graph are multiplied by its weight."""
     handles = [
         node.register_hook(_scaling(positions, weight))
         for border, weight in zip(borders, task_weights.unbind(), strict=True)
@@ -125,7 +125,7 @@ def _pass_weighted_at(
 def _scaling(
     positions: Sequence[int], weight: Tensor
 ) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
-    """A node's hook that multiplies what it passes on at ``positions`` by ``weight``."""
+    """Makes a node's hook that multiplies what it passes on at ``positions`` by ``weight``."""
 
     def scale(
         grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]
@@ -139,7 +139,7 @@ def _scaling(
 
 
 def _pass_per_task(step: Step, task_weights: Tensor) -> None:
-    """A pass per task, which needs to know no head: each gets its own gradient as it comes."""
+    """Runs a pass per task, which need not know any head: each gets its own gradient."""
     rows, _ = backward_per_task(
         step.roots,
         step.starts,
