@@ -58,6 +58,8 @@ struct Case {
   bool misaligned = false;  // every third gradient starts one element past a vector
   bool has_absent = false;  // some tasks skip a step, some tensors always
   int nonfinite_step = -1;
+  // In the last task's first tensor; -1: every eleventh element of the task.
+  int64_t nonfinite_at = -1;
   bool in_place = false;  // outputs are gradients of task 0
   bool accumulate = false;
   bool split =
@@ -384,7 +386,12 @@ class Run {
         std::vector<double> values(c_.numels[l]);
         for (int64_t k = 0; k < c_.numels[l]; ++k) {
           double value = normal(random) * size;
-          if (step == c_.nonfinite_step && i == c_.num_tasks - 1 && (k + l) % 11 == 5) {
+          const bool is_place =
+              c_.nonfinite_at < 0 ? (k + l) % 11 == 5 : l == 0 && k == c_.nonfinite_at;
+          if (step == c_.nonfinite_step && i == 0 && k == 0 && c_.grad_scale > 0.0) {
+            value = 1e18 * c_.grad_scale;  // finite without the scale
+          }
+          if (step == c_.nonfinite_step && i == c_.num_tasks - 1 && is_place) {
             value = k % 2 == 0 ? std::numeric_limits<double>::infinity()
                                : std::numeric_limits<double>::quiet_NaN();
           }
@@ -795,6 +802,16 @@ std::vector<Case> all_cases() {
        .sqrt_fisher = false,
        .num_warmup_steps = 0,
        .relative = false},
+      {.name = "the last element not finite",
+       .num_tasks = 2,
+       .numels = {5003},
+       .nonfinite_step = 1,
+       .nonfinite_at = 5002},
+      {.name = "one element past the batches not finite",
+       .num_tasks = 2,
+       .numels = {3072},
+       .nonfinite_step = 1,
+       .nonfinite_at = 2501},
       {.name = "grad_scale",
        .num_tasks = 2,
        .numels = {3000, 5},
