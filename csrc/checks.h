@@ -112,6 +112,11 @@ inline void check_num_warmup_steps(int64_t num_warmup_steps) {
                   num_warmup_steps, ".");
 }
 
+inline void check_raw_risk_scale(double raw_risk_scale) {
+  STD_TORCH_CHECK(std::isfinite(raw_risk_scale) && raw_risk_scale > 0.0,
+                  "Expected `raw_risk_scale` > 0, but got ", raw_risk_scale, ".");
+}
+
 inline void check_weight_options(double robust_step_size, double min_weight, double weight_total,
                                  int64_t num_tasks) {
   STD_TORCH_CHECK(std::isfinite(robust_step_size) && robust_step_size > 0.0,

@@ -190,6 +190,109 @@ EXCESSMTL_HOST_DEVICE double scaled_task_weight(double share, int64_t num_tasks,
          ((1.0 - static_cast<double>(num_tasks) * options.min_weight) * share + options.min_weight);
 }
 
+// ---- gradients at one size, weights within bounds; per task and tensor, always in double ------------------------------
+
+// Steps that a running mean square looks back; the mean of all steps until then.
+constexpr double kSizeMemory = 100.0;
+// A mean square counts as at most so many times the running one, so that no single batch decides a size.
+constexpr double kOutlierRatio = 100.0;
+// Gradients of a task until its risk counts in full: three times the 50 steps that momentum 0.98 looks back.
+constexpr double kRampSteps = 150.0;
+// Least 1 - c at which variance and signal can be told apart: below, the momentum is of one gradient.
+constexpr double kLeastEvidence = 1e-6;
+
+struct MoveOptions {
+  bool is_bounded;       // the log-weights follow the shares, instead of adding up (Eq. 9)
+  double max_log_ratio;  // kappa: how far they can lie apart, besides the priorities
+};
+
+// Sums of squares that exceed the type they are added up in count as its largest number, as in sq_grad_sum.
+template <typename acc_t>
+EXCESSMTL_HOST_DEVICE double bounded_square_sum(double square_sum) {
+  constexpr double kLargest = LargestFinite<acc_t>::value;
+  return square_sum > kLargest ? kLargest : square_sum;
+}
+
+struct TensorSize {
+  double mean_square;
+  int64_t num_steps;
+};
+
+// n <- n + (min(x, 100 n) - n) / min(t, 100) with this step's mean square x. A gradient that is zero in a whole tensor says
+// nothing of its size.
+EXCESSMTL_HOST_DEVICE TensorSize updated_tensor_size(double mean_square, int64_t num_steps,
+                                                     double now) {
+  if (!(now > 0.0)) {
+    return {mean_square, num_steps};
+  }
+  const double most = kOutlierRatio * mean_square;
+  const double bounded = num_steps == 0 || now < most ? now : most;
+  const double t = static_cast<double>(num_steps + 1);
+  return {mean_square + (bounded - mean_square) / (t < kSizeMemory ? t : kSizeMemory),
+          num_steps + 1};
+}
+
+// What the gradient of a task is multiplied by in one tensor: brings it from its own size to the largest one of all tasks.
+EXCESSMTL_HOST_DEVICE double tensor_weight(double task_weight, double largest_mean_square,
+                                           double mean_square, double now) {
+  if (!(mean_square > 0.0)) {
+    return task_weight;
+  }
+  const double least = now / kOutlierRatio;
+  return task_weight * std::sqrt(largest_mean_square / (mean_square < least ? least : mean_square));
+}
+
+struct SignalShare {
+  double share;               // q, in [0, 1]
+  int64_t num_gradient_steps;  // t
+  double momentum_mass;       // sum of the shares that the t gradients have in m
+  double momentum_sq_mass;    // sum of their squares
+};
+
+// How much of a task's squared gradient is no variance: (t E / P - c) / (1 - c), where E is the linear Fisher's risk, P the elements
+// of all tensors in which the task has had a gradient, and c what pure variance would give. A gradient of zeros moves m as any
+// other and is none of those whose mean is wanted. risk_sum: not corrected for the bias of m.
+EXCESSMTL_HOST_DEVICE SignalShare updated_signal_share(double risk_sum, bool has_grad,
+                                                       double num_reached_params,
+                                                       const SignalShare& before, double momentum) {
+  const double grad_share = has_grad ? 1.0 - momentum : 0.0;
+  SignalShare after = {0.0, before.num_gradient_steps + (has_grad ? 1 : 0),
+                       momentum * before.momentum_mass + grad_share,
+                       momentum * momentum * before.momentum_sq_mass + grad_share * grad_share};
+  const double sq_mass = after.momentum_mass * after.momentum_mass;
+  const double variance = after.momentum_sq_mass / sq_mass;
+  if (has_grad && 1.0 - variance > kLeastEvidence) {
+    const double ratio =
+        static_cast<double>(after.num_gradient_steps) * risk_sum / sq_mass / num_reached_params;
+    const double share = (ratio - variance) / (1.0 - variance);
+    after.share = share > 1.0 ? 1.0 : (share > 0.0 ? share : 0.0);
+  }
+  return after;
+}
+
+// R, between 0 and 1: the sum of a task's shares beside the largest sum.
+EXCESSMTL_HOST_DEVICE double bounded_relative_risk(double risk_share_sum, double largest_sum,
+                                                   int64_t num_gradient_steps) {
+  const double ratio = largest_sum > 0.0 ? risk_share_sum / largest_sum : 1.0;
+  const double ramp = static_cast<double>(num_gradient_steps) / kRampSteps;
+  return 1.0 + (ratio - 1.0) * (ramp < 1.0 ? ramp : 1.0);
+}
+
+// The log-weight of a task before normalisation; the priorities during the warm-up.
+EXCESSMTL_HOST_DEVICE double bounded_log_weight(double log_priority, double relative_risk,
+                                                int64_t num_steps, int64_t num_warmup_steps,
+                                                double max_log_ratio) {
+  return num_steps < num_warmup_steps ? log_priority : log_priority + max_log_ratio * relative_risk;
+}
+
+// The weight of one task from its share of the simplex, where each task has a floor of its own.
+EXCESSMTL_HOST_DEVICE double floored_task_weight(double share, double floor, double total_floor,
+                                                 double weight_total) {
+  return weight_total * ((1.0 - total_floor) * share + floor);
+}
+
+// ---- streaming ---------------------------------------------------------------------------------------------------------
+
 // Streaming: how a running sum, kept relative to exp(largest log-weight so far), takes in one more weighted gradient:
 // sum <- keep * sum + add * g. The largest log-weight starts at -inf with an empty sum.
 struct FoldFactors {

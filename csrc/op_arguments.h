@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "memory_overlap.h"
+#include "move_arguments.h"
 #include "param_layout.h"
 #include "step_state.h"
 #include "task_state.h"
@@ -65,7 +66,7 @@ inline void add_extents(std::vector<Extent>& extents, const std::vector<Tensor>&
 
 // What combine_ works on besides gradients and outputs.
 struct CombineState {
-  Tensor task_weights;     // [T] float64
+  Tensor task_weights;     // [T] float64, or [T, L]
   Tensor found_nonfinite;  // [T] bool
   // Checked, and not used: a step that is not finite has written no state.
   Tensor sq_grad_sum;  // [T, padded P], or no elements
@@ -74,6 +75,8 @@ struct CombineState {
   RoundingSource rounding;
 
   bool has_rows() const { return sq_grad_sum.numel() > 0; }
+  // Whether every tensor has a weight of its own.
+  bool per_tensor() const { return task_weights.dim() == 2; }
 };
 
 // ---- fused_step_ and fused_step_combine_ -----------------------------------------------------------------------------
@@ -86,18 +89,24 @@ struct StepCall {
   StepChoices choices;
   std::vector<Tensor> outputs;  // none: fused_step_
   bool accumulate;
+  MoveArguments moves;
   TaskGrads grads;
 
   RoundingSource rounding() const { return state.rounding(choices.rounding_seed); }
   CombineState combine_state() const {
-    return {state.task_weights, state.found_nonfinite,     state.sq_grad_sum,
-            state.grad_mean,    choices.gradient_momentum, rounding()};
+    return {moves.per_tensor ? *moves.tensor_weights : state.task_weights,
+            state.found_nonfinite,
+            state.sq_grad_sum,
+            state.grad_mean,
+            choices.gradient_momentum,
+            rounding()};
   }
 };
 
 inline void read_step_grads(StepCall& call, std::vector<Tensor> task_grads) {
   const StepTensors& state = call.state;
   check_step(state, call.choices, call.layout);
+  check_moves(call.moves, state.num_tasks(), call.layout.num_tensors(), state.sq_grad_sum);
   call.grads =
       read_task_grads(std::move(task_grads), call.layout, state.num_tasks(), state.sq_grad_sum);
   check_state_holds(call.grads, state.sq_grad_sum);
@@ -116,28 +125,33 @@ inline void read_step_grads(StepCall& call, std::vector<Tensor> task_grads) {
       extent_of(state.found_nonfinite, "found_nonfinite"),
       extent_of(state.ticket, "ticket"),
   };
+  add_extents(extents, call.moves);
   add_extents(extents, call.outputs);
   const WrittenMemory written(std::move(extents));
   check_plan_apart(call.chunk_map, call.grad_scale, written);
+  check_moves_apart(call.moves, written);
   check_grads_apart(call.grads, call.layout, written);
 }
 
-template <auto kRun, class Tensors, class Choices, class LateChoices>
+template <auto kRun, class Tensors, class Choices, class LateChoices, class Moves>
 struct StepEntryOf;
 
-template <auto kRun, typename... Tensors, typename... Choices, typename... LateChoices>
-struct StepEntryOf<kRun, TypeList<Tensors...>, TypeList<Choices...>, TypeList<LateChoices...>> {
+template <auto kRun, typename... Tensors, typename... Choices, typename... LateChoices,
+          typename... Moves>
+struct StepEntryOf<kRun, TypeList<Tensors...>, TypeList<Choices...>, TypeList<LateChoices...>,
+                   TypeList<Moves...>> {
   static void fused_step(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chunk_map,
                          std::optional<Tensor> grad_scale, Tensors... state, Choices... choices,
-                         LateChoices... late_choices) {
+                         LateChoices... late_choices, Moves... moves) {
     fused_step_combine(std::move(task_grads), {}, std::move(param_numels), std::move(chunk_map),
                        std::move(grad_scale), std::move(state)..., choices..., false,
-                       late_choices...);
+                       late_choices..., std::move(moves)...);
   }
   static void fused_step_combine(std::vector<Tensor> task_grads, std::vector<Tensor> outputs,
                                  Tensor param_numels, Tensor chunk_map,
                                  std::optional<Tensor> grad_scale, Tensors... state,
-                                 Choices... choices, bool accumulate, LateChoices... late_choices) {
+                                 Choices... choices, bool accumulate, LateChoices... late_choices,
+                                 Moves... moves) {
     StepCall call = {read_param_layout(param_numels),
                      std::move(chunk_map),
                      std::move(grad_scale),
@@ -145,6 +159,7 @@ struct StepEntryOf<kRun, TypeList<Tensors...>, TypeList<Choices...>, TypeList<La
                      {choices..., late_choices...},
                      std::move(outputs),
                      accumulate,
+                     {std::move(moves)...},
                      {}};
     read_step_grads(call, std::move(task_grads));
     kRun(call);
@@ -152,7 +167,8 @@ struct StepEntryOf<kRun, TypeList<Tensors...>, TypeList<Choices...>, TypeList<La
 };
 
 template <auto kRun>
-using StepEntry = StepEntryOf<kRun, StepTensorTypes, StepChoiceTypes, LateChoiceTypes>;
+using StepEntry =
+    StepEntryOf<kRun, StepTensorTypes, StepChoiceTypes, LateChoiceTypes, MoveArgumentTypes>;
 
 // ---- accumulate_excess_risk_ -----------------------------------------------------------------------------------------
 
@@ -169,6 +185,7 @@ struct AccumulateCall {
   double gradient_momentum;
   RoundingSource rounding;
   std::optional<Tensor> known_nonfinite;  // [R] bool
+  std::optional<Tensor> square_sums;  // [R, L] float64
   TaskGrads grads;
 };
 
@@ -183,9 +200,15 @@ inline void read_grads_to_accumulate(AccumulateCall& call, std::vector<Tensor> t
   check_rounding(call.rounding, sums);
   call.grads = read_task_grads(std::move(task_grads), call.layout, num_tasks, sums);
   check_state_holds(call.grads, sums);
-  const WrittenMemory written(
-      {extent_of(sums, "sq_grad_sum"), extent_of(call.grad_mean, "grad_mean"),
-       extent_of(call.excess_risk_sum, "excess_risk_sum"), extent_of(call.ticket, "ticket")});
+  std::vector<Extent> extents = {
+      extent_of(sums, "sq_grad_sum"), extent_of(call.grad_mean, "grad_mean"),
+      extent_of(call.excess_risk_sum, "excess_risk_sum"), extent_of(call.ticket, "ticket")};
+  if (call.square_sums.has_value()) {
+    check_per_tensor(*call.square_sums, "square_sums", num_tasks, call.layout.num_tensors(),
+                     ScalarType::Double, sums);
+    extents.push_back(extent_of(*call.square_sums, "square_sums"));
+  }
+  const WrittenMemory written(std::move(extents));
   if (call.known_nonfinite.has_value()) {
     check_vector(*call.known_nonfinite, "known_nonfinite", num_tasks, ScalarType::Bool, sums);
     written.check_apart(*call.known_nonfinite, "known_nonfinite");
@@ -202,7 +225,8 @@ void accumulate_excess_risk_entry(std::vector<Tensor> task_grads, Tensor param_n
                                   Tensor ticket, bool sqrt_fisher, double eps,
                                   double gradient_momentum, std::optional<Tensor> num_steps,
                                   std::optional<Tensor> num_skipped_steps, int64_t rounding_seed,
-                                  int64_t first_task, std::optional<Tensor> known_nonfinite) {
+                                  int64_t first_task, std::optional<Tensor> known_nonfinite,
+                                  std::optional<Tensor> square_sums) {
   AccumulateCall call = {
       read_param_layout(param_numels),
       std::move(chunk_map),
@@ -216,6 +240,7 @@ void accumulate_excess_risk_entry(std::vector<Tensor> task_grads, Tensor param_n
       gradient_momentum,
       {rounding_seed, std::move(num_steps), std::move(num_skipped_steps), first_task},
       std::move(known_nonfinite),
+      std::move(square_sums),
       {}};
   read_grads_to_accumulate(call, std::move(task_grads));
   kRun(call);
@@ -251,8 +276,7 @@ void update_task_risks_entry(Tensor excess_risk_sum, std::vector<int64_t> tasks,
   check_vector(found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, excess_risk);
   check_element_options(1.0, gradient_momentum);
   check_num_warmup_steps(num_warmup_steps);
-  STD_TORCH_CHECK(std::isfinite(raw_risk_scale) && raw_risk_scale > 0.0,
-                  "Expected `raw_risk_scale` > 0, but got ", raw_risk_scale, ".");
+  check_raw_risk_scale(raw_risk_scale);
   const WrittenMemory written({extent_of(excess_risk, "excess_risk"),
                                extent_of(relative_excess_risk, "relative_excess_risk"),
                                extent_of(baseline_excess_risk, "baseline_excess_risk"),
@@ -350,9 +374,14 @@ inline CombineCall combine_call_of(StepCall&& step) {
 inline void read_grads_to_combine(CombineCall& call, std::vector<Tensor> task_grads) {
   const CombineState& state = call.state;
   const Tensor& weights = state.task_weights;
-  const int64_t num_tasks = weights.numel();
+  const int64_t num_tasks = state.per_tensor() ? weights.size(0) : weights.numel();
   check_num_tasks(num_tasks);
-  check_vector(weights, "task_weights", num_tasks, ScalarType::Double, weights);
+  if (state.per_tensor()) {
+    check_per_tensor(weights, "task_weights", num_tasks, call.layout.num_tensors(),
+                     ScalarType::Double, weights);
+  } else {
+    check_vector(weights, "task_weights", num_tasks, ScalarType::Double, weights);
+  }
   check_vector(state.found_nonfinite, "found_nonfinite", num_tasks, ScalarType::Bool, weights);
   check_element_options(1.0, state.gradient_momentum);
   STD_TORCH_CHECK(state.sq_grad_sum.dim() == 2 && state.sq_grad_sum.size(0) == num_tasks,
@@ -408,10 +437,12 @@ void combine_entry(std::vector<Tensor> task_grads, std::vector<Tensor> outputs, 
 struct FoldCall {
   ParamLayout layout;
   Tensor chunk_map;
-  Tensor log_weight;       // [] float64
+  Tensor log_weight;       // [] float64, or [L]
   Tensor running_sum;      // [padded P]
-  Tensor running_log_max;  // [] float64
+  Tensor running_log_max;  // like log_weight
   TaskGrads grads;
+
+  bool per_tensor() const { return log_weight.numel() != 1; }
 };
 
 template <auto kRun>
@@ -420,8 +451,10 @@ void fold_entry(std::vector<Tensor> task_grads, Tensor param_numels, Tensor chun
   FoldCall call = {read_param_layout(param_numels), std::move(chunk_map),
                    std::move(log_weight),           std::move(running_sum),
                    std::move(running_log_max),      {}};
-  check_vector(call.log_weight, "log_weight", 1, ScalarType::Double, call.running_sum);
-  check_vector(call.running_log_max, "running_log_max", 1, ScalarType::Double, call.running_sum);
+  const int64_t num_weights = call.per_tensor() ? call.layout.num_tensors() : 1;
+  check_vector(call.log_weight, "log_weight", num_weights, ScalarType::Double, call.running_sum);
+  check_vector(call.running_log_max, "running_log_max", num_weights, ScalarType::Double,
+               call.running_sum);
   const ScalarType type = call.running_sum.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
                   "Expected `running_sum` of float32 or float64, but got ",

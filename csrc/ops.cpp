@@ -13,10 +13,8 @@ namespace {
 // How the gradients lie, what CUDA launches, and by what a GradScaler multiplied them.
 const std::string kPlan = "Tensor param_numels, Tensor chunk_map, Tensor? grad_scale, ";
 
-// StepTensors and StepChoices in step_state.h.
-const std::string kState = R"(
-  Tensor(a!) sq_grad_sum,
-  Tensor(b!) grad_mean,
+// The numbers per task, and the counters of steps.
+const std::string kTaskState = R"(
   Tensor(c!) excess_risk,
   Tensor(d!) relative_excess_risk,
   Tensor(e!) baseline_excess_risk,
@@ -25,7 +23,13 @@ const std::string kState = R"(
   Tensor(h!) num_steps,
   Tensor(i!) num_task_steps,
   Tensor(j!) num_skipped_steps,
-  Tensor(k!) found_nonfinite,
+  Tensor(k!) found_nonfinite)";
+
+// StepTensors and StepChoices in step_state.h.
+const std::string kState = R"(
+  Tensor(a!) sq_grad_sum,
+  Tensor(b!) grad_mean,)" + kTaskState +
+                           R"(,
   Tensor(l!) ticket)";
 const std::string kChoices = R"(
   bool sqrt_fisher,
@@ -38,6 +42,20 @@ const std::string kChoices = R"(
   float weight_total)";
 const std::string kLateChoices = R"(
   int rounding_seed=0)";
+
+// MoveArguments in move_arguments.h: of weights within bounds and gradients at one size; the state all or none.
+const std::string kMoves = R"(
+  Tensor(n!)? risk_share_sum=None,
+  Tensor(o!)? num_gradient_steps=None,
+  Tensor(p!)? momentum_mass=None,
+  Tensor(q!)? momentum_sq_mass=None,
+  Tensor(r!)? tensor_mean_square=None,
+  Tensor(s!)? num_tensor_steps=None,
+  Tensor(t!)? tensor_weights=None,
+  Tensor? log_priorities=None,
+  Tensor? weight_floors=None,
+  float? max_log_ratio=None,
+  bool per_tensor=False)";
 
 // Of state that is given without the step it belongs to; only bfloat16 needs them.
 const std::string kRounding = R"(
@@ -53,11 +71,11 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
 
   // One step: S += g * g, excess risks, baseline, weights. One launch on CUDA.
   define("fused_step_(Tensor[] task_grads, " + kPlan + kState + ", *, " + kChoices + ", " +
-         kLateChoices + ") -> ()");
+         kLateChoices + ", " + kMoves + ") -> ()");
 
   // fused_step_, then combine_ with its weights: one launch of both on CUDA where the gradients stay in the L2 cache.
   define("fused_step_combine_(Tensor[] task_grads, Tensor(m!)[] outputs, " + kPlan + kState +
-         ", *, " + kChoices + ", bool accumulate, " + kLateChoices + ") -> ()");
+         ", *, " + kChoices + ", bool accumulate, " + kLateChoices + ", " + kMoves + ") -> ()");
 
   // The three parts of fused_step_, for streaming and for sums over ranks in between. known_nonfinite [R]: where gradients of any
   // rank are not finite; without it the op looks at its own.
@@ -70,7 +88,7 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
       bool sqrt_fisher,
       float eps,
       float gradient_momentum, )" +
-         kRounding + ", Tensor? known_nonfinite=None) -> ()");
+         kRounding + ", Tensor? known_nonfinite=None, Tensor(e!)? square_sums=None) -> ()");
   define(R"(update_task_risks_(
       Tensor excess_risk_sum,
       int[] tasks,
@@ -99,7 +117,29 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
       float min_weight,
       float weight_total) -> ())");
 
-  // outputs (+)= sum_i task_weights_i * task_grads_i; after a non-finite step: NaN. State is not used.
+  // What update_task_risks_ and update_task_weights_ do, and the state of kMoves: from the sums of a step to weights and factors.
+  // Without sums: the weights alone. With risk_share [T] the shares of signal go there and not into their sum.
+  define(R"(commit_step_(
+      Tensor? excess_risk_sum,
+      Tensor? square_sums,
+      int[] tasks,
+      Tensor param_numels,
+      Tensor chunk_map, )" +
+         kTaskState + R"(,
+      Tensor(u!)? risk_share,
+      *,
+      float gradient_momentum,
+      float robust_step_size,
+      int num_warmup_steps,
+      bool relative,
+      float raw_risk_scale,
+      float min_weight,
+      float weight_total,
+      bool moves_weights, )" +
+         kMoves + ") -> ()");
+
+  // outputs (+)= sum_i task_weights_i * task_grads_i, with weights [T] or, one per tensor, [T, L]; after a non-finite step: NaN.
+  // State is not used.
   define("combine_(Tensor[] task_grads, Tensor(a!)[] outputs, " + kPlan + R"(
       Tensor task_weights,
       Tensor found_nonfinite,
@@ -110,7 +150,8 @@ STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
       bool accumulate, )" +
          kRounding + ") -> ()");
 
-  // Streaming: running_sum (+)= exp(log_weight) * task_grads of one task, kept relative to the largest log-weight so far.
+  // Streaming: running_sum (+)= exp(log_weight) * task_grads of one task, kept relative to the largest log-weight so far; [] or,
+  // one per tensor, [L].
   define(R"(fold_(
       Tensor[] task_grads,
       Tensor param_numels,

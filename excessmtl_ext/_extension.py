@@ -45,6 +45,7 @@ OP_NAMES = (
     "accumulate_excess_risk_",
     "update_task_risks_",
     "update_task_weights_",
+    "commit_step_",
     "combine_",
     "fold_",
 )

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from excessmtl_ext import bounded_moves, functional, gradient_sizes
-from excessmtl_ext.bounded_moves import MoveOptions, MoveState
 from excessmtl_ext.excess_mtl_state import ExcessMTLState
-from excessmtl_ext.state import MAX_LOG_STEP, Fisher, StepOptions, StepState
+from excessmtl_ext.state import (
+    MAX_LOG_STEP,
+    Fisher,
+    MoveOptions,
+    MoveState,
+    ParamLayout,
+    StepOptions,
+    StepState,
+)
 from excessmtl_ext.step import Step, StreamedWeight, Targets
 
 
@@ -37,7 +44,7 @@ class ExcessMTLRule(ExcessMTLState):
             fisher=self.fisher,
             eps=self.eps,
             gradient_momentum=self.gradient_momentum,
-            robust_step_size=self.robust_step_size or 0.0,
+            robust_step_size=self.robust_step_size or 1.0,  # not read by bounded moves
             num_warmup_steps=self.num_warmup_steps,
             relative=self.relative,
             min_weight=0.0 if isinstance(self.min_weight, tuple) else self.min_weight,
@@ -47,16 +54,16 @@ class ExcessMTLRule(ExcessMTLState):
 
     @property
     def move_options(self) -> MoveOptions:
-        """The choices that the stateless layer does not know."""
+        """The choices besides, as the stateless layer takes them."""
         return MoveOptions(
             self.max_log_ratio if self.robust_step_size is None else None,
             self.combination != "sum",
-            self.min_weight if isinstance(self.min_weight, tuple) else None,
+            isinstance(self.min_weight, tuple),
         )
 
     @property
     def move_state(self) -> MoveState:
-        """The state that the stateless layer does not know: the balancer's own tensors."""
+        """The state besides: the balancer's own tensors, not copies."""
         own = self.__dict__
         return MoveState(*[own[name] for name in MoveState._fields])
 
@@ -81,60 +88,35 @@ class ExcessMTLRule(ExcessMTLState):
         return self.step_state, self.step_options
 
     def update(self, step: Step) -> None:
-        """Moves the weights by one step (He et al. 2024, Eqs. 6, 7 and 9)."""
+        """Moves the weights by one step (He et al. 2024, Eqs. 6, 7 and 9, or :mod:`excessmtl_ext.bounded_moves`)."""
         state, options = self.prepare(step)
         grads = step.task_grads
-        if self.has_plain_step:
-            functional.fused_step_(grads.tensors, grads.layout, state, options, step.grad_scale)
-            return
-        # Several operations: an interrupt between them must leave no number half-way.
-        numbers = [tensor for tensor in self.state_tensors().values() if tensor.dim() < 2]
-        numbers += self.tensor_mean_square, self.num_tensor_steps, self.tensor_weights
-        before = [tensor.clone() for tensor in numbers]
-        try:
-            bounded_moves.step_(
-                grads.tensors,
-                grads.layout,
-                state,
-                self.move_state,
-                options,
-                self.move_options,
-                step.grad_scale,
-            )
-        except BaseException:
-            for tensor, copy in zip(numbers, before, strict=True):
-                tensor.copy_(copy)
-            raise
-
-    def combine(self, step: Step, targets: Targets) -> None:
-        """Writes the weighted sum to ``targets``; NaN after a non-finite step."""
-        grads, state, options = step.task_grads, self.step_state, self.step_options
-        if self.combination != "sum":
-            gradient_sizes.weighted_sum_(
-                grads.tensors,
-                targets.outputs,
-                grads.layout,
-                self.tensor_weights,
-                state.found_nonfinite,
-                accumulate=targets.accumulate,
-            )
-            return
-        functional.combine_(
+        functional.fused_step_(
             grads.tensors,
-            targets.outputs,
             grads.layout,
             state,
             options,
             step.grad_scale,
+            move=None if self.has_plain_step else self.move_state,
+            moves=self.move_options,
+        )
+
+    def combine(self, step: Step, targets: Targets) -> None:
+        """Writes the weighted sum to ``targets``; NaN after a non-finite step."""
+        grads = step.task_grads
+        functional.combine_(
+            grads.tensors,
+            targets.outputs,
+            grads.layout,
+            self.step_state,
+            self.step_options,
+            step.grad_scale,
             accumulate=targets.accumulate,
+            weights=self.sum_weights(),
         )
 
     def update_and_combine(self, step: Step, targets: Targets) -> None:
-        """:meth:`update` and :meth:`combine`, in one op where it does both."""
-        if not self.has_plain_step:
-            self.update(step)
-            self.combine(step, targets)
-            return
+        """:meth:`update` and :meth:`combine`, in one op."""
         state, options = self.prepare(step)
         grads = step.task_grads
         functional.fused_step_combine_(
@@ -145,6 +127,8 @@ class ExcessMTLRule(ExcessMTLState):
             options,
             step.grad_scale,
             accumulate=targets.accumulate,
+            move=None if self.has_plain_step else self.move_state,
+            moves=self.move_options,
         )
 
     @property
@@ -170,15 +154,15 @@ class ExcessMTLRule(ExcessMTLState):
             functional.update_task_risks_(risk_sums, tasks, layout, state, options)
             functional.update_task_weights_(tasks, state, options)
             return
-        bounded_moves.commit_(
+        functional.commit_step_(
             risk_sums,
             square_sums,
             tasks,
             layout,
             state,
-            self.move_state,
             options,
-            self.move_options,
+            move=self.move_state,
+            moves=self.move_options,
         )
 
     def pass_weights(self) -> Tensor:
@@ -204,22 +188,52 @@ class ExcessMTLRule(ExcessMTLState):
         (task,) = step.tasks
         state, options = self.prepare(step)
         grads = step.task_grads
-        if self.robust_step_size is not None and self.combination == "sum":
-            functional.estimate_task_risk_(
-                task, grads.tensors, grads.layout, state, options, step.grad_scale
-            )
-            return None
-        shares, squares = bounded_moves.take_task_(
-            task,
+        row, sums = slice(task, task + 1), torch.zeros_like(state.excess_risk)
+        rows = state.sq_grad_sum[row], state.grad_mean[row]
+        squares = None
+        if self.robust_step_size is None or self.combination != "sum":
+            squares = self.tensor_mean_square.new_zeros(1, len(grads.layout.numels))
+        of_task: dict[str, Any] = {"state": state, "first_task": task}
+        functional.accumulate_excess_risk_(
             grads.tensors,
             grads.layout,
-            state,
-            self.move_state,
+            *rows,
+            sums[row],
+            state.ticket,
             options,
             step.grad_scale,
+            square_sums=squares,
+            **of_task,
         )
-        self._new_shares = shares if self._new_shares is None else self._new_shares + shares
-        return squares
+        if squares is None:
+            functional.update_task_risks_(sums, [task], grads.layout, state, options)
+        else:
+            self._take_in(task, sums, squares, grads.layout, state, options)
+        return None if squares is None else gradient_sizes.mean_squares(squares, grads.layout)[0]
+
+    def _take_in(
+        self,
+        task: int,
+        sums: Tensor,
+        squares: Tensor,
+        layout: ParamLayout,
+        state: StepState,
+        options: StepOptions,
+    ) -> None:
+        if self._new_shares is None:
+            self._new_shares = torch.zeros_like(sums)
+        functional.commit_step_(
+            sums,
+            squares,
+            [task],
+            layout,
+            state,
+            options,
+            move=self.move_state,
+            moves=self.move_options,
+            risk_share=self._new_shares,
+            moves_weights=False,
+        )
 
     def take_turns(self, step: Step, turns: Sequence[Step], served: Sequence[int] | None) -> Tensor:
         """Takes in the gradients of some tasks; once all of a round are in, moves the weights.
@@ -247,11 +261,19 @@ class ExcessMTLRule(ExcessMTLState):
 
     def move_weights(self, tasks: Sequence[int]) -> None:
         """Moves the weights once the tasks of a step, or of a round, have been taken in."""
-        if self.has_plain_weights:
-            functional.update_task_weights_(tasks, self.step_state, self.step_options)
+        state, options = self.step_state, self.step_options
+        if self.has_plain_weights or self.layout is None:
+            functional.update_task_weights_(tasks, state, options)
             return
-        bounded_moves.move_weights_(
-            tasks, self.step_state, self.move_state, self.step_options, self.move_options
+        functional.commit_step_(
+            None,
+            None,
+            tasks,
+            self.layout,
+            state,
+            options,
+            move=self.move_state,
+            moves=self.move_options,
         )
 
     def add_new_shares(self, counts: Tensor | bool) -> None:

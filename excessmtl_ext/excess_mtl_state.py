@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.bounded_moves import MoveState, init_move_state
 from excessmtl_ext.extra_state import Fields, are_equal_sizes
-from excessmtl_ext.state import ParamLayout, init_state, padded_numel
+from excessmtl_ext.state import MoveState, ParamLayout, init_move_state, init_state, padded_numel
 from excessmtl_ext.step import TaskGrads
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class ExcessMTLState(Balancer):
     """The tensors of :class:`excessmtl_ext.ExcessMTL`, which sets the options named here."""
 
     transient_state: ClassVar[frozenset[str]] = frozenset(
-        {"ticket", "tensor_weights", "log_priorities"}
+        {"ticket", "tensor_weights", "log_priorities", "weight_floors"}
     )
 
     newer_state: ClassVar[frozenset[str]] = frozenset(MoveState._fields) - transient_state
@@ -63,6 +62,7 @@ class ExcessMTLState(Balancer):
     num_tensor_steps: Tensor
     tensor_weights: Tensor
     log_priorities: Tensor
+    weight_floors: Tensor
 
     def initial_state(self, device: torch.device) -> dict[str, Tensor]:
         """Every state tensor before the first step, by name.
@@ -80,7 +80,13 @@ class ExcessMTLState(Balancer):
             has_momentum=self.gradient_momentum > 0,
             weight_total=self.weight_total,
         )
-        move = init_move_state(self.num_tasks, len(layout.numels), self.priorities, device)
+        move = init_move_state(
+            self.num_tasks,
+            len(layout.numels),
+            self.priorities,
+            device,
+            floors=self.min_weight if isinstance(self.min_weight, tuple) else None,
+        )
         if self.priorities is not None:
             state.log_task_weights.copy_(move.log_priorities)
             state.task_weights.copy_(self.weight_total * move.log_priorities.exp())

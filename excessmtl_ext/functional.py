@@ -10,6 +10,7 @@ Symbols: T tasks, L shared parameter tensors, P their elements in all.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,69 +18,45 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from excessmtl_ext import _extension, gpu_support, reference
+from excessmtl_ext import _extension, composed_ops, gpu_support, reference
 from excessmtl_ext import op_calls as ops
 from excessmtl_ext.reference import find_nonfinite
 from excessmtl_ext.state import (
-    CUDA_CHUNK_NUMEL,
-    MAX_LOG_STEP,
     MAX_TASKS,
-    SEGMENT_ALIGNMENT,
     SMALLEST_EPS,
     Fisher,
+    MoveOptions,
+    MoveState,
     ParamLayout,
     StepOptions,
     StepState,
+    init_move_state,
     init_state,
-    padded_numel,
     segments,
 )
 
-_DEFAULT_OPTIONS = StepOptions()
 
-
-def op_arguments(
-    name: str,
-    device: torch.device,
-    layout: ParamLayout | None = None,
-    state: StepState | None = None,
-    options: StepOptions = _DEFAULT_OPTIONS,
-    **given: Any,
+def lay_out(
+    plan: ops.ArgumentPlan, device: torch.device, given: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Lays out the arguments of an op by the names in its schema.
-
-    Args:
-        name: Of the op.
-        device: Of the step.
-        layout: Gives ``param_numels``, ``chunk_map`` and ``raw_risk_scale``.
-        state: Gives what the schema names as a field of the state.
-        options: Give what the schema names as one of the options.
-        **given: The other arguments, and those that are to be others than the state's.
-
-    Returns:
-        The positional and the keyword arguments.
-    """
-    if layout is not None:
-        given.setdefault("raw_risk_scale", options.raw_risk_scale(layout))
-    plan = ops.plan_arguments(name, frozenset(given))
-    return _lay_out(plan, device, given, layout, state, options)
-
-
-def _lay_out(
-    plan: ops.ArgumentPlan,
-    device: torch.device,
-    given: dict[str, Any],
-    layout: ParamLayout | None,
-    state: StepState | None,
-    options: StepOptions,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    of_layout = (layout.param_numels, layout.chunk_maps[device]) if layout is not None else ()
-    of_options = (options[0] == "sqrt",)
-    sources = given, state or ops.NO_STATE, options, of_layout, of_options  # as a plan numbers them
+    """The positional and the keyword arguments of an op, from the sources that a plan numbers."""
+    layout, options = given.get("layout"), given.get("options") or ops.DEFAULT_OPTIONS
+    move, moves = given.get("move"), given.get("moves") or ops.PLAIN
+    sources = (
+        given,
+        given.get("state") or ops.NO_STATE,
+        options,
+        (layout.param_numels, layout.chunk_maps[device]) if layout is not None else (),
+        (options[0] == "sqrt",),
+        move or ops.NO_MOVE,
+        (move.weight_floors if move is not None and moves.has_floors else None,),
+        moves,
+    )
     positional = [sources[source][key] for source, key in plan.positional]
     return tuple(positional), {name: sources[source][key] for name, source, key in plan.keywords}
 
 
+_HERE = sys.modules[__name__]
 _PLANS: dict[Callable[..., None], tuple[Callable[..., None], ops.ArgumentPlan]] = {}
 
 
@@ -91,19 +68,22 @@ def _call(
     if not (gpu_support.runs_on(device) if is_gpu else device.type in ops.COMPILED_FOR):
         twin(**{name: given[name] for name in ops.twin_parameters(twin)})
         return
+    if device.type in ops.COMPOSED_ON and composed_ops.run(_HERE, twin.__name__, given):
+        return
     if twin not in _PLANS:
         name = name or twin.__name__
         _PLANS[twin] = ops.find_op(name), ops.plan_arguments(name, frozenset(given))
     run, plan = _PLANS[twin]
-    layout, state, options = given.get("layout"), given.get("state"), given.get("options")
-    positional, keywords = _lay_out(plan, device, given, layout, state, options or _DEFAULT_OPTIONS)
+    positional, keywords = lay_out(plan, device, given)
     run(*positional, **keywords)
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     # The dispatcher tells autograd of what torch's own ops write, so that a tensor it has saved is an error.
     written = [positional[index] for index in plan.written]
     outputs = written.pop(0) if isinstance(written[0], (list, tuple)) else ()
-    increment_version([each for each in (*outputs, *written) if not each.is_inference()])
+    written += [keywords[name] for name in plan.written_keywords]
+    present = [each for each in (*outputs, *written) if each is not None]
+    increment_version([each for each in present if not each.is_inference()])
 
 
 def fused_step_(
@@ -112,6 +92,9 @@ def fused_step_(
     state: StepState,
     options: StepOptions,
     grad_scale: Tensor | None = None,
+    *,
+    move: MoveState | None = None,
+    moves: MoveOptions = ops.PLAIN,
 ) -> None:
     r"""One step of ExcessMTL over all tasks (He et al. 2024, Eqs. 6, 7, 9): one pass over gradients and state.
 
@@ -124,6 +107,8 @@ def fused_step_(
         options: The choices.
         grad_scale: One number on the device by which the gradients are multiplied (GradScaler);
             undone inside.
+        move: Changed in place; None: none of ``moves``.
+        moves: The choices besides ``options``, not plain where ``move`` is given.
 
     Raises:
         RuntimeError: a gradient's size, dtype or device does not fit; nothing has changed then.
@@ -147,6 +132,7 @@ def accumulate_excess_risk_(
     state: StepState | None = None,
     first_task: int = 0,
     known_nonfinite: Tensor | None = None,
+    square_sums: Tensor | None = None,
 ) -> None:
     """First third of :func:`fused_step_`: S and m of R tasks, and their raw risk sums (Eqs. 6-7).
 
@@ -164,6 +150,7 @@ def accumulate_excess_risk_(
         first_task: The task of the first row.
         known_nonfinite: [R] bool, where the gradients of any rank are not finite, as
             :func:`find_nonfinite` says of one; None: looks at these gradients.
+        square_sums: [R, L] float64 for the sums of squares of each gradient, 0 where there is none.
     """
     _call(reference.accumulate_excess_risk_, sq_grad_sum.device, locals())
 
@@ -201,6 +188,56 @@ def update_task_weights_(tasks: Sequence[int], state: StepState, options: StepOp
     _call(reference.update_task_weights_, state.task_weights.device, locals())
 
 
+def commit_step_(
+    excess_risk_sum: Tensor | None,
+    square_sums: Tensor | None,
+    tasks: Sequence[int],
+    layout: ParamLayout,
+    state: StepState,
+    options: StepOptions,
+    *,
+    move: MoveState,
+    moves: MoveOptions,
+    risk_share: Tensor | None = None,
+    moves_weights: bool = True,
+) -> None:
+    """Last two thirds of :func:`fused_step_` with ``move``: from the sums to the weights and factors.
+
+    Args:
+        excess_risk_sum: [T] float64, of all ranks; None: ``tasks`` have been taken in before.
+        square_sums: [T, L] float64 like it, or [1, L] of the only task; None as it.
+        tasks: Indices of the tasks that took part.
+        layout: Sizes of the L parameters.
+        state: Changed in place, but for S and m.
+        options: The choices.
+        move: Changed in place.
+        moves: The choices besides ``options``.
+        risk_share: [T] float64, written for ``tasks``: their shares of signal, which are then not added to their sums.
+        moves_weights: Whether the weights move and the step is counted, or the tasks are only taken in.
+    """
+    scale = {"raw_risk_scale": layout.raw_risk_scale[options.fisher]}
+    _call(reference.commit_step_, state.task_weights.device, {**locals(), **scale})
+
+
+def repair_(
+    task_grads: Sequence[Tensor],
+    layout: ParamLayout,
+    sq_grad_sum: Tensor,
+    grad_mean: Tensor,
+    found_nonfinite: Tensor,
+    options: StepOptions,
+    grad_scale: Tensor | None = None,
+    *,
+    state: StepState | None = None,
+    first_task: int = 0,
+) -> None:
+    """Does nothing: a step that is not finite has written no state.
+
+    Loops written for earlier releases call it after :func:`accumulate_excess_risk_`. Those in which
+    several ranks share a step pass ``known_nonfinite`` there instead.
+    """
+
+
 def combine_(
     task_grads: Sequence[Tensor],
     outputs: Sequence[Tensor],
@@ -210,6 +247,7 @@ def combine_(
     grad_scale: Tensor | None = None,
     *,
     accumulate: bool = False,
+    weights: Tensor | None = None,
 ) -> None:
     r"""Writes :math:`\sum_i \alpha_i g_i` into ``outputs`` (He et al. 2024, Algorithm 1); NaN after a non-finite step.
 
@@ -222,7 +260,9 @@ def combine_(
         options: The choices.
         grad_scale: As in the step; ``outputs`` keep the scale.
         accumulate: Add to ``outputs`` instead of overwriting them.
+        weights: Factors [T] or [T, L], float64; the state's weights if None.
     """
+    task_weights = state.task_weights if weights is None else weights
     _call(reference.combine_, state.task_weights.device, {**locals(), "first_task": 0})
 
 
@@ -235,6 +275,8 @@ def fused_step_combine_(
     grad_scale: Tensor | None = None,
     *,
     accumulate: bool = False,
+    move: MoveState | None = None,
+    moves: MoveOptions = ops.PLAIN,
 ) -> None:
     """:func:`fused_step_`, then :func:`combine_` with its weights, in one call: one dispatch instead of two.
 
@@ -251,6 +293,8 @@ def fused_step_combine_(
         options: The choices.
         grad_scale: As in the step.
         accumulate: Add to ``outputs`` instead of overwriting them.
+        move: As in the step; with ``per_tensor`` its ``tensor_weights`` are the factors of the sum.
+        moves: As in the step.
 
     Raises:
         RuntimeError: an argument does not fit; neither state nor ``outputs`` have changed then.
@@ -273,62 +317,23 @@ def weighted_sum_(
         task_grads: R * L gradients, task-major.
         outputs: L contiguous tensors.
         layout: Sizes of the parameters.
-        task_weights: [R] float64 on the device of the gradients.
+        task_weights: [R] or, one per parameter, [R, L]; float64 on the device of the gradients.
         found_nonfinite: [R] bool; where any is set, ``outputs`` are filled with NaN.
         accumulate: Add to ``outputs`` instead of overwriting them.
     """
-    num_tasks = task_weights.numel()
+    num_tasks = task_weights.shape[0]
     if found_nonfinite is None:
         found_nonfinite = torch.zeros(num_tasks, dtype=torch.bool, device=task_weights.device)
-    rows = task_weights.new_empty(num_tasks, 0)
-    no_state = {"sq_grad_sum": rows, "grad_mean": rows, "grad_scale": None, "first_task": 0}
-    _call(reference.weighted_sum_, task_weights.device, {**locals(), **no_state}, name="combine_")
-
-
-def repair_(
-    task_grads: Sequence[Tensor],
-    layout: ParamLayout,
-    sq_grad_sum: Tensor,
-    grad_mean: Tensor,
-    found_nonfinite: Tensor,
-    options: StepOptions,
-    grad_scale: Tensor | None = None,
-    *,
-    state: StepState | None = None,
-    first_task: int = 0,
-) -> None:
-    """Does nothing: a step that is not finite has written no state.
-
-    Loops written for earlier releases call it after :func:`accumulate_excess_risk_`. Those in which
-    several ranks share a step pass ``known_nonfinite`` there instead.
-    """
-
-
-def estimate_task_risk_(
-    task: int,
-    grads: Sequence[Tensor],
-    layout: ParamLayout,
-    state: StepState,
-    options: StepOptions,
-    grad_scale: Tensor | None = None,
-) -> None:
-    """Takes in the gradients of one task: S, m, risk and baseline; not finite, they change its flag only.
-
-    Args:
-        task: Index of the task.
-        grads: Its L gradients.
-        layout: Sizes of the L parameters.
-        state: Changed in place, but for the weights.
-        options: The choices.
-        grad_scale: As in :func:`fused_step_`.
-    """
-    row, sums = slice(task, task + 1), torch.zeros_like(state.excess_risk)
-    rows = state.sq_grad_sum[row], state.grad_mean[row]
-    of_task: dict[str, Any] = {"state": state, "first_task": task}
-    accumulate_excess_risk_(
-        grads, layout, *rows, sums[row], state.ticket, options, grad_scale, **of_task
+    no_rows = task_weights.new_empty(num_tasks, 0)
+    of_no_state = {
+        "sq_grad_sum": no_rows,
+        "grad_mean": no_rows,
+        "grad_scale": None,
+        "first_task": 0,
+    }
+    _call(
+        reference.weighted_sum_, task_weights.device, {**locals(), **of_no_state}, name="combine_"
     )
-    update_task_risks_(sums, [task], layout, state, options)
 
 
 def fold_(
@@ -343,9 +348,9 @@ def fold_(
     Args:
         task_grads: The task's L gradients.
         layout: Sizes of the parameters.
-        log_weight: [] float64, the task's log-weight, of any normalisation.
+        log_weight: [] float64, the task's log-weight, of any normalisation; or [L], one per parameter.
         running_sum: [padded P], float32 or float64, zero before the first task; changed in place.
-        running_log_max: [] float64, M, -inf before the first task; changed in place.
+        running_log_max: Like ``log_weight``, M, -inf before the first task; changed in place.
     """
     _call(reference.fold_, running_sum.device, locals())
 
@@ -361,26 +366,24 @@ def cpu_capability() -> str:
 
 
 __all__ = [
-    "CUDA_CHUNK_NUMEL",
-    "MAX_LOG_STEP",
     "MAX_TASKS",
-    "SEGMENT_ALIGNMENT",
     "SMALLEST_EPS",
     "Fisher",
+    "MoveOptions",
+    "MoveState",
     "ParamLayout",
     "StepOptions",
     "StepState",
     "accumulate_excess_risk_",
     "combine_",
+    "commit_step_",
     "cpu_capability",
-    "estimate_task_risk_",
     "find_nonfinite",
     "fold_",
     "fused_step_",
     "fused_step_combine_",
+    "init_move_state",
     "init_state",
-    "op_arguments",
-    "padded_numel",
     "repair_",
     "segments",
     "update_task_risks_",

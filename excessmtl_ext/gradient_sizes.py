@@ -23,7 +23,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from excessmtl_ext import functional
 from excessmtl_ext.state import ParamLayout
 
 SIZE_MEMORY = 100
@@ -38,7 +37,7 @@ _LARGEST_SQUARE_SUM = torch.finfo(torch.float32).max
 def sums_of_squares(
     task_grads: Sequence[Tensor], num_tensors: int, grad_scale: Tensor | None
 ) -> Tensor:
-    """Sums the squares of each gradient, without the scale it carries.
+    """Sums the squares of each gradient, without the scale it carries: where no op does so in a pass of its own.
 
     Args:
         task_grads: R * L gradients, task-major; a tensor without elements counts 0.
@@ -120,64 +119,3 @@ def pass_ratios(mean_square: Tensor, num_tensor_steps: Tensor, layout: ParamLayo
     numels = _numels(layout, mean_square.device)
     mean = (mean_square @ numels) / num_reached_params(num_tensor_steps, layout).clamp(min=1.0)
     return torch.where(mean > 0, mean.amax() / torch.where(mean > 0, mean, 1.0), 1.0).sqrt()
-
-
-@functools.cache
-def _layout_of(numel: int) -> ParamLayout:
-    return ParamLayout([numel])
-
-
-def weighted_sum_(
-    task_grads: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    layout: ParamLayout,
-    weights: Tensor,
-    found_nonfinite: Tensor,
-    *,
-    accumulate: bool = False,
-) -> None:
-    """:func:`excessmtl_ext.functional.weighted_sum_` with weights [R] or [R, L]."""
-    if weights.dim() == 1:
-        functional.weighted_sum_(
-            task_grads,
-            outputs,
-            layout,
-            weights,
-            found_nonfinite=found_nonfinite,
-            accumulate=accumulate,
-        )
-        return
-    num_tensors = len(layout.numels)
-    columns = weights.t().contiguous()
-    for index, output in enumerate(outputs):
-        functional.weighted_sum_(
-            task_grads[index::num_tensors],
-            [output],
-            _layout_of(layout.numels[index]),
-            columns[index],
-            found_nonfinite=found_nonfinite,
-            accumulate=accumulate,
-        )
-
-
-def fold_(
-    task_grads: Sequence[Tensor],
-    layout: ParamLayout,
-    log_weights: Tensor,
-    running_sum: Tensor,
-    running_log_max: Tensor,
-) -> None:
-    """:func:`excessmtl_ext.functional.fold_` with log-weights and their running maximum [L]."""
-    start = 0
-    for index, grad in enumerate(task_grads):
-        each = _layout_of(layout.numels[index])
-        stop = start + each.padded_numel
-        if grad.numel() > 0:
-            functional.fold_(
-                [grad],
-                each,
-                log_weights[index],
-                running_sum[start:stop],
-                running_log_max[index],
-            )
-        start = stop

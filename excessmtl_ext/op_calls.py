@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import _extension
-from excessmtl_ext.state import StepOptions, StepState
+from excessmtl_ext.state import MoveOptions, MoveState, StepOptions, StepState
 
 NO_STATE = (None,) * len(StepState._fields)
+NO_MOVE = (None,) * len(MoveState._fields)
+DEFAULT_OPTIONS = StepOptions()
+PLAIN = MoveOptions()
 
 COMPILED_FOR = frozenset(name for name in ("cpu", "cuda") if _extension.has_op_for(name))
 """Types of devices that the ops are compiled for."""
+
+COMPOSED_ON = frozenset({"cuda"})
+"""Types of devices whose ops do not know ``move``, squares and weights [T, L]: :mod:`excessmtl_ext.composed_ops`."""
 
 
 def find_op(name: str) -> Any:
@@ -28,10 +34,10 @@ def find_op(name: str) -> Any:
 
 
 class ArgumentPlan(NamedTuple):
-    """Where the arguments of an op are found, in the order of its schema: in which of five sources, and its key there.
+    """Where the arguments of an op are found, in the order of its schema: in which of the sources, and its key there.
 
-    The sources are what the caller gives by name, the fields of the state, those of the options, ``OF_LAYOUT`` and
-    ``OF_OPTIONS``.
+    The sources are what the caller gives by name, the fields of the state, those of the options, ``OF_LAYOUT``,
+    ``OF_OPTIONS``, and the fields of the two of the moves, with ``OF_MOVES`` in between.
     """
 
     positional: list[tuple[int, Any]]
@@ -39,10 +45,13 @@ class ArgumentPlan(NamedTuple):
     """The name of the argument first."""
     written: list[int]
     """Which positional arguments the op writes; a list of tensors among them is one argument."""
+    written_keywords: list[str]
+    """Names of the others that it writes."""
 
 
 OF_LAYOUT = ("param_numels", "chunk_map")
 OF_OPTIONS = ("sqrt_fisher",)
+OF_MOVES = ("weight_floors",)
 
 
 @functools.cache
@@ -55,20 +64,33 @@ def plan_arguments(name: str, given: frozenset[str]) -> ArgumentPlan:
     """
     places: dict[str, tuple[int, Any]] = {}
     for source, names in enumerate(
-        (StepState._fields, StepOptions._fields, OF_LAYOUT, OF_OPTIONS), start=1
+        (
+            StepState._fields,
+            StepOptions._fields,
+            OF_LAYOUT,
+            OF_OPTIONS,
+            MoveState._fields,
+            OF_MOVES,
+            MoveOptions._fields,
+        ),
+        start=1,
     ):
         places.update({each: (source, index) for index, each in enumerate(names)})
     places.update({each: (0, each) for each in given})
-    arguments = find_op(name)._schema.arguments
+    arguments = [
+        each
+        for each in find_op(name)._schema.arguments
+        if each.name in places or not each.has_default_value()
+    ]
+
+    def is_written(argument: Any) -> bool:
+        return argument.alias_info is not None and argument.alias_info.is_write
+
     return ArgumentPlan(
         [places[each.name] for each in arguments if not each.kwarg_only],
-        # One that nobody has takes its default.
-        [
-            (each.name, *places[each.name])
-            for each in arguments
-            if each.kwarg_only and each.name in places
-        ],
-        [k for k, each in enumerate(arguments) if each.alias_info and each.alias_info.is_write],
+        [(each.name, *places[each.name]) for each in arguments if each.kwarg_only],
+        [k for k, each in enumerate(arguments) if is_written(each) and not each.kwarg_only],
+        [each.name for each in arguments if is_written(each) and each.kwarg_only],
     )
 
 

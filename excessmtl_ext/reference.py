@@ -9,127 +9,35 @@ some stands for "no gradient"; a task that has none at all is absent from the st
 serves the CUDA kernels only.
 
 S and m may be kept in bfloat16. A step widens them to float32, computes as ever, and rounds what it
-stores by :func:`stochastically_rounded`; risks are of the numbers before they are rounded.
+stores by :func:`excessmtl_ext.stochastic_rounding.stochastically_rounded`; risks are of the numbers
+before they are rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from excessmtl_ext.state import MAX_LOG_STEP, ParamLayout, StepOptions, StepState, segments
-from excessmtl_ext.stochastic_rounding import rounding_words, stochastically_rounded
+from excessmtl_ext import bounded_moves
+from excessmtl_ext.reference_rows import (
+    check_rounding,
+    check_task_grads,
+    present_rows,
+    row_segments,
+)
+from excessmtl_ext.state import (
+    MAX_LOG_STEP,
+    MoveOptions,
+    MoveState,
+    ParamLayout,
+    StepOptions,
+    StepState,
+    segments,
+)
 
-
-def check_task_grads(
-    task_grads: Sequence[Tensor], layout: ParamLayout, num_tasks: int, state: Tensor
-) -> None:
-    """What the compiled ops check, in their words; ``state`` is the tensor that must hold the gradients' precision."""
-    numels = layout.numels
-    if len(task_grads) != num_tasks * len(numels):
-        raise RuntimeError(
-            f"Expected `task_grads` to hold {num_tasks} tasks x {len(numels)} parameters = {num_tasks * len(numels)} "
-            f"tensors, but got {len(task_grads)}."
-        )
-    for k, grad in enumerate(task_grads):
-        task, index = divmod(k, len(numels))
-        if grad.numel() not in (0, numels[index]):
-            raise RuntimeError(
-                f"Expected `task_grads` of task {task}, parameter {index} to have {numels[index]} elements, but got "
-                f"{grad.numel()}."
-            )
-        if grad.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise RuntimeError(
-                f"Expected `task_grads` of float64, float32, bfloat16 or float16, but got {grad.dtype}."
-            )
-        if grad.dtype == torch.float64 and state.dtype != torch.float64 and grad.numel() > 0:
-            raise RuntimeError(
-                f"Expected `sq_grad_sum` of float64 for float64 gradients, but got {state.dtype}."
-            )
-
-
-def _task_grads_of(
-    task_grads: Sequence[Tensor], task: int, layout: ParamLayout
-) -> Sequence[Tensor]:
-    num_tensors = len(layout.numels)
-    return task_grads[task * num_tensors : (task + 1) * num_tensors]
-
-
-def _present_tasks(task_grads: Sequence[Tensor], num_tasks: int, layout: ParamLayout) -> list[int]:
-    return [
-        task
-        for task in range(num_tasks)
-        if any(grad.numel() > 0 for grad in _task_grads_of(task_grads, task, layout))
-    ]
-
-
-class _Segment(NamedTuple):
-    """One parameter's part of a task's row, with the gradient as the state's arithmetic sees it."""
-
-    grad: Tensor
-    sq_grad_sum: Tensor
-    grad_mean: Tensor | None
-    random_bits: Tensor | None  # of bfloat16 state
-
-    def store_sum(self, values: Tensor) -> None:
-        bits = self.random_bits
-        self.sq_grad_sum.copy_(
-            values if bits is None else stochastically_rounded(values, bits & 0xFFFF)
-        )
-
-    def store_mean(self, values: Tensor) -> None:
-        assert self.grad_mean is not None
-        bits = self.random_bits
-        self.grad_mean.copy_(values if bits is None else stochastically_rounded(values, bits >> 16))
-
-
-def _row_segments(
-    task_grads: Sequence[Tensor],
-    row: int,
-    layout: ParamLayout,
-    sq_grad_sum: Tensor,
-    grad_mean: Tensor,
-    options: StepOptions,
-    grad_scale: Tensor | None,
-    state: StepState | None,
-    first_task: int,
-) -> Iterator[_Segment]:
-    """Yields the parts of a row that have a gradient: in the accumulation type, divided by ``grad_scale``."""
-    wide = torch.promote_types(sq_grad_sum.dtype, torch.float32)
-    nothing = [None] * len(layout.numels)
-    words = nothing
-    if sq_grad_sum.dtype == torch.bfloat16:
-        assert state is not None
-        row_words = rounding_words(
-            options.rounding_seed,
-            int(state.num_steps),
-            first_task + row,
-            sq_grad_sum.shape[1],
-            device=sq_grad_sum.device,
-        )
-        words = segments(row_words, layout.param_numels)
-    has_momentum = options.gradient_momentum > 0
-    means = segments(grad_mean[row], layout.param_numels) if has_momentum else nothing
-    grads = _task_grads_of(task_grads, row, layout)
-    sums = segments(sq_grad_sum[row], layout.param_numels)
-    for grad, sq_sum, mean, bits in zip(grads, sums, means, words, strict=True):
-        if grad.numel() == 0:
-            continue
-        g = grad.reshape(-1).to(wide)
-        if grad_scale is not None:
-            g = g * grad_scale.to(g).reciprocal()
-        yield _Segment(g, sq_sum, mean, bits)
-
-
-def _check_rounding(sq_grad_sum: Tensor, state: StepState | None) -> None:
-    if sq_grad_sum.dtype == torch.bfloat16 and state is None:
-        raise RuntimeError(
-            "Expected `num_steps` and `num_skipped_steps` with bfloat16 state: its rounding draws from them. Pass "
-            "those of the state."
-        )
+_PLAIN = MoveOptions()
 
 
 def find_nonfinite(
@@ -167,13 +75,17 @@ def fused_step_(
     state: StepState,
     options: StepOptions,
     grad_scale: Tensor | None = None,
+    *,
+    move: MoveState | None = None,
+    moves: MoveOptions = _PLAIN,
 ) -> None:
     """One step: Fisher diagonal, excess risks, baseline, weights. A non-finite one is only counted."""
     num_tasks = state.task_weights.numel()
     check_task_grads(task_grads, layout, num_tasks, state.sq_grad_sum)
-    tasks = _present_tasks(task_grads, num_tasks, layout)
+    tasks = present_rows(task_grads, num_tasks, layout)
     state.found_nonfinite.zero_()
     excess_risk_sum = torch.zeros_like(state.excess_risk)
+    square_sums = None if move is None else torch.zeros_like(move.tensor_mean_square)
     accumulate_excess_risk_(
         task_grads,
         layout,
@@ -184,9 +96,45 @@ def fused_step_(
         options,
         grad_scale,
         state=state,
+        square_sums=square_sums,
     )
-    update_task_risks_(excess_risk_sum, tasks, layout, state, options)
-    update_task_weights_(tasks, state, options)
+    if move is None:
+        update_task_risks_(excess_risk_sum, tasks, layout, state, options)
+        update_task_weights_(tasks, state, options)
+    else:
+        commit_step_(
+            excess_risk_sum, square_sums, tasks, layout, state, options, move=move, moves=moves
+        )
+
+
+def commit_step_(
+    excess_risk_sum: Tensor | None,
+    square_sums: Tensor | None,
+    tasks: Sequence[int],
+    layout: ParamLayout,
+    state: StepState,
+    options: StepOptions,
+    *,
+    move: MoveState,
+    moves: MoveOptions,
+    risk_share: Tensor | None = None,
+    moves_weights: bool = True,
+) -> None:
+    """From the sums of a step to its weights and the factors of its gradients: :mod:`excessmtl_ext.bounded_moves`."""
+    bounded_moves.commit_step_(
+        excess_risk_sum,
+        square_sums,
+        tasks,
+        layout,
+        state,
+        options,
+        move,
+        moves,
+        risk_share=risk_share,
+        moves_weights=moves_weights,
+        update_task_risks_=update_task_risks_,
+        update_task_weights_=update_task_weights_,
+    )
 
 
 def accumulate_excess_risk_(
@@ -202,6 +150,7 @@ def accumulate_excess_risk_(
     state: StepState | None = None,
     first_task: int = 0,
     known_nonfinite: Tensor | None = None,
+    square_sums: Tensor | None = None,
 ) -> None:
     r"""Adds squared gradients to the Fisher diagonal (Eq. 7) and sums each present task's excess risk (Eq. 6).
 
@@ -210,13 +159,17 @@ def accumulate_excess_risk_(
     with n = m under momentum b, else g, and h(S) = sqrt(S + eps) or S + eps. ``state`` is for
     bfloat16 rows; row r of them is of task ``first_task + r``. Where any task has a square that is
     not finite, or is known to have one, the sums are NaN and 0, and S and m are not written.
+    ``square_sums`` [R, L] get :math:`\sum_j g_j^2` of every tensor, the largest number of S's
+    arithmetic at most.
     """
     check_task_grads(task_grads, layout, sq_grad_sum.shape[0], sq_grad_sum)
-    _check_rounding(sq_grad_sum, state)
+    check_rounding(sq_grad_sum, state)
     wide = torch.promote_types(sq_grad_sum.dtype, torch.float32)
     largest = torch.finfo(wide).max
     b = options.gradient_momentum
-    tasks = _present_tasks(task_grads, sq_grad_sum.shape[0], layout)
+    tasks = present_rows(task_grads, sq_grad_sum.shape[0], layout)
+    if square_sums is not None:
+        square_sums.zero_()
     flags = known_nonfinite
     if flags is None:
         flags = find_nonfinite(task_grads, sq_grad_sum.shape[0], sq_grad_sum.dtype, grad_scale)
@@ -225,11 +178,14 @@ def accumulate_excess_risk_(
         return
     for row in tasks:
         risk = torch.zeros((), dtype=torch.float64, device=sq_grad_sum.device)
-        for segment in _row_segments(
+        for segment in row_segments(
             task_grads, row, layout, sq_grad_sum, grad_mean, options, grad_scale, state, first_task
         ):
             g = segment.grad
             sq = g * g
+            if square_sums is not None:
+                square_sum = sq.sum(dtype=torch.float64).clamp(max=largest)
+                square_sums[row, segment.index] = square_sum
             total = (segment.sq_grad_sum.to(wide) + sq).clamp(max=largest)
             segment.store_sum(total)
             numerator = sq
@@ -305,13 +261,14 @@ def combine_(
     grad_scale: Tensor | None = None,
     *,
     accumulate: bool = False,
+    weights: Tensor | None = None,
 ) -> None:
-    r"""Writes (or adds) :math:`\sum_i \alpha_i g_i`; NaN after a non-finite step."""
+    r"""Writes (or adds) :math:`\sum_i \alpha_i g_i`; after a non-finite step NaN."""
     weighted_sum_(
         task_grads,
         outputs,
         layout,
-        state.task_weights,
+        state.task_weights if weights is None else weights,
         found_nonfinite=state.found_nonfinite,
         accumulate=accumulate,
     )
@@ -326,10 +283,22 @@ def fused_step_combine_(
     grad_scale: Tensor | None = None,
     *,
     accumulate: bool = False,
+    move: MoveState | None = None,
+    moves: MoveOptions = _PLAIN,
 ) -> None:
     """One step, then the weighted sum of its gradients under the new weights (Algorithm 1)."""
-    fused_step_(task_grads, layout, state, options, grad_scale)
-    combine_(task_grads, outputs, layout, state, options, grad_scale, accumulate=accumulate)
+    fused_step_(task_grads, layout, state, options, grad_scale, move=move, moves=moves)
+    weights = move.tensor_weights if move is not None and moves.per_tensor else None
+    combine_(
+        task_grads,
+        outputs,
+        layout,
+        state,
+        options,
+        grad_scale,
+        accumulate=accumulate,
+        weights=weights,
+    )
 
 
 def weighted_sum_(
@@ -341,12 +310,12 @@ def weighted_sum_(
     found_nonfinite: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
-    r"""Writes (or adds) :math:`\sum_i \alpha_i g_i`, or NaN where any flag is set."""
+    r"""Writes (or adds) :math:`\sum_i \alpha_i g_i`, with weights [R, L] :math:`\sum_i f_{il} g_{il}`; or NaN."""
     if found_nonfinite is not None and bool(found_nonfinite.any()):
         for output in outputs:
             output.fill_(float("nan"))
         return
-    num_tasks, num_tensors = task_weights.numel(), len(layout.numels)
+    num_tasks, num_tensors = task_weights.shape[0], len(layout.numels)
     for index, output in enumerate(outputs):
         if output.numel() == 0:
             continue
@@ -355,7 +324,8 @@ def weighted_sum_(
         for grad in grads:
             wide = torch.promote_types(wide, grad.dtype)
         total = torch.zeros(output.shape, dtype=wide, device=output.device)
-        for weight, grad in zip(task_weights, grads, strict=True):
+        column = task_weights if task_weights.dim() == 1 else task_weights[:, index]
+        for weight, grad in zip(column, grads, strict=True):
             if grad.numel() > 0:
                 total += weight.to(wide) * grad.to(wide).reshape(output.shape)
         output.copy_(output.to(wide) + total if accumulate else total)
@@ -368,11 +338,16 @@ def fold_(
     running_sum: Tensor,
     running_log_max: Tensor,
 ) -> None:
-    r"""Streaming: takes one task's gradient into :math:`\sum_i e^{\ell_i - M} g_i`, M the largest log-weight so far."""
+    r"""Streaming: takes one task's gradient into :math:`\sum_i e^{\ell_i - M} g_i`, M the largest log-weight so far.
+
+    Log-weights are [], or [L], one per tensor.
+    """
     log_max = torch.maximum(log_weight, running_log_max)
-    running_sum *= (running_log_max - log_max).exp().to(running_sum.dtype)
-    add = (log_weight - log_max).exp().to(running_sum.dtype)
-    for grad, total in zip(task_grads, segments(running_sum, layout.param_numels), strict=True):
+    keep = (running_log_max - log_max).exp().expand(len(layout.numels))
+    add = (log_weight - log_max).exp().expand(len(layout.numels))
+    parts = segments(running_sum, layout.param_numels)
+    for index, (grad, total) in enumerate(zip(task_grads, parts, strict=True)):
+        total *= keep[index].to(total.dtype)
         if grad.numel() > 0:
-            total += add * grad.reshape(-1).to(running_sum.dtype)
+            total += add[index].to(total.dtype) * grad.reshape(-1).to(total.dtype)
     running_log_max.copy_(log_max)

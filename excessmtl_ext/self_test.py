@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import functional, reference
-from excessmtl_ext.state import ParamLayout, StepOptions, StepState
+from excessmtl_ext.state import (
+    MoveOptions,
+    ParamLayout,
+    StepOptions,
+    StepState,
+    init_move_state,
+)
 
 NUM_TASKS = 3
 NUMELS = (5, 64, 1_000)
@@ -19,6 +25,8 @@ NUMELS = (5, 64, 1_000)
 LAYOUT = ParamLayout(NUMELS)
 
 OPTIONS = StepOptions(gradient_momentum=0.5, robust_step_size=0.1, min_weight=0.01)
+LINEAR = OPTIONS._replace(fisher="linear")
+MOVES = MoveOptions(max_log_ratio=0.7, per_tensor=True)
 
 # Looks for wrong answers, not for last digits: the kernels divide and take roots in float32 with an error of 2 units.
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-4, 1e-6
@@ -53,11 +61,16 @@ def _run_fused_step(ops: Any, device: torch.device) -> list[Tensor]:
 
 def _run_fused_step_combine(ops: Any, device: torch.device) -> list[Tensor]:
     state, outputs = _state(device), _outputs(device)
+    move = init_move_state(NUM_TASKS, len(NUMELS), device=device)
     for seed in range(2):
         ops.fused_step_combine_(
             _grads(device, seed), outputs, LAYOUT, state, OPTIONS, accumulate=True
         )
-    return [*state, *outputs]
+    for seed in range(2):
+        ops.fused_step_combine_(
+            _grads(device, seed), outputs, LAYOUT, state, LINEAR, move=move, moves=MOVES
+        )
+    return [*state, *move, *outputs]
 
 
 def _run_accumulate_excess_risk(ops: Any, device: torch.device) -> list[Tensor]:
@@ -102,12 +115,23 @@ def _run_fold(ops: Any, device: torch.device) -> list[Tensor]:
     return [running_sum, running_log_max]
 
 
+def _run_commit_step(ops: Any, device: torch.device) -> list[Tensor]:
+    state, move = _state(device), init_move_state(NUM_TASKS, len(NUMELS), device=device)
+    for step in range(2):
+        sums = torch.arange(1.0, NUM_TASKS + 1, dtype=torch.float64).to(device) / (step + 1)
+        squares = sums[:, None] * torch.arange(1.0, len(NUMELS) + 1).to(sums)
+        tasks = list(range(NUM_TASKS))
+        ops.commit_step_(sums, squares, tasks, LAYOUT, state, LINEAR, move=move, moves=MOVES)
+    return [*state, *move]
+
+
 CASES: dict[str, Callable[[Any, torch.device], list[Tensor]]] = {
     "fused_step_": _run_fused_step,
     "fused_step_combine_": _run_fused_step_combine,
     "accumulate_excess_risk_": _run_accumulate_excess_risk,
     "update_task_risks_": _run_update_task_risks,
     "update_task_weights_": _run_update_task_weights,
+    "commit_step_": _run_commit_step,
     "combine_": _run_combine,
     "fold_": _run_fold,
 }

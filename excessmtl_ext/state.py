@@ -211,3 +211,76 @@ def init_state(
         found_nonfinite=torch.zeros(num_tasks, dtype=torch.bool, device=device),
         ticket=torch.zeros(1, dtype=torch.int32, device=device),
     )
+
+
+class MoveOptions(NamedTuple):
+    """The choices besides :class:`StepOptions`: weights within bounds, gradients at one size, a floor per task."""
+
+    max_log_ratio: float | None = None
+    """kappa, see :mod:`excessmtl_ext.bounded_moves`; None: the mirror steps of Eq. 9."""
+    per_tensor: bool = False
+    """Whether gradients are brought to one size per tensor, see :mod:`excessmtl_ext.gradient_sizes`."""
+    has_floors: bool = False
+    """Whether ``weight_floors`` of the state are the floors; ``StepOptions.min_weight`` for all otherwise."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether none of them is taken: nothing but :class:`StepState` is needed then."""
+        return self.max_log_ratio is None and not self.per_tensor and not self.has_floors
+
+
+class MoveState(NamedTuple):
+    """What a step keeps besides :class:`StepState`, on its device; float64 unless said."""
+
+    risk_share_sum: Tensor
+    """A [T]."""
+    num_gradient_steps: Tensor
+    """t [T] int64: steps in which a task's gradient was other than zero."""
+    momentum_mass: Tensor
+    """[T]: sum of the shares that these gradients have in m."""
+    momentum_sq_mass: Tensor
+    """[T]: sum of their squares."""
+    tensor_mean_square: Tensor
+    """n [T, L], see :mod:`excessmtl_ext.gradient_sizes`."""
+    num_tensor_steps: Tensor
+    """[T, L] int64: steps in which a task's gradient was other than zero in a tensor."""
+    tensor_weights: Tensor
+    """f [T, L]: factors of the gradients in the latest sum; not saved."""
+    log_priorities: Tensor
+    """log of the priorities [T], which sum to 1; an option, not saved."""
+    weight_floors: Tensor
+    """[T], as shares of the weights' sum; an option, not saved."""
+
+
+def init_move_state(
+    num_tasks: int,
+    num_tensors: int,
+    priorities: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    floors: Sequence[float] | None = None,
+) -> MoveState:
+    """The state of :class:`MoveOptions` before the first step.
+
+    Args:
+        num_tasks: T.
+        num_tensors: L, or 0 where it is not known yet.
+        priorities: T positive numbers, or None for equal ones.
+        device: Where the gradients will be.
+        floors: T numbers >= 0 that sum to 1 at most, or None for zeros.
+    """
+    per_task = torch.zeros(num_tasks, dtype=torch.float64, device=device)
+    per_tensor = torch.zeros(num_tasks, num_tensors, dtype=torch.float64, device=device)
+    shares = torch.tensor(priorities or [1.0] * num_tasks, dtype=torch.float64, device="cpu")
+    least = torch.tensor(floors or [0.0] * num_tasks, dtype=torch.float64, device="cpu")
+    return MoveState(
+        risk_share_sum=per_task,
+        num_gradient_steps=per_task.long(),
+        momentum_mass=per_task.clone(),
+        momentum_sq_mass=per_task.clone(),
+        tensor_mean_square=per_tensor,
+        num_tensor_steps=per_tensor.long(),
+        tensor_weights=per_tensor.clone(),
+        log_priorities=(shares / shares.sum()).log().to(device),
+        weight_floors=least.to(device),
+    )

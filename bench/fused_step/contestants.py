@@ -10,7 +10,7 @@ from timing import CacheState
 from torch import Tensor
 
 from excessmtl_ext import functional, reference
-from excessmtl_ext.functional import op_arguments
+from excessmtl_ext.op_arguments import op_arguments
 
 ROBUST_STEP_SIZE = 0.01
 EPS = 1e-7

@@ -82,7 +82,7 @@ void write_tile(const acc_t* tile, void* output, GradType type, int64_t count, b
 template <typename acc_t>
 void weighted_sum(const TaskGrads& grads, const ParamLayout& layout,
                   const std::vector<void*>& output_data, const std::vector<GradType>& output_types,
-                  const double* task_weights, bool accumulate) {
+                  const double* task_weights, bool per_tensor, bool accumulate) {
   const FoldLoops<acc_t>& loops = fold_loops<acc_t>();
   for_each_item(
       num_chunks(layout), grads.num_tasks() * std::min(layout.padded_numel(), kChunkNumel),
@@ -106,7 +106,7 @@ void weighted_sum(const TaskGrads& grads, const ParamLayout& layout,
                   if (grads.data[k] != nullptr) {
                     loops.fold[grads.types[k]](
                         advanced(grads.data[k], grads.types[k], in_segment + begin), acc_t(1),
-                        static_cast<acc_t>(task_weights[task]), tile, size);
+                        static_cast<acc_t>(task_weights[per_tensor ? k : task]), tile, size);
                   }
                 }
                 // The gradients of this tile are read by now, so an output may be one of them.
@@ -154,9 +154,11 @@ void run_combine(const CombineCall& call) {
   }
   const double* weights = state.task_weights.const_data_ptr<double>();
   if (needs_double) {
-    weighted_sum<double>(grads, call.layout, output_data, output_types, weights, call.accumulate);
+    weighted_sum<double>(grads, call.layout, output_data, output_types, weights,
+                         state.per_tensor(), call.accumulate);
   } else {
-    weighted_sum<float>(grads, call.layout, output_data, output_types, weights, call.accumulate);
+    weighted_sum<float>(grads, call.layout, output_data, output_types, weights,
+                        state.per_tensor(), call.accumulate);
   }
 }
 

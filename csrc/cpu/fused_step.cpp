@@ -27,11 +27,18 @@ void run_fused_step(const StepCall& call, double grad_scale) {
       tasks.push_back(task);
     }
   }
-  std::vector<double> excess_risk_sum(num_tasks, 0.0);
-  run_accumulate(grads, call.layout, grad_scale, rows_of_step(call), call.choices.sqrt_fisher,
-                 call.choices.eps, excess_risk_sum.data());
   const TaskOptions options = call.choices.task_options(call.layout);
-  if (update_task_risks(excess_risk_sum.data(), tasks, state, options)) {
+  const int64_t num_tensors = call.layout.num_tensors();
+  std::vector<double> excess_risk_sum(num_tasks, 0.0);
+  std::vector<double> square_sums(call.moves.is_given() ? num_tasks * num_tensors : 0, 0.0);
+  run_accumulate(grads, call.layout, grad_scale, rows_of_step(call), call.choices.sqrt_fisher,
+                 call.choices.eps, excess_risk_sum.data(),
+                 call.moves.is_given() ? square_sums.data() : nullptr);
+  if (call.moves.is_given()) {
+    commit_step({excess_risk_sum.data(), square_sums.data(), num_tensors}, tasks, num_tasks,
+                call.layout, state, call.moves.move_state(), options, call.moves.move_options(),
+                true);
+  } else if (update_task_risks(excess_risk_sum.data(), tasks, state, options)) {
     update_task_weights(tasks, num_tasks, state, options);
   } else {
     *state.num_skipped_steps += 1;

@@ -7,11 +7,12 @@
 namespace excessmtl::cpu {
 
 // accumulate_excess_risk_: adds every present task's gradients to the state and writes the raw sums of those tasks to
-// excess_risk_sum [R]: where any gradient is not finite, NaN and 0 as the flags say, and no state. grad_scale: 1 where there is
-// none. known_nonfinite: [R], where the flags are known; nullptr: they are looked for.
+// excess_risk_sum [R], their sums of squares to square_sums [R, L] unless that is null. Where any gradient is not finite: NaN and 0
+// as the flags say, squares of 0, and no state. grad_scale: 1 where there is none. known_nonfinite: [R], where the flags are known;
+// nullptr: they are looked for.
 void run_accumulate(const TaskGrads& grads, const ParamLayout& layout, double grad_scale,
                     const StepRows& rows, bool sqrt_fisher, double eps, double* excess_risk_sum,
-                    const bool* known_nonfinite = nullptr);
+                    double* square_sums, const bool* known_nonfinite = nullptr);
 
 // fused_step_.
 void run_fused_step(const StepCall& call, double grad_scale);

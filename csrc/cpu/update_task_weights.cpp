@@ -26,6 +26,28 @@ double log_sum_exp(const std::vector<int64_t>& tasks, const Value& value) {
 
 }  // namespace
 
+std::vector<double> simplex_shares(int64_t num_tasks, const TaskState& state) {
+  const double* const log_weights = state.log_task_weights;
+  const double largest = *std::max_element(log_weights, log_weights + num_tasks);
+  std::vector<double> shares(num_tasks);
+  double total = 0.0;
+  for (int64_t task = 0; task < num_tasks; ++task) {
+    shares[task] = std::exp(log_weights[task] - largest);
+    total += shares[task];
+  }
+  for (double& share : shares) {
+    share /= total;
+  }
+  return shares;
+}
+
+void write_task_weights(int64_t num_tasks, const TaskState& state, const TaskOptions& options) {
+  const std::vector<double> shares = simplex_shares(num_tasks, state);
+  for (int64_t task = 0; task < num_tasks; ++task) {
+    state.task_weights[task] = scaled_task_weight(shares[task], num_tasks, options);
+  }
+}
+
 void update_task_weights(const std::vector<int64_t>& tasks, int64_t num_tasks,
                          const TaskState& state, const TaskOptions& options) {
   if (tasks.empty()) {
@@ -43,16 +65,7 @@ void update_task_weights(const std::vector<int64_t>& tasks, int64_t num_tasks,
       state.log_task_weights[task] = (moved(task) - log_total) + log_mass;
     }
   }
-  const double* log_weights = state.log_task_weights;
-  const double largest = *std::max_element(log_weights, log_weights + num_tasks);
-  double total = 0.0;
-  for (int64_t task = 0; task < num_tasks; ++task) {
-    total += std::exp(log_weights[task] - largest);
-  }
-  for (int64_t task = 0; task < num_tasks; ++task) {
-    state.task_weights[task] =
-        scaled_task_weight(std::exp(log_weights[task] - largest) / total, num_tasks, options);
-  }
+  write_task_weights(num_tasks, state, options);
   *state.num_steps += 1;
 }
 

@@ -11,6 +11,7 @@ namespace {
 
 void accumulate_excess_risk(AccumulateCall& call) {
   check_state_for_launch(call.sq_grad_sum, call.grad_mean);
+  STD_TORCH_CHECK(!call.square_sums.has_value(), "Expected no `square_sums` on CUDA. excessmtl_ext.functional composes it.");
   const LaunchScope scope(call.sq_grad_sum);
   if (!call.grads.any_present()) {
     return;

@@ -31,6 +31,7 @@ void combine(CombineCall& call) { run_combine(call, LaunchScope(call.state.task_
 }  // namespace
 
 void run_combine(CombineCall& call, const LaunchScope& scope) {
+  STD_TORCH_CHECK(!call.state.per_tensor(), "Expected `task_weights` [T] on CUDA. excessmtl_ext.functional composes it.");
   const CombineState& state = call.state;
   const std::vector<Tensor>& outputs = call.outputs;
   TaskGrads& grads = call.grads;

@@ -27,6 +27,7 @@ cudaError_t launch_fold(const ParamChunks& chunks, const Tensor& log_weight, Ten
 }
 
 void fold(FoldCall& call) {
+  STD_TORCH_CHECK(!call.per_tensor(), "Expected `log_weight` [] on CUDA. excessmtl_ext.functional composes it.");
   const Tensor& log_weight = call.log_weight;
   Tensor& running_sum = call.running_sum;
   const Tensor& running_log_max = call.running_log_max;

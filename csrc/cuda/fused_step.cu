@@ -89,6 +89,7 @@ void launch_step(TaskGrads& grads, const StepPlan& plan, const Tensor& sq_grad_s
 }
 
 void run_fused_step(StepCall& call, const LaunchScope& scope) {
+  STD_TORCH_CHECK(!call.moves.is_given(), "Expected no `risk_share_sum` on CUDA. excessmtl_ext.functional composes it.");
   const StepTensors& state = call.state;
   const TaskState task_state = state.task_state();
   if (!call.grads.any_present()) {

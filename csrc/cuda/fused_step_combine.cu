@@ -88,6 +88,7 @@ bool launch_both(StepCall& call, const LaunchScope& scope) {
 }
 
 void fused_step_combine(StepCall& call) {
+  STD_TORCH_CHECK(!call.moves.is_given(), "Expected no `risk_share_sum` on CUDA. excessmtl_ext.functional composes it.");
   check_state_for_launch(call.state.sq_grad_sum, call.state.grad_mean);
   const LaunchScope scope(call.state.sq_grad_sum);
   if (!launch_both(call, scope)) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from excessmtl_ext import gradient_sizes
+from excessmtl_ext import functional
 from excessmtl_ext.distributed.agreement import agree_on_end
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.distributed.rank_step import RankStep, check_memory, run_pass
@@ -32,12 +32,12 @@ def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
             for parameter in parallel.shared
         ]
         weights, shares = rule.sum_weights(), parallel.on_device(agreed.shares)
-        gradient_sizes.weighted_sum_(
+        functional.weighted_sum_(
             flat,
             outputs,
             parallel.layout,
             weights * (shares if weights.dim() == 1 else shares[:, None]),
-            rule.found_nonfinite,
+            found_nonfinite=rule.found_nonfinite,
         )
         return parallel.averaged(outputs)
 

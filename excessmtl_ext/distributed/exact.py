@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from excessmtl_ext import functional, gradient_sizes
+from excessmtl_ext import functional
 from excessmtl_ext.distributed.agreement import agree_on_end
 from excessmtl_ext.distributed.collectives import PendingShard
 from excessmtl_ext.distributed.partition import Partition
@@ -44,12 +44,12 @@ def exact_step(parallel: Partition, step: RankStep) -> list[Tensor]:
         weights = rule.sum_weights()
         if weights.dim() == 2:
             first, sizes = parallel.own_pieces
-            gradient_sizes.weighted_sum_(
+            functional.weighted_sum_(
                 parallel.cut(parts),
                 parallel.cut([own]),
                 ParamLayout(sizes),
                 weights[:, first : first + len(sizes)] / parallel.ranks.size,
-                state.found_nonfinite,
+                found_nonfinite=state.found_nonfinite,
             )
             return parallel.unpacked(parallel.ranks.all_gather(own))
         state = state._replace(task_weights=state.task_weights / parallel.ranks.size)
@@ -102,5 +102,5 @@ def _combined_here(parallel: Partition, rule: FisherRule, local: dict[int, Tenso
         ]
         rows = [piece for row in cut[:-1] for piece in row]
         outputs = list(cut[-1])
-    gradient_sizes.weighted_sum_(rows, outputs, layout, weights, rule.found_nonfinite)
+    functional.weighted_sum_(rows, outputs, layout, weights, found_nonfinite=rule.found_nonfinite)
     return parallel.unpacked(total)

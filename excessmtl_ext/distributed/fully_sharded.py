@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from excessmtl_ext import gradient_sizes
+from excessmtl_ext import functional
 from excessmtl_ext.distributed.deposit import averaged_heads
 from excessmtl_ext.distributed.dtensors import is_dtensor, like_dtensor, local_part
 from excessmtl_ext.distributed.partition import Partition
@@ -56,12 +56,12 @@ def fully_sharded_step(parallel: Partition, step: RankStep) -> None:
         else:
             rule.found_nonfinite.zero_()
         outputs = [torch.zeros_like(local_part(parameter)) for parameter in parallel.shared]
-        gradient_sizes.weighted_sum_(
+        functional.weighted_sum_(
             flat,
             outputs,
             parallel.state_layout,
             rule.sum_weights() if moves else rule.pass_weights(),
-            rule.found_nonfinite,
+            found_nonfinite=rule.found_nonfinite,
         )
         for index, parameter in enumerate(parallel.shared):
             like = next((row[index] for row in rows if row[index] is not None), None)

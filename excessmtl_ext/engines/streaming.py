@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from excessmtl_ext import functional, gradient_sizes
+from excessmtl_ext import functional
 from excessmtl_ext.passes.per_task import HeadGrads, backward_of_task, raise_if_reused
 from excessmtl_ext.passes.targets import assign_grads, combine_targets
 from excessmtl_ext.step import (
@@ -167,14 +167,11 @@ class Stream:
             for parameter, was in zip(self._shared, self._reached, strict=True)
         ]
         targets = combine_targets(self._shared, [row])
-        weights = torch.stack(factors)
-        is_per_tensor = weights.dim() == 2
-        weighted_sum_ = gradient_sizes.weighted_sum_ if is_per_tensor else functional.weighted_sum_
-        weighted_sum_(
+        functional.weighted_sum_(
             sums,
             targets.outputs,
             self._layout,
-            weights,
+            torch.stack(factors),
             found_nonfinite=flags,
             accumulate=targets.accumulate,
         )
@@ -188,12 +185,12 @@ def _fold(
     log_factor, log_scale = weight
     if log_scale is not None:
         log_factor = log_factor + log_scale
-    if log_factor.dim() == 0:
-        functional.fold_(grads.tensors, grads.layout, log_factor, running_sum, running_log_max)
-        return running_log_max
-    log_max = running_log_max.expand_as(log_factor).contiguous()
-    gradient_sizes.fold_(grads.tensors, grads.layout, log_factor.contiguous(), running_sum, log_max)
-    return log_max
+    if log_factor.dim() > running_log_max.dim():  # the first one
+        running_log_max = running_log_max.expand_as(log_factor).contiguous()
+    functional.fold_(
+        grads.tensors, grads.layout, log_factor.contiguous(), running_sum, running_log_max
+    )
+    return running_log_max
 
 
 def _on_host(scale: GivenScale) -> float | None:

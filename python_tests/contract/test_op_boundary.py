@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from excessmtl_ext import _extension
 from excessmtl_ext import functional as F
-from excessmtl_ext.functional import ParamLayout, StepOptions, init_state, op_arguments
+from excessmtl_ext.functional import ParamLayout, StepOptions, init_state
+from excessmtl_ext.op_arguments import op_arguments
 
 pytestmark = pytest.mark.skipif(
     not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"
@@ -33,15 +34,15 @@ def make_step(num_tasks=2):
 
 
 def test_every_op_answers_hostile_arguments_with_an_exception(tmp_path):
-    """1,400 calls with one to three faults each, in a process whose crash would fail this test."""
+    """1,600 calls with one to three faults each, in a process whose crash would fail this test."""
     script = Path(_hostile_arguments.__file__)
     result = subprocess.run(
-        [sys.executable, str(script), "--examples", "1400", "--seed", "1"],
+        [sys.executable, str(script), "--examples", "1600", "--seed", "1"],
         cwd=tmp_path, env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert result.stdout == "1400 calls, 1400 exceptions\n"
+    assert result.stdout == "1600 calls, 1600 exceptions\n"
 
 
 def test_the_hostile_calls_notice_an_op_that_lets_one_pass_and_one_that_writes_first():

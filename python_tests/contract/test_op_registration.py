@@ -9,19 +9,34 @@ from test_fused_step import sample_args
 
 from excessmtl_ext import _extension
 from excessmtl_ext import functional as F
-from excessmtl_ext.functional import StepState, op_arguments
+from excessmtl_ext.functional import MoveOptions, StepState, init_move_state
+from excessmtl_ext.op_arguments import op_arguments
 
 
+@pytest.mark.parametrize(
+    "moves", [MoveOptions(), MoveOptions(0.7, True, True)], ids=["plain", "moves"]
+)
 @pytest.mark.parametrize("name", _extension.OP_NAMES)
-def test_op_passes_opcheck(name, device):
+def test_op_passes_opcheck(name, moves, device):
     """Schema, fake kernel, autograd registration, and the op under torch.compile with dynamic shapes."""
     layout, options, state, grads = sample_args(device)
+    has_moves = not moves.is_plain or name == "commit_step_"
+    per_tensor = torch.full((2, 2), 0.5, dtype=torch.float64, device=device)
+    given = {}
+    if has_moves:
+        given = {"square_sums": per_tensor, "risk_share": torch.zeros_like(state.excess_risk)}
+    if has_moves and name == "combine_":
+        given["task_weights"] = per_tensor
     args, kwargs = op_arguments(
         name,
         device,
         layout,
         state,
         options,
+        init_move_state(2, 2, device=device) if has_moves else None,
+        moves,
+        **given,
+        moves_weights=True,
         task_grads=grads[:2] if name == "fold_" else grads,
         outputs=[torch.zeros(40, device=device), torch.zeros(9, device=device)],
         tasks=[0, 1],

@@ -15,7 +15,8 @@ from _published import published
 
 from excessmtl_ext import ExcessMTL, _extension, reference
 from excessmtl_ext import functional as F
-from excessmtl_ext.functional import ParamLayout, StepOptions, StepState, init_state, op_arguments
+from excessmtl_ext.functional import ParamLayout, StepOptions, StepState, init_state
+from excessmtl_ext.op_arguments import op_arguments
 
 needs_ops = pytest.mark.skipif(
     not _extension.ops_available, reason=f"no compiled ops: {_extension.unavailable_reason}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from excessmtl_ext import ExcessMTL, bounded_moves
+from excessmtl_ext import ExcessMTL, bounded_moves, functional
 
 KAPPA = 0.7
 
@@ -269,7 +269,7 @@ def test_bfloat16_state_gives_the_weights_of_float32_state():
 
 
 def test_relative_risks_are_one_before_anything_is_known():
-    move = bounded_moves.init_move_state(3, 1, None)
+    move = functional.init_move_state(3, 1)
     assert bounded_moves.relative_risks(move).tolist() == [1.0, 1.0, 1.0]
 
 

@@ -15,16 +15,9 @@ PACKAGE = Path(excessmtl_ext.__file__).parent
 LAYERS = (
     {"arguments", "_build_facts", "_extension", "_ctrl_c"},
     {"state", "stochastic_rounding"},
-    {"reference", "op_calls", "gpu_support", "functional"},
-    {
-        "step",
-        "step_arguments",
-        "unfit_parameters",
-        "gradient_sizes",
-        "bounded_moves",
-        "skips",
-        "self_test",
-    },
+    {"gradient_sizes", "bounded_moves", "reference_rows", "reference"},
+    {"op_calls", "gpu_support", "composed_ops", "functional", "op_arguments"},
+    {"step", "step_arguments", "unfit_parameters", "skips", "self_test"},
     {
         "passes",
         "given_gradients",
