@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 from _paths import ROOT, TESTS
+from click.testing import CliRunner
+
+from excessmtl_ext.training.benchmark.page import read_results
+from excessmtl_ext.training.cli import main
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -97,6 +101,24 @@ def test_several_processes_end_with_the_same_weights_however_they_share_the_mode
         weights.append(json.loads(re.findall(r"2 processes: weights (\[.*\])", printed.stdout)[0]))
     assert weights[0] == pytest.approx(weights[1], abs=1e-5)
     assert max(weights[0]) - min(weights[0]) > 0.05
+
+
+def test_the_benchmark_takes_a_method_and_a_data_set_from_one_file_each(tmp_path):
+    method, dataset = (
+        str(ROOT / "examples" / name) for name in ("benchmark_method.py", "benchmark_dataset.py")
+    )
+    words = ["benchmark", "--output", str(tmp_path), "--quick", "--seeds", "1"]
+    words += ["--datasets", f"digits,{dataset}", "--methods", f"uniform,{method}"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    tables = read_results(tmp_path)["tables"]
+    assert {table["dataset"] for table in tables} == {"digits", "digit-questions"}
+    for table in tables:
+        assert [line["label"] for line in table["methods"]] == ["Uniform", "Random weights"]
+        first, second = (line["scores"]["all, selected"]["mean"] for line in table["methods"])
+        assert first != second
+    (noisy,) = [table for table in tables if table["dataset"] == "digit-questions"][1:]
+    assert noisy["noise_shares"]["is_even"] == pytest.approx(0.4, abs=0.1)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

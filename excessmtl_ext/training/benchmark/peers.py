@@ -36,12 +36,12 @@ class LossWeights(Balancer):
         if bool(self.found_nonfinite.any()):
             self.num_skipped_steps += 1
             return
-        weights = self._weights(losses)
+        weights = self.weights_from(losses)
         self.task_weights.copy_(self.weight_total * weights / weights.sum())
         self.num_steps += 1
 
     @abstractmethod
-    def _weights(self, losses: Tensor) -> Tensor:
+    def weights_from(self, losses: Tensor) -> Tensor:
         """Returns the weights [T] for losses [T], positive, of any sum."""
 
 
@@ -63,7 +63,7 @@ class FixedWeights(LossWeights):
             raise ValueError(f"Expected {self.num_tasks} `weights`, but got {len(weights)}.")
         self._fixed = torch.tensor(weights, dtype=torch.float64)
 
-    def _weights(self, losses: Tensor) -> Tensor:
+    def weights_from(self, losses: Tensor) -> Tensor:
         return self._fixed.to(losses)
 
 
@@ -86,7 +86,7 @@ class UncertaintyWeights(LossWeights):
         )
         self._optimizer = torch.optim.Adam([self._log_variance], lr=learning_rate)
 
-    def _weights(self, losses: Tensor) -> Tensor:
+    def weights_from(self, losses: Tensor) -> Tensor:
         weights = (-self._log_variance.detach()).exp()
         self._log_variance.grad = 1.0 - weights * losses
         self._optimizer.step()
@@ -115,7 +115,7 @@ class DynamicWeightAverage(LossWeights):
         """Takes the mean training losses [T] of the epoch that has ended."""
         self._means = [*self._means[-1:], mean_losses.clamp(min=SMALLEST_LOSS)]
 
-    def _weights(self, losses: Tensor) -> Tensor:
+    def weights_from(self, losses: Tensor) -> Tensor:
         if len(self._means) < 2:
             return torch.ones_like(losses)
         ratios = (self._means[1] / self._means[0]).to(losses)
@@ -149,7 +149,7 @@ class FAMO(LossWeights):
         self._optimizer = torch.optim.Adam([self._logits], lr=learning_rate, weight_decay=decay)
         self._before = torch.zeros_like(self.task_weights)
 
-    def _weights(self, losses: Tensor) -> Tensor:
+    def weights_from(self, losses: Tensor) -> Tensor:
         self._before = losses.clamp(min=SMALLEST_LOSS)
         return self._logits.detach().softmax(0) / self._before
 
@@ -187,7 +187,7 @@ class SmoothTchebycheff(LossWeights):
         if self._nadir is None:
             self._nadir = mean_losses.clamp(min=SMALLEST_LOSS)
 
-    def _weights(self, losses: Tensor) -> Tensor:
+    def weights_from(self, losses: Tensor) -> Tensor:
         if self._nadir is None:
             return torch.ones_like(losses)
         losses = losses.clamp(min=SMALLEST_LOSS)
