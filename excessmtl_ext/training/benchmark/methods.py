@@ -178,10 +178,10 @@ _ALL = (
         is_ours=True,
         takes_steps_per_epoch=True,
     ),
-    Method("excessmtl-recommended", "ExcessMTL, recommended", _preset("recommended"), is_ours=True),
+    Method("excessmtl-recommended", "ExcessMTL, default", _preset("recommended"), is_ours=True),
     Method(
         "excessmtl-features",
-        "ExcessMTL, recommended, from features",
+        "ExcessMTL, default, from features",
         _preset("recommended", estimate_from="features"),
         is_ours=True,
     ),

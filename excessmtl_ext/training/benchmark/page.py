@@ -137,6 +137,7 @@ def results_of(tables: Sequence[DatasetTable], rankings: Sequence[Ranking]) -> d
         "tables": [
             {
                 "dataset": table.dataset,
+                "title": table.title,
                 "dose": table.dose,
                 "is_ranked": table.is_ranked,
                 "tasks": dict(table.tasks),

@@ -98,7 +98,7 @@ def tell(result: demo_runs.DemoResult) -> list[str]:
 # Runs as it stands: the names are those of the loop that most people have.
 _NEXT_STEP = (
     "Next, in your own loop:",
-    '    balancer = ExcessMTL.from_preset("recommended", model.encoder.parameters(), num_tasks=2)',
+    "    balancer = ExcessMTL(model.encoder.parameters(), num_tasks=2)",
     '    balancer.record_history(gradients=True, task_names=["a", "b"])',
     "    balancer.backward([loss_a, loss_b])    # instead of (loss_a + loss_b).backward()",
     "    print(balancer.report())               # after some hundred steps: whose labels to look at",

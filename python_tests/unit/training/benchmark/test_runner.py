@@ -71,7 +71,7 @@ def test_a_benchmark_from_the_command_to_its_page(own_datasets: Path, tmp_path: 
     for text in (readme, page):
         assert "quick" in text
         assert "TWO, some" in text
-    assert "**ExcessMTL, recommended**" in readme
+    assert "**ExcessMTL, default**" in readme
     assert "src=" in page
     assert "http" not in page.replace("http-equiv", "")
 

@@ -140,7 +140,7 @@ def test_the_verdict_is_what_the_numbers_say(
 ) -> None:
     text = "\n".join(tell(make_result(clean, noisy, (("right",),))))
     assert re.search(expected, text), text
-    assert 'ExcessMTL.from_preset("recommended"' in text
+    assert "ExcessMTL(model.encoder.parameters(), num_tasks=2)" in text
 
 
 def test_gains_are_told_in_points_and_as_the_same_where_seeds_differ_by_more() -> None:
