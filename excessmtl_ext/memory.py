@@ -163,7 +163,8 @@ def _describe(tensor: Tensor) -> str:
 
 def _held(rule: MeasuredRule) -> list[MemoryEntry]:
     large, small = [], 0
-    for name, tensor in rule.state_tensors().items():
+    for name in rule.state_names:
+        tensor = getattr(rule, name)
         if tensor.dim() == 2:
             large.append(MemoryEntry(name, tensor.nbytes, "always", _describe(tensor)))
         else:

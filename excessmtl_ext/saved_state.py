@@ -60,18 +60,19 @@ class StateModule(nn.Module):
     layout: ParamLayout | None
     """Sizes of the parameters that the state belongs to, where they are known."""
 
-    _state_names: tuple[str, ...] = ()
+    state_names: tuple[str, ...] = ()
+    """Attributes that hold the state, in the order in which it is saved."""
 
     def set_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces all state tensors."""
-        for name in self._state_names:
+        for name in self.state_names:
             del self.__dict__[name]
-        self._state_names = tuple(state)
+        self.state_names = tuple(state)
         self.put_back(state)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, not copies."""
-        return {name: self.__dict__[name] for name in self._state_names}
+        return {name: self.__dict__[name] for name in self.state_names}
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
         """Makes ``tensors``, as :meth:`state_tensors` gave them, the state again."""
@@ -150,7 +151,7 @@ class StateModule(nn.Module):
         Warns:
             UserWarning: it was saved with other options that only say how to go on.
         """
-        known = {*self._state_names, EXTRA, *self._parameters, *self._buffers, *self._modules}
+        known = {*self.state_names, EXTRA, *self._parameters, *self._buffers, *self._modules}
         unknown = sorted(key for key in state_dict if key.partition(".")[0] not in known)
         if strict and unknown:
             raise RuntimeError(
@@ -169,7 +170,7 @@ class StateModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = [name for name in self._state_names if name not in self.transient_state]
+        names = [name for name in self.state_names if name not in self.transient_state]
         saved = {
             name: state_dict[prefix + name]
             for name in (*names, EXTRA)

@@ -156,6 +156,9 @@ class WeightingRule(Protocol):
     task_names: tuple[str, ...] | None
     """Keys of the losses, where they come as a mapping."""
 
+    state_names: tuple[str, ...]
+    """Attributes that hold the state, all tensors."""
+
     task_weights: Tensor
     found_nonfinite: Tensor
     num_skipped_steps: Tensor
@@ -174,7 +177,7 @@ class WeightingRule(Protocol):
         ...
 
     def combine(self, step: Step, targets: Targets) -> None:
-        """Writes the weighted sum of the gradients; after a non-finite step undoes it in the state and writes NaN."""
+        """Writes the weighted sum of the gradients; NaN after a non-finite step."""
         ...
 
     def update_and_combine(self, step: Step, targets: Targets) -> None:
@@ -187,10 +190,6 @@ class WeightingRule(Protocol):
 
     def pass_weights(self) -> Tensor:
         """Factors [T] of the task gradients in a step of one pass for all tasks."""
-        ...
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The state's tensors by name, not copies."""
         ...
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ class Before:
 
     def __init__(self, rule: WeightingRule) -> None:
         self._rule = rule
-        self._tensors = dict(rule.state_tensors())
+        self._tensors = {name: getattr(rule, name) for name in rule.state_names}
         self._copies = {
             name: tensor.clone() for name, tensor in self._tensors.items() if tensor.dim() < 2
         }
