@@ -105,7 +105,10 @@ def test_every_registered_op_is_examined() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith(prefix)
     }
-    assert set(self_test.CASES) == registered - {"cpu_capability"}
+    assert set(self_test.CASES) == registered - {
+        "cpu_capability",
+        "step_in_graph",  # in Python, of balancer.split in a compiled graph: no kernel to compare
+    }
 
 
 @pytest.mark.parametrize("name", self_test.CASES)

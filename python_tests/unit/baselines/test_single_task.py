@@ -107,6 +107,6 @@ def test_wrong_task_raises():
 
 def test_the_state_of_another_task_is_refused():
     balancer, other = SingleTask(num_tasks=3, task=0), SingleTask(num_tasks=3, task=2)
-    with pytest.raises(RuntimeError, match="`task` 0, but got one with 2"):
+    with pytest.raises(RuntimeError, match="`task` was 2 and is 0 here"):
         balancer.load_state_dict(other.state_dict())
     assert balancer.task_weights.tolist() == [1.0, 0.0, 0.0]

@@ -139,7 +139,7 @@ def test_the_study_takes_from_a_sweep_only_the_run_that_a_cell_asks_for(
     (run / "metrics.json").write_text(json.dumps({"tasks": [{}] * 7}))
     balancer = make_balancer(
         "excessmtl",
-        [torch.zeros(1)],
+        [torch.zeros(1, requires_grad=True)],
         num_tasks=7,
         robust_step_size=3.0,
         options={"fisher": "linear", "eps": 1e-7, "gradient_momentum": 0.98, "combine": "sum"},
