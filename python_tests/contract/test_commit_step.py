@@ -223,6 +223,7 @@ def test_squares_beyond_float32_count_as_its_largest_number():
     assert math.isfinite(sums.item())
 
 
+@pytest.mark.slow
 def test_equal_steps_give_equal_bits_for_any_number_of_threads():
     program = """
 import hashlib, sys, torch

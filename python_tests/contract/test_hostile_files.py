@@ -279,6 +279,7 @@ def test_a_damaged_file_of_a_sweep_is_an_error_that_names_it(tmp_path: Path, fil
 
 
 @pytest.mark.parametrize("file", SWEEP_FILES)
+@pytest.mark.slow
 def test_a_value_of_another_kind_in_a_file_of_a_sweep_is_drawn_or_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:

@@ -52,6 +52,7 @@ def train_with_limit(folder: str, num_bytes: int) -> None:
         sys.exit(1)
 
 
+@pytest.mark.slow
 def test_a_folder_without_room_is_an_error_before_the_first_step(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for num_bytes in (100_000, 100_000_000):

@@ -222,7 +222,8 @@ def train_rank_and_die(
     train(config, folder, resume=True, report=report)
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_run_of_two_ranks_killed_at_random_steps_ends_with_the_same_bytes(
     tmp_path: Path, kind: Any
 ) -> None:

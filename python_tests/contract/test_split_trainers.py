@@ -201,6 +201,7 @@ def test_autocast_with_a_grad_scaler() -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_compiled_model_and_loss(expected: Result) -> None:
     model = Model()
     check(loop(model, torch.compile(model, fullgraph=True)), expected)

@@ -222,6 +222,7 @@ print(F.cpu_capability(), digest)
 
 
 @needs_ops
+@pytest.mark.slow
 def test_every_cpu_path_gives_the_same_bits(tmp_path):
     digests = {}
     for capability in ("avx512", "avx2", "default"):

@@ -125,6 +125,7 @@ def test_a_result_of_other_settings_is_none(own_datasets: Path, tmp_path: Path) 
         Plan(config, tmp_path / "out").result(trial)
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_named_and_the_others_go_on(
     own_datasets: Path, tmp_path: Path
 ) -> None:

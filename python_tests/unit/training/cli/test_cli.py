@@ -164,6 +164,7 @@ def test_without_click_the_error_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.real_data
+@pytest.mark.slow
 def test_real_multimnist_learns_and_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_data_set_trains_and_reports_every_metric(
 
 
 @pytest.mark.skipif("EXCESSMTL_DATA" not in os.environ, reason="EXCESSMTL_DATA names no real data")
+@pytest.mark.slow
 def test_segnet_overfits_real_frames(tmp_path: Path) -> None:
     config = _config(
         "nyuv2",

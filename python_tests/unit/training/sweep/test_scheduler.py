@@ -381,8 +381,8 @@ if os.environ.get("STARTUP") and "excessmtl_ext.training.sweep.worker" in " ".jo
     [
         ("print('hello from startup')", "hello from startup"),
         ('print(\'{"state": "finished"}\')', "finished"),
-        ("sys.stdout.write('half a line')", "half a line"),
-        ("os.write(1, bytes(range(256)) * 500)", ""),
+        pytest.param("sys.stdout.write('half a line')", "half a line", marks=pytest.mark.slow),
+        pytest.param("os.write(1, bytes(range(256)) * 500)", "", marks=pytest.mark.slow),
     ],
 )
 def test_a_python_that_prints_when_it_starts_prints_into_the_log(
