@@ -69,7 +69,7 @@ const std::string kRounding = R"(
 STABLE_TORCH_LIBRARY(excessmtl_ext, m) {
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
 
-  // One step: S += g * g, excess risks, baseline, weights. One launch on CUDA.
+  // One step: S += g * g, excess risks, baseline, weights. Two launches on CUDA: a look for gradients that are not finite, the step.
   define("fused_step_(Tensor[] task_grads, " + kPlan + kState + ", *, " + kChoices + ", " +
          kLateChoices + ", " + kMoves + ") -> ()");
 

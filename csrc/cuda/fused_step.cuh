@@ -281,7 +281,7 @@ __device__ __forceinline__ void run_step(const StepArgs<state_t>& args,
 // Traffic:      per element: gradient read once; sq_grad_sum (and grad_mean) read once and written once: 12 (20) bytes for float32,
 //               8 (12) with bfloat16 state; before it find_nonfinite_kernel reads the gradient.
 // Determinism:  no floating-point atomics. One partial per chunk and task, float64, each thread's share in acc_t; the last block
-//               to take a ticket adds them in a fixed order: equal inputs give equal bits on any grid and any GPU.
+//               to take a ticket adds them in a fixed order: equal inputs of equal alignment give equal bits on any grid.
 // Not finite:   writes no state where a task is flagged in args.found_nonfinite.
 // Precondition: *ticket == 0; it is 0 again on exit. At least one task is present, and there is at least one chunk.
 template <typename grad_t, typename state_t, bool kSqrtFisher, bool kMomentum, int kCapacity>

@@ -21,10 +21,10 @@ constexpr int kMinBlocksPerSm = sizeof(acc_t) == sizeof(double) ? 2
                                 : kMomentum                     ? 3
                                                                 : 4;
 
-// Both phases in one kernel. Momentum: at three blocks per SM the compiler held back loads of the step's batch; two with all six
-// under way have as many bytes in flight.
+// All phases in one kernel. At one block more per SM the compiler spilled registers, and with momentum held back loads of the step's
+// batch; fewer blocks with all loads under way have as many bytes in flight.
 template <typename acc_t, bool kMomentum>
-constexpr int kMinBlocksPerSmOfBoth = kMomentum ? 2 : kMinBlocksPerSm<acc_t>;
+constexpr int kMinBlocksPerSmOfBoth = kMomentum || sizeof(acc_t) == sizeof(double) ? 2 : 3;
 
 // The grid stops growing at 8 blocks per SM, the most that fit: blocks then walk over several chunks each, and take one ticket.
 constexpr int kMaxBlocksPerSm = 8;
