@@ -262,8 +262,8 @@ def combine_(
         accumulate: Add to ``outputs`` instead of overwriting them.
         weights: Factors [T] or [T, L], float64; the state's weights if None.
     """
-    task_weights = state.task_weights if weights is None else weights
-    _call(reference.combine_, state.task_weights.device, {**locals(), "first_task": 0})
+    factors = {"task_weights": state.task_weights if weights is None else weights}
+    _call(reference.combine_, state.task_weights.device, {**locals(), **factors, "first_task": 0})
 
 
 def fused_step_combine_(

@@ -185,7 +185,7 @@ def accumulate_excess_risk_(
             sq = g * g
             if square_sums is not None:
                 square_sum = sq.sum(dtype=torch.float64).clamp(max=largest)
-                square_sums[row, segment.index] = square_sum
+                square_sums[row, segment.number] = square_sum
             total = (segment.sq_grad_sum.to(wide) + sq).clamp(max=largest)
             segment.store_sum(total)
             numerator = sq

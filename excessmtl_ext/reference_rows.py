@@ -55,7 +55,7 @@ def present_rows(task_grads: Sequence[Tensor], num_tasks: int, layout: ParamLayo
 class Segment(NamedTuple):
     """One parameter's part of a task's row, with the gradient as the state's arithmetic sees it."""
 
-    index: int
+    number: int
     grad: Tensor
     sq_grad_sum: Tensor
     grad_mean: Tensor | None
