@@ -60,6 +60,8 @@ def headline() -> ModuleType:
 def test_the_table_of_results_is_that_of_the_committed_benchmark(headline):
     results = headline.read_benchmark()
     assert headline.with_table(README, headline.table(results)) == README
+    page = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    assert headline.table(results) in page
     rows = [line for line in headline.table(results).splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + sum(table["is_ranked"] for table in results["tables"])
     assert f"{headline.benchmark_folder().relative_to(ROOT)}/README.md" in README
