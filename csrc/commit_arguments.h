@@ -99,16 +99,9 @@ struct CommitEntryOf<kRun, TypeList<Moves...>> {
       written.check_apart(*square_sums, "square_sums");
     }
 
-    TaskState state = {};
-    state.excess_risk = excess_risk.mutable_data_ptr<double>();
-    state.relative_excess_risk = relative_excess_risk.mutable_data_ptr<double>();
-    state.baseline_excess_risk = baseline_excess_risk.mutable_data_ptr<double>();
-    state.log_task_weights = log_task_weights.mutable_data_ptr<double>();
-    state.task_weights = task_weights.mutable_data_ptr<double>();
-    state.num_steps = num_steps.mutable_data_ptr<int64_t>();
-    state.num_task_steps = num_task_steps.mutable_data_ptr<int64_t>();
-    state.num_skipped_steps = num_skipped_steps.mutable_data_ptr<int64_t>();
-    state.found_nonfinite = found_nonfinite.mutable_data_ptr<bool>();
+    const TaskState state = task_state_of(
+        excess_risk, relative_excess_risk, baseline_excess_risk, log_task_weights, task_weights,
+        num_steps, num_task_steps, num_skipped_steps, found_nonfinite);
     MoveState move_state = moves.move_state();
     move_state.risk_share =
         risk_share.has_value() ? risk_share->mutable_data_ptr<double>() : nullptr;

@@ -37,6 +37,23 @@ inline void check_rounding(const RoundingSource& source, const Tensor& sq_grad_s
                   source.first_task, ".");
 }
 
+// The addresses of tensors that have been checked.
+inline TaskState task_state_of(const Tensor& excess_risk, const Tensor& relative_excess_risk,
+                               const Tensor& baseline_excess_risk, const Tensor& log_task_weights,
+                               const Tensor& task_weights, const Tensor& num_steps,
+                               const Tensor& num_task_steps, const Tensor& num_skipped_steps,
+                               const Tensor& found_nonfinite) {
+  return {excess_risk.mutable_data_ptr<double>(),
+          relative_excess_risk.mutable_data_ptr<double>(),
+          baseline_excess_risk.mutable_data_ptr<double>(),
+          log_task_weights.mutable_data_ptr<double>(),
+          task_weights.mutable_data_ptr<double>(),
+          num_steps.mutable_data_ptr<int64_t>(),
+          num_task_steps.mutable_data_ptr<int64_t>(),
+          num_skipped_steps.mutable_data_ptr<int64_t>(),
+          found_nonfinite.mutable_data_ptr<bool>()};
+}
+
 // In the order of the schemas. The [T] vectors are float64 unless they say otherwise.
 struct StepTensors {
   Tensor sq_grad_sum;  // [T, padded P]
@@ -56,17 +73,9 @@ struct StepTensors {
   RoundingSource rounding(int64_t seed) const { return {seed, num_steps, num_skipped_steps, 0}; }
 
   TaskState task_state() const {
-    TaskState state = {};
-    state.excess_risk = excess_risk.mutable_data_ptr<double>();
-    state.relative_excess_risk = relative_excess_risk.mutable_data_ptr<double>();
-    state.baseline_excess_risk = baseline_excess_risk.mutable_data_ptr<double>();
-    state.log_task_weights = log_task_weights.mutable_data_ptr<double>();
-    state.task_weights = task_weights.mutable_data_ptr<double>();
-    state.num_steps = num_steps.mutable_data_ptr<int64_t>();
-    state.num_task_steps = num_task_steps.mutable_data_ptr<int64_t>();
-    state.num_skipped_steps = num_skipped_steps.mutable_data_ptr<int64_t>();
-    state.found_nonfinite = found_nonfinite.mutable_data_ptr<bool>();
-    return state;
+    return task_state_of(excess_risk, relative_excess_risk, baseline_excess_risk, log_task_weights,
+                         task_weights, num_steps, num_task_steps, num_skipped_steps,
+                         found_nonfinite);
   }
 };
 
