@@ -11,9 +11,9 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from excessmtl_ext.arguments import check_choice, check_count, checked_parameters, trainable
+from excessmtl_ext.arguments import check_choice, check_count
 from excessmtl_ext.collapse import effective_num_tasks
 from excessmtl_ext.engines import streaming
 from excessmtl_ext.engines.balanced_loss import balanced_loss
@@ -22,7 +22,7 @@ from excessmtl_ext.extra_state import Fields, option_numbers
 from excessmtl_ext.given_gradients import GivenGrads, read_given
 from excessmtl_ext.insight import Insight
 from excessmtl_ext.open_step import OpenStep
-from excessmtl_ext.passes.explain import allow_several_passes
+from excessmtl_ext.shared_parameters import SharedParameters
 from excessmtl_ext.skips import SkipGuard
 from excessmtl_ext.state import MAX_TASKS, ParamLayout
 from excessmtl_ext.step import (
@@ -50,7 +50,7 @@ _WITHOUT_EFFECT_ON_STATE = (
 )
 
 
-class Balancer(WeightingMethod, Insight, OpenStep):
+class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
     """Base of all balancing methods.
 
     ``backward(losses)`` fills ``.grad`` of the shared parameters with the weighted sum of the task
@@ -60,8 +60,10 @@ class Balancer(WeightingMethod, Insight, OpenStep):
 
     Args:
         shared_parameters: What all tasks share, usually ``model.encoder.parameters()``. Those that
-            are frozen then have no state and stay frozen; those frozen later rest. None for a
-            balancer that is only given gradients (:meth:`update_weights`).
+            are frozen then have no state and stay frozen; those frozen later rest. A model: those of
+            its parameters that at least two losses of the first step reach; ``print(balancer)``
+            tells which, see :meth:`prepare`. None for a balancer that is only given gradients
+            (:meth:`update_weights`).
         num_tasks: T, between 1 and 512.
         weight_scale: What the weights sum to: ``"simplex"``: 1 (the paper), ``"num_tasks"``: T (the
             official code).
@@ -89,7 +91,7 @@ class Balancer(WeightingMethod, Insight, OpenStep):
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor] | None = None,
+        shared_parameters: Iterable[Tensor] | nn.Module | None = None,
         *,
         num_tasks: int,
         weight_scale: WeightScale = "simplex",
@@ -119,18 +121,9 @@ class Balancer(WeightingMethod, Insight, OpenStep):
         self.num_calls = 0
         self.task_names: tuple[str, ...] | None = None
         self.stream = None
-        self.shared_parameters: list[Tensor] | None = None
-        self.frozen_parameters: dict[int, Tensor] = {}
         self.layout: ParamLayout | None = None
-        if shared_parameters is not None:
-            given = checked_parameters(shared_parameters)
-            self.shared_parameters = trainable(given)
-            self.frozen_parameters = {
-                index: each for index, each in enumerate(given) if not each.requires_grad
-            }
-            self.layout = ParamLayout([parameter.numel() for parameter in self.shared_parameters])
-            allow_several_passes()
-        device = self.shared_parameters[0].device if self.shared_parameters else torch.device("cpu")
+        parameter = self.take_given(shared_parameters)
+        device = torch.device("cpu") if parameter is None else parameter.device
         device = torch.device("cpu") if device.type == "meta" else device
         self.set_state(WeightingMethod.initial_state(self, device))
 
@@ -228,6 +221,8 @@ class Balancer(WeightingMethod, Insight, OpenStep):
             FloatingPointError: a gradient is not finite and ``nonfinite="raise"``.
             RuntimeError: another rank has failed; state and ``.grad`` are as before.
         """
+        if self.search is not None:
+            self.find_shared(losses)
         try:
             step = read_step(
                 self,
@@ -259,6 +254,8 @@ class Balancer(WeightingMethod, Insight, OpenStep):
         added to it. The graphs are kept if ``.backward(retain_graph=True)`` or ``retain_graph`` says
         so. The other arguments are those of :meth:`backward`.
         """
+        if self.search is not None:
+            self.find_shared(losses)
         try:
             losses = in_order(self, losses)
             step = read_step(
@@ -295,6 +292,8 @@ class Balancer(WeightingMethod, Insight, OpenStep):
             ValueError: what the method requires is missing, or does not fit.
         """
         self.refuse_open_step("update_weights()")
+        if self.search is not None:
+            self.require_found("update_weights()")
         try:
             step = read_given(self, task_grads, losses, grad_scale)
         except Exception as error:
@@ -326,6 +325,8 @@ class Balancer(WeightingMethod, Insight, OpenStep):
         Raises:
             NotImplementedError: the method needs the gradients of all tasks at once.
         """
+        if self.search is not None:
+            self.require_found("accumulate()")
         self.stream = streaming.accumulate(
             cast(StreamingRule, self),
             self.stream,

@@ -311,7 +311,7 @@ def _check(balancer: Balancer) -> None:
     elif balancer.engine.batched is not False:
         expected = f"batched=False, but got {balancer.batched!r}"
     elif balancer.shared_parameters is None:
-        expected = "`shared_parameters`"
+        expected = "`shared_parameters`, given or found by prepare(losses)"
     elif balancer.nonfinite == "raise":
         expected = "nonfinite='skip', but got 'raise', which waits for the device"
     elif balancer.stream is not None:

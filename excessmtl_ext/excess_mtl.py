@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 from excessmtl_ext.arguments import checked_parameters, trainable
 from excessmtl_ext.collapse import CollapseGuard
 from excessmtl_ext.compiled_step import CompiledStep, LossFunction
+from excessmtl_ext.engines.cheaper import checked_subset
 from excessmtl_ext.engines.rotation import RotationEngine
 from excessmtl_ext.excess_mtl_options import (
     EstimateFrom,
     Preset,
+    candidates_in,
     check_options,
     choose_engine,
     preset_options,
@@ -25,10 +27,11 @@ from excessmtl_ext.excess_mtl_rule import ExcessMTLRule
 from excessmtl_ext.excess_mtl_state import Combination
 from excessmtl_ext.extra_state import Fields
 from excessmtl_ext.passes.adapters import Adapter
-from excessmtl_ext.split import split
+from excessmtl_ext.split import size_for_features, split
 from excessmtl_ext.state import SMALLEST_EPS, Fisher, ParamLayout
 from excessmtl_ext.step import (
     Batched,
+    Engine,
     Features,
     HeadWeighting,
     NonFinite,
@@ -58,8 +61,10 @@ class ExcessMTL(ExcessMTLRule):
     more than what keeps 0 / 0 away (``eps=1e-7``). So no unit of a loss decides anything.
 
     Args:
-        shared_parameters: What all tasks share, usually ``model.encoder.parameters()``. None for a
-            balancer that is only given gradients.
+        shared_parameters: What all tasks share, usually ``model.encoder.parameters()``. Or the whole
+            model, in which the parameters that at least two tasks reach are found in the first step,
+            or by :meth:`prepare`; ``print(balancer)`` tells which. None for a balancer that is only
+            given gradients.
         num_tasks: T, between 1 and 512.
         robust_step_size: None: bounded moves. A number > 0: :math:`\eta_\alpha` of Eq. 9,
             :math:`\alpha_i \leftarrow \alpha_i \exp(\eta_\alpha E_i / B_i) / Z`. Larger moves the
@@ -124,8 +129,9 @@ class ExcessMTL(ExcessMTLRule):
             each rank keeps 1 / W of the state. ``"risks"``: each rank estimates risks from its own
             gradients and T numbers are averaged: cheaper, and noisier.
         model: With several ranks, the whole model, so that the gradients of its heads are averaged
-            too. If it is a DistributedDataParallel, that does all averaging, and ``process_group``
-            may be left out; so it may with ``fully_shard`` parameters.
+            too; the model that parameters are found in, unless another is given. If it is a
+            DistributedDataParallel, that does all averaging, and ``process_group`` may be left out; so
+            it may with ``fully_shard`` parameters.
 
     Shape:
         task_grads T * L tensors of P elements in all, float16, bfloat16, float32 or float64.
@@ -161,7 +167,7 @@ class ExcessMTL(ExcessMTLRule):
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor] | None = None,
+        shared_parameters: Iterable[Tensor] | nn.Module | None = None,
         *,
         num_tasks: int,
         robust_step_size: float | None = None,
@@ -192,11 +198,14 @@ class ExcessMTL(ExcessMTLRule):
     ) -> None:
         given = dict(locals())
         check_options(given)
-        if shared_parameters is not None:
+        candidates = None
+        if isinstance(shared_parameters, nn.Module):
+            candidates = candidates_in(shared_parameters, given)
+            self._given = given
+        elif shared_parameters is not None:
             shared_parameters = checked_parameters(shared_parameters)
-        engine = choose_engine(
-            given, None if shared_parameters is None else trainable(shared_parameters)
-        )
+            candidates = trainable(shared_parameters)
+        engine = choose_engine(given, candidates)
         super().__init__(
             shared_parameters,
             num_tasks=num_tasks,
@@ -226,22 +235,49 @@ class ExcessMTL(ExcessMTLRule):
         )
         self.state_dtype = state_dtype
         self.rounding_seed = rounding_seed
-        self.can_stream = engine.stream_obstacle is None
         self.needs_features = estimate_from == "features"
-        self._rotation = engine if isinstance(engine, RotationEngine) else None
-        self._parallel = cast("DataParallel", engine) if engine.shards_state else None
+        self._subset: list[Tensor] | None = getattr(engine, "subset", None)
+        self._use(engine)
         self._collapse_guard = CollapseGuard()
         self.observers.append(self._collapse_guard)
-        self._subset: list[Tensor] | None = getattr(engine, "subset", None)
         if self._subset is not None:
             self.layout = ParamLayout([parameter.numel() for parameter in self._subset])
         elif self.needs_features:
             self.layout = None  # known from the first features on
         self.set_state(self.initial_state(self.task_weights.device))
 
+    def _use(self, engine: Engine) -> None:
+        self.engine = engine
+        self.can_stream = engine.stream_obstacle is None
+        self._rotation = engine if isinstance(engine, RotationEngine) else None
+        shards_state = engine.shards_state and not self.awaits_losses
+        self._parallel = cast("DataParallel", engine) if shards_state else None
+
+    def layout_for(self, shared: Sequence[Tensor]) -> ParamLayout | None:
+        """None where the layout does not follow from the shared parameters."""
+        if self._subset is not None or self.needs_features:
+            return None
+        return super().layout_for(shared)
+
+    def take_shared(self, shared: Sequence[Tensor]) -> None:
+        """Makes the engine of several ranks for the parameters found, and checks that a subset is among them."""
+        if self._subset is not None:
+            checked_subset(self._subset, shared)
+        if self.engine.shards_state:
+            self._use(choose_engine(self._given, shared))
+            self._parallel = cast("DataParallel", self.engine)
+
+    def size_for(self, features: Features) -> None:
+        """Gives the state the shape of the features' adapters, where risks are estimated from them."""
+        if self.shared_parameters is None or self.needs_features:
+            size_for_features(self, [features] if isinstance(features, Tensor) else list(features))
+
     @classmethod
     def from_preset(
-        cls, preset: Preset, shared_parameters: Iterable[Tensor] | None = None, **options: Any
+        cls,
+        preset: Preset,
+        shared_parameters: Iterable[Tensor] | nn.Module | None = None,
+        **options: Any,
     ) -> ExcessMTL:
         """A balancer with a named set of choices; ``options`` are those of the class and override the set.
 

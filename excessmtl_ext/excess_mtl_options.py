@@ -7,9 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from excessmtl_ext.arguments import check_choice, check_count, check_positive, checked_parameters
+from excessmtl_ext.arguments import (
+    check_choice,
+    check_count,
+    check_positive,
+    checked_parameters,
+    trainable,
+)
 from excessmtl_ext.engines.cheaper import (
     SubsetEngine,
     checked_subset,
@@ -183,6 +190,24 @@ def _numbers(name: str, given: Any, num_tasks: int) -> list[float]:
     return numbers
 
 
+def candidates_in(module: nn.Module, given: dict[str, Any]) -> list[Tensor]:
+    """The parameters of a model among which the shared ones will be found; fills in what the model says of ``given``.
+
+    With several ranks it is the whole model, unless another one is given.
+    """
+    for name in ("self", "__class__", "shared_parameters"):
+        given.pop(name, None)
+    if not isinstance(given["estimate_from"], str):
+        given["estimate_from"] = list(given["estimate_from"])
+    candidates = trainable(
+        checked_parameters(module.parameters(), "model.parameters()"), "model.parameters()"
+    )
+    has_ranks = given["process_group"] is not None or is_sharded(candidates)
+    if given["model"] is None and (has_ranks or isinstance(module, DistributedDataParallel)):
+        given["model"] = module
+    return candidates
+
+
 def choose_engine(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> Engine:
     """The engine that the options ask for, and the one place that knows which options exclude each other.
 
@@ -281,6 +306,7 @@ __all__ = [
     "PRESETS",
     "EstimateFrom",
     "Preset",
+    "candidates_in",
     "check_options",
     "checked_parameters",
     "choose_engine",

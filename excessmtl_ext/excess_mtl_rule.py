@@ -73,7 +73,7 @@ class ExcessMTLRule(ExcessMTLState):
         own = self.__dict__
         return StepState(*[own[name] for name in StepState._fields])
 
-    def prepare(self, step: Step) -> tuple[StepState, StepOptions]:
+    def ready_state(self, step: Step) -> tuple[StepState, StepOptions]:
         """State and options for the gradients of ``step``; the first ones size the state."""
         grads = step.task_grads
         first = next((grad for grad in grads.tensors if grad.numel() > 0), self.task_weights)
@@ -89,7 +89,7 @@ class ExcessMTLRule(ExcessMTLState):
 
     def update(self, step: Step) -> None:
         """Moves the weights by one step (He et al. 2024, Eqs. 6, 7 and 9, or :mod:`excessmtl_ext.bounded_moves`)."""
-        state, options = self.prepare(step)
+        state, options = self.ready_state(step)
         grads = step.task_grads
         functional.fused_step_(
             grads.tensors,
@@ -117,7 +117,7 @@ class ExcessMTLRule(ExcessMTLState):
 
     def update_and_combine(self, step: Step, targets: Targets) -> None:
         """:meth:`update` and :meth:`combine`, in one op."""
-        state, options = self.prepare(step)
+        state, options = self.ready_state(step)
         grads = step.task_grads
         functional.fused_step_combine_(
             grads.tensors,
@@ -186,7 +186,7 @@ class ExcessMTLRule(ExcessMTLState):
             [L], the mean squares of the gradients; None where nobody needs them.
         """
         (task,) = step.tasks
-        state, options = self.prepare(step)
+        state, options = self.ready_state(step)
         grads = step.task_grads
         row, sums = slice(task, task + 1), torch.zeros_like(state.excess_risk)
         rows = state.sq_grad_sum[row], state.grad_mean[row]
@@ -246,7 +246,7 @@ class ExcessMTLRule(ExcessMTLState):
         Returns:
             Factors [T] of the task gradients in a step of one pass; NaN where a gradient is not finite.
         """
-        self.prepare(step)
+        self.ready_state(step)
         self.found_nonfinite.zero_()
         self._new_shares = None  # of a step that was broken off
         for each in turns:
@@ -286,7 +286,7 @@ class ExcessMTLRule(ExcessMTLState):
         """Takes in the gradients of one task; returns its new log-weight, not normalised."""
         (task,) = step.tasks
         if not step.moves_weights:
-            self.prepare(step)
+            self.ready_state(step)
             ratios = self._pass_ratios()
             scale = None if ratios is None else ratios[task].log()
             return StreamedWeight(self.log_task_weights[task].clone(), scale)

@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from excessmtl_ext.engines.graph_node import Close, NodePass, handle_of, step_in_graph
+from excessmtl_ext.engines.graph_node import (
+    Close,
+    NodePass,
+    adapters_layout,
+    handle_of,
+    step_in_graph,
+)
 from excessmtl_ext.passes.adapters import check_feature
-from excessmtl_ext.step import Features
+from excessmtl_ext.step import Features, TaskGrads
 from excessmtl_ext.step_arguments import as_scale
 
 
@@ -34,6 +40,19 @@ def split(
     return tuple(
         copies[start : start + len(tensors)] for start in range(0, len(copies), len(tensors))
     )
+
+
+def size_for_features(rule: Any, features: Sequence[Tensor]) -> None:
+    """Sizes the state of ``rule``, which estimates risks from features, as a step with these would.
+
+    Raises:
+        ValueError: the state belongs to features of other sizes.
+    """
+    _check(rule, features)
+    layout = adapters_layout(rule, features)
+    if rule.sq_grad_sum.shape[1] == 0:
+        like = [feature.new_empty(1) for feature in features]
+        rule.size_state(TaskGrads(like, layout, ()), features[0].device)
 
 
 def _check(rule: Any, features: Sequence[Any]) -> None:

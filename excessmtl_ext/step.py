@@ -228,7 +228,7 @@ class FisherRule(WeightingRule, Protocol):
         """The choices."""
         ...
 
-    def prepare(self, step: Step) -> tuple[StepState, StepOptions]:
+    def ready_state(self, step: Step) -> tuple[StepState, StepOptions]:
         """Sizes and places the state for the gradients of ``step``; returns it with the choices."""
         ...
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_positive
 from excessmtl_ext.balancer import Balancer
@@ -78,7 +78,7 @@ class GradNorm(Balancer):
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor] | None = None,
+        shared_parameters: Iterable[Tensor] | nn.Module | None = None,
         *,
         num_tasks: int,
         robust_step_size: float = 0.025,

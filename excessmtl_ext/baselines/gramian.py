@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, WeightScale
@@ -68,7 +68,7 @@ class GramianBalancer(Balancer):
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor] | None = None,
+        shared_parameters: Iterable[Tensor] | nn.Module | None = None,
         *,
         num_tasks: int,
         weight_scale: WeightScale = "simplex",

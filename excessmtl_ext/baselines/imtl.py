@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_choice, check_positive
 from excessmtl_ext.baselines.gramian import (
@@ -88,7 +88,7 @@ class IMTL(GramianBalancer):
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor] | None = None,
+        shared_parameters: Iterable[Tensor] | nn.Module | None = None,
         *,
         num_tasks: int,
         variant: Variant = "both",

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_count
 from excessmtl_ext.balancer import Balancer
@@ -45,7 +45,7 @@ class SingleTask(Balancer):
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor] | None = None,
+        shared_parameters: Iterable[Tensor] | nn.Module | None = None,
         *,
         num_tasks: int,
         task: int,

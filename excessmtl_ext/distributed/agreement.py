@@ -37,6 +37,9 @@ _MUST_AGREE = (
 NUM_FIRST_COUNTS = 32
 """Tasks whose samples fit into the first exchange; those of more follow in another one."""
 
+NUM_FIRST_NUMBERS = 5 + NUM_FIRST_COUNTS
+"""Length of the first exchange, whatever a rank has got: one of another would hang or crash the ranks that wait."""
+
 ABSENT = -1.0
 """Instead of a number of samples: the rank has no loss of that task. 0: it has one that weighs nothing."""
 
@@ -62,12 +65,12 @@ def agree(
         UNKNOWN if parallel.is_compared or error is not None else checksum(parallel, rule),
         float(parallel.needs_ddp),
     ]
-    # Of one length whatever a rank has got: one of another would hang or crash the ranks that wait.
     first = counts[:NUM_FIRST_COUNTS]
-    rows = _gathered(parallel, [*numbers, *first, *[ABSENT] * (NUM_FIRST_COUNTS - len(first))])
+    rest = NUM_FIRST_NUMBERS - len(numbers) - len(first)
+    rows = gathered(parallel, [*numbers, *first, *[ABSENT] * rest])
     if error is not None:
         raise error
-    _raise_if_some([row[0] for row in rows])
+    raise_if_some([row[0] for row in rows])
     for column, what, way_out in _MUST_AGREE:
         if len({row[column] for row in rows if row[column] != UNKNOWN}) > 1:
             raise RuntimeError(
@@ -76,7 +79,7 @@ def agree(
     parallel.is_compared = True
     all_counts = [row[5 : 5 + len(first)] for row in rows]
     if len(counts) > len(first):  # on all ranks, as they have agreed
-        others = _gathered(parallel, counts[len(first) :])
+        others = gathered(parallel, counts[len(first) :])
         all_counts = [row + more for row, more in zip(all_counts, others, strict=True)]
     totals = [sum((max(c, 0.0) for c in column), 0.0) for column in zip(*all_counts, strict=True)]
     _check_absent(parallel, all_counts, totals)
@@ -89,7 +92,7 @@ def agree(
     return Agreement(tasks, shares, averages_shared)
 
 
-def _gathered(parallel: Partition, numbers: Sequence[float]) -> list[list[float]]:
+def gathered(parallel: Partition, numbers: Sequence[float]) -> list[list[float]]:
     """The numbers of every rank, by rank."""
     device = parallel.ranks.exchange_device(parallel.device)
     own = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -158,7 +161,8 @@ def _check_all_or_none(all_counts: list[list[float]]) -> None:
             )
 
 
-def _raise_if_some(flags: Sequence[float]) -> None:
+def raise_if_some(flags: Sequence[float]) -> None:
+    """Raises RuntimeError where a rank has failed."""
     failed = [rank for rank, flag in enumerate(flags) if flag]
     if failed:
         raise RuntimeError(
@@ -182,6 +186,6 @@ def agree_on_end(parallel: Partition, step: RankStep) -> set[int]:
     flags = tensor.tolist()
     if step.error is not None:
         raise step.error
-    _raise_if_some(flags[: parallel.ranks.size])
+    raise_if_some(flags[: parallel.ranks.size])
     reached = zip(known, flags[parallel.ranks.size :], strict=True)
     return step.reached | {id(parameter) for parameter, flag in reached if flag}

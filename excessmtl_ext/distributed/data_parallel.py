@@ -83,7 +83,7 @@ class DataParallel(Partition, ExactEngine):
             for task in range(self.num_tasks)
         ]
         try:
-            rule.prepare(step)
+            rule.ready_state(step)
             self._check_sizes(rows)
         except Exception as error:
             self.refuse(rule, error)

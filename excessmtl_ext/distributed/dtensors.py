@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -43,3 +43,23 @@ def common_mesh(parameters: Sequence[Tensor]) -> Any:
             f"{', '.join(map(str, meshes))}. Call fully_shard on the whole encoder, with a mesh of one dimension."
         )
     return mesh
+
+
+def unsharded_parameters(module: nn.Module) -> dict[int, Tensor]:
+    """The parameters of ``fully_shard`` modules by the id of the whole tensor that stands for each in a graph."""
+    found: dict[int, Tensor] = {}
+    for each in module.modules():
+        state: Any = each._get_fsdp_state() if hasattr(each, "_get_fsdp_state") else None  # pyright: ignore
+        for group in () if state is None else _groups_of(state):
+            for parameter in group.fsdp_params:
+                whole = getattr(parameter, "_unsharded_param", None)
+                if whole is not None:
+                    found[id(whole)] = parameter.sharded_param
+    return found
+
+
+def _groups_of(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch has no public name for either
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]

@@ -104,14 +104,7 @@ class NodePass:
         rule = self.rule
         adapter: Adapter = rule.feature_adapter
         dim: int = rule.feature_dim
-        layout = ParamLayout([adapter_numel(adapter, feature.shape[dim]) for feature in features])
-        if rule.layout is None:
-            rule.layout = layout
-        elif rule.layout != layout:
-            raise ValueError(
-                f"Expected features whose adapters have {list(rule.layout.numels)} elements, as in the first step, but "
-                f"got {list(layout.numels)}. Call reset() to start on a new model."
-            )
+        layout = adapters_layout(rule, features)
         columns = [
             adapter_grads(feature, [row[index] for row in rows], dim, adapter)
             for index, feature in enumerate(features)
@@ -119,7 +112,7 @@ class NodePass:
         adapters = [list(row) for row in zip(*columns, strict=True)]
         group = group_of(getattr(rule.engine, "process_group", None))
         adapters, step.tasks = joined_over_ranks(adapters, step.tasks, layout, group)
-        return TaskGrads(flat_rows(adapters), rule.layout, range(rule.num_tasks))
+        return TaskGrads(flat_rows(adapters), layout, range(rule.num_tasks))
 
     def _raise_if_stepped(self) -> None:
         if self.has_run:
@@ -135,6 +128,26 @@ class NodePass:
                 "which has moved the weights. Give all features to one call, balancer.split([z1, z2]), or call "
                 "backward after each."
             )
+
+
+def adapters_layout(rule: Any, features: Sequence[Tensor]) -> ParamLayout:
+    """Sizes of the adapters of the features; the first ones become those of ``rule``.
+
+    Raises:
+        ValueError: they are not those of the first features.
+    """
+    dim: int = rule.feature_dim
+    layout = ParamLayout(
+        [adapter_numel(rule.feature_adapter, feature.shape[dim]) for feature in features]
+    )
+    if rule.layout is None:
+        rule.layout = layout
+    elif rule.layout != layout:
+        raise ValueError(
+            f"Expected features whose adapters have {list(rule.layout.numels)} elements, as in the first step, but "
+            f"got {list(layout.numels)}. Call reset() to start on a new model."
+        )
+    return rule.layout
 
 
 _LATEST_PASS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()

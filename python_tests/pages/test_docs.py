@@ -49,7 +49,12 @@ def test_the_quick_start_runs_and_moves_the_weights(capsys):
     assert isinstance(balancer, excessmtl_ext.ExcessMTL)
     assert balancer.num_steps.item() == 100
     assert balancer.task_weights.std() > 0
-    assert "speed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "speed" in printed
+    found = str(names["automatic"]).splitlines()[1:]
+    text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    assert len(found) == 3
+    assert all(line in printed and line in text for line in found)
     resumed = excessmtl_ext.ExcessMTL.from_preset(
         "recommended", names["encoder"].parameters(), num_tasks=3
     )

@@ -444,7 +444,7 @@ def test_wrong_parameters_raise():
         ),
         ([layer.weight * 2], ValueError, r"`shared_parameters\[0\]` to be a leaf"),
         (layer.named_parameters(), TypeError, "Pass .parameters"),
-        (layer, TypeError, "to be parameters, as from model.encoder.parameters"),
+        (layer.weight, TypeError, "to be parameters, as from model.encoder.parameters"),
         ([torch.ones(2, dtype=torch.int64)], ValueError, "real floating point"),
         ([layer.weight, torch.ones(1, device="meta")], ValueError, "on one device"),
     ]

@@ -37,7 +37,7 @@ LAYERS = (
         "open_step",
         "weighting",
     },
-    {"split"},
+    {"split", "shared_search", "shared_parameters"},
     {"batch_trees", "cuda_graphs"},
     {"balancer"},
     {"compiled_step"},
