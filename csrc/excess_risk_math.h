@@ -154,6 +154,9 @@ EXCESSMTL_HOST_DEVICE TaskRisk updated_task_risk(double excess_risk_sum,
                                                  double baseline_excess_risk, int64_t num_steps,
                                                  int64_t num_task_steps,
                                                  const TaskOptions& options) {
+  if (excess_risk_sum == 0.0 && baseline_excess_risk == 0.0) {
+    return {0.0, 0.0, 0.0, num_task_steps};  // the task has not begun: its first gradient is step 1
+  }
   const int64_t t = num_task_steps + 1;
   double excess_risk = excess_risk_sum;
   if (options.momentum > 0.0) {

@@ -211,9 +211,10 @@ def update_task_risks_(
     state.found_nonfinite[index] = ~excess_risk_sum[index].isfinite()
     if not tasks or bool(state.found_nonfinite[index].any()):
         return
+    baseline = state.baseline_excess_risk[index]
+    has_begun = (excess_risk_sum[index] != 0) | (baseline != 0)  # its first gradient is step 1
     t = state.num_task_steps[index] + 1
     risk = excess_risk_sum[index] / (1.0 - options.gradient_momentum ** t.double()) ** 2
-    baseline = state.baseline_excess_risk[index]
     if int(state.num_steps) < options.num_warmup_steps:
         baseline = baseline + (risk - baseline) / t  # mean over the warm-up
     else:
@@ -224,7 +225,7 @@ def update_task_risks_(
     state.relative_excess_risk[index] = (
         ratio if options.relative else risk * options.raw_risk_scale(layout)
     )
-    state.num_task_steps[index] = t
+    state.num_task_steps[index] += has_begun
 
 
 def update_task_weights_(tasks: Sequence[int], state: StepState, options: StepOptions) -> None:
