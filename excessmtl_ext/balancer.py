@@ -373,6 +373,8 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
         """The end of every step: counts it and shows it to the observers; nothing if no task took part."""
         if not tasks or self.holds_weights:
             return
+        if len(tasks) == 1 < self.num_tasks:
+            self.end_lone_step(step, tasks[0])
         self.num_calls += 1
         for observer in self.observers:
             if self.num_calls % observer.period == 0:

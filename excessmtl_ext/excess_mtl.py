@@ -110,7 +110,7 @@ class ExcessMTL(ExcessMTLRule):
         tasks_per_step: Tasks whose risk a step estimates, in rotation; None for all T. When each had
             its turn, a round, the weights move once, with the latest risks; S and m of a task, its
             share of ``num_warmup_steps`` and the momentum count its own turns. A step costs as many
-            passes and one more, whatever T is.
+            passes and one more, whatever T is; a task's first one another, which measures its size.
         min_weight: Floor f of every weight, mixed in as (1 - T f) a + f; at most 1 / T. Or T floors,
             which sum to at most 1.
         state_dtype: None: S and m in float32 (float64 for float64 gradients). ``torch.bfloat16``:
@@ -347,13 +347,19 @@ class ExcessMTL(ExcessMTLRule):
             self, loss_function, optimizer, close=self._close, mode=mode, backend=backend
         )
 
+    def reset(self) -> None:
+        """As for every balancer."""
+        self.lone_tasks = frozenset()
+        super().reset()
+
     def host_state(self) -> Fields:
         """As for every balancer, whether the collapse guard has warned, and which tasks wait for their turn."""
         fields = super().host_state()
         fields["has_warned_of_collapse"] = [float(self._collapse_guard.has_warned)]
-        waiting = (
-            range(self.num_tasks) if self._rotation is None else self._rotation.rotation.waiting
-        )
+        if self._rotation is None:
+            waiting = [task for task in range(self.num_tasks) if task not in self.lone_tasks]
+        else:
+            waiting = self._rotation.rotation.waiting
         fields["waits"] = [float(task in waiting) for task in range(self.num_tasks)]
         return fields
 
@@ -366,14 +372,16 @@ class ExcessMTL(ExcessMTLRule):
         self._collapse_guard.has_warned = bool(
             round(fields.get("has_warned_of_collapse", [0.0])[0])
         )
-        if self._rotation is not None:
-            rotation = self._rotation.rotation
-            rotation.start_round()
-            waits = fields.get("waits", [1.0] * self.num_tasks)
-            waiting = [task for task, waits_now in enumerate(waits) if round(waits_now)]
-            if "waiting_tasks" in fields:  # of version 1
-                waiting = [round(task) for task in fields["waiting_tasks"]]
-            rotation.waiting = waiting or rotation.waiting
+        waits = fields.get("waits", [1.0] * self.num_tasks)
+        waiting = [task for task, waits_now in enumerate(waits) if round(waits_now)]
+        if "waiting_tasks" in fields:  # of version 1
+            waiting = [round(task) for task in fields["waiting_tasks"]]
+        waiting = waiting or list(range(self.num_tasks))
+        if self._rotation is None:
+            self.lone_tasks = frozenset(range(self.num_tasks)) - frozenset(waiting)
+            return
+        self._rotation.rotation.restart()
+        self._rotation.rotation.waiting = waiting
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the constructor that rebuild the balancer, but for those that are objects."""

@@ -21,6 +21,11 @@ from excessmtl_ext.state import (
 )
 from excessmtl_ext.step import Step, StreamedWeight, Targets
 
+_LEAST_FACTOR = 1e-300
+"""Of a task that is to weigh nothing, where a logarithm is taken."""
+
+_COUNTS = ("num_steps", "num_skipped_steps")
+
 
 class ExcessMTLRule(ExcessMTLState):
     """What the engines ask of :class:`excessmtl_ext.ExcessMTL`."""
@@ -33,6 +38,9 @@ class ExcessMTLRule(ExcessMTLState):
     num_warmup_steps: int
     relative: bool
     rounding_seed: int
+
+    lone_tasks: frozenset[int] = frozenset()
+    """Tasks that had a batch of their own since Eq. 9 last moved the weights by the risks of such batches."""
 
     _new_shares: Tensor | None = None
     """[T], of the tasks that a step under way has taken in."""
@@ -235,6 +243,28 @@ class ExcessMTLRule(ExcessMTLState):
             moves_weights=False,
         )
 
+    def tasks_without_size(self, tasks: Sequence[int]) -> list[int]:
+        """Those of ``tasks`` whose gradients have to be brought to one size and have none yet; waits for the device."""
+        if self.combination == "sum":
+            return []
+        has_size = (self.num_tensor_steps > 0).any(1).tolist()
+        return [task for task in tasks if not has_size[task]]
+
+    def take_size(self, step: Step) -> None:
+        """Takes in the size of one task's gradients and nothing else."""
+        (task,) = step.tasks
+        self.prepare(step)
+        grads, row = step.task_grads, slice(task, task + 1)
+        squares = gradient_sizes.sums_of_squares(
+            grads.tensors, len(grads.layout.numels), step.grad_scale
+        )
+        gradient_sizes.update_sizes_(
+            self.tensor_mean_square[row],
+            self.num_tensor_steps[row],
+            gradient_sizes.mean_squares(squares, grads.layout),
+            squares.isfinite().all(),
+        )
+
     def take_turns(self, step: Step, turns: Sequence[Step], served: Sequence[int] | None) -> Tensor:
         """Takes in the gradients of some tasks; once all of a round are in, moves the weights.
 
@@ -249,9 +279,12 @@ class ExcessMTLRule(ExcessMTLState):
         self.ready_state(step)
         self.found_nonfinite.zero_()
         self._new_shares = None  # of a step that was broken off
+        relative_risk = self.relative_excess_risk.clone()
         for each in turns:
             self.take_task(each)
         has_nonfinite = self.found_nonfinite.any()
+        if self.robust_step_size is None:  # theirs are of the end of a round, E / B is Eq. 9's
+            self.relative_excess_risk.copy_(relative_risk)
         if served is None:
             self.num_skipped_steps += has_nonfinite
         else:
@@ -261,7 +294,10 @@ class ExcessMTLRule(ExcessMTLState):
 
     def move_weights(self, tasks: Sequence[int]) -> None:
         """Moves the weights once the tasks of a step, or of a round, have been taken in."""
-        state, options = self.step_state, self.step_options
+        self._move(tasks, self.step_state)
+
+    def _move(self, tasks: Sequence[int], state: StepState) -> None:
+        options = self.step_options
         if self.has_plain_weights or self.layout is None:
             functional.update_task_weights_(tasks, state, options)
             return
@@ -276,6 +312,27 @@ class ExcessMTLRule(ExcessMTLState):
             moves=self.move_options,
         )
 
+    def end_lone_step(self, step: Step, task: int) -> None:
+        """Moves the weights by Eq. 9, with the latest risks, once every task has had a batch of its own.
+
+        Eq. 9 compares the tasks of a step, so one by itself moves nothing. Bounded moves compare sums over all
+        steps, and a rotation has rounds already.
+        """
+        flags = self.found_nonfinite
+        has_rounds = self.robust_step_size is None or self._rotation is not None
+        if has_rounds or not step.moves_weights:
+            return
+        if flags.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # the host decides, and replays do not come by
+        if not flags.is_cuda and bool(flags.any()):
+            return
+        self.lone_tasks |= {task}
+        if len(self.lone_tasks) == self.num_tasks:
+            self.lone_tasks = frozenset()
+            state = self.step_state  # copies of the counts: it is no step of its own
+            counts = {name: getattr(state, name).clone() for name in _COUNTS}
+            self._move(range(self.num_tasks), state._replace(**counts))
+
     def add_new_shares(self, counts: Tensor | bool) -> None:
         """Adds the shares of the tasks taken in to their sums, if the step counts."""
         if self._new_shares is not None:
@@ -288,7 +345,7 @@ class ExcessMTLRule(ExcessMTLState):
         if not step.moves_weights:
             self.ready_state(step)
             ratios = self._pass_ratios()
-            scale = None if ratios is None else ratios[task].log()
+            scale = None if ratios is None else ratios[task].clamp(min=_LEAST_FACTOR).log()
             return StreamedWeight(self.log_task_weights[task].clone(), scale)
         squares = self.take_task(step)
         state, options = self.step_state, self.step_options

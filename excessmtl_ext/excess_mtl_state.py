@@ -15,6 +15,7 @@ from excessmtl_ext.step import TaskGrads
 
 if TYPE_CHECKING:
     from excessmtl_ext.distributed import DataParallel
+    from excessmtl_ext.engines.rotation import RotationEngine
 
 Combination = Literal["per_tensor", "sum"]
 
@@ -46,6 +47,7 @@ class ExcessMTLState(Balancer):
     priorities: tuple[float, ...] | None
     state_dtype: torch.dtype | None
     _parallel: DataParallel | None
+    _rotation: RotationEngine | None
 
     sq_grad_sum: Tensor
     grad_mean: Tensor

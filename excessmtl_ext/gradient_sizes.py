@@ -115,7 +115,12 @@ def tensor_weights(task_weights: Tensor, mean_square: Tensor, now: Tensor) -> Te
 
 
 def pass_ratios(mean_square: Tensor, num_tensor_steps: Tensor, layout: ParamLayout) -> Tensor:
-    """[T] factors besides the weights in steps of one pass: a size is the mean over all elements of a task."""
+    """[T] factors besides the weights in steps of one pass: a size is the mean over all elements of a task.
+
+    A task without a size weighs nothing beside those that have one: its unit would decide how much.
+    """
     numels = _numels(layout, mean_square.device)
     mean = (mean_square @ numels) / num_reached_params(num_tensor_steps, layout).clamp(min=1.0)
-    return torch.where(mean > 0, mean.amax() / torch.where(mean > 0, mean, 1.0), 1.0).sqrt()
+    largest, has_size = mean.amax(), mean > 0
+    without = torch.where(largest > 0, 0.0, 1.0)
+    return torch.where(has_size, largest / torch.where(has_size, mean, 1.0), without).sqrt()

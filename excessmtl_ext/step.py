@@ -245,6 +245,14 @@ class FisherRule(WeightingRule, Protocol):
         """Moves the weights by the sums of a step [T] and [T, L], where S and m have taken it in."""
         ...
 
+    def tasks_without_size(self, tasks: Sequence[int]) -> list[int]:
+        """Those of ``tasks`` whose gradients have to be brought to one size and have none yet."""
+        ...
+
+    def take_size(self, step: Step) -> None:
+        """Takes in the size of one task's gradients and nothing else."""
+        ...
+
     def take_turns(self, step: Step, turns: Sequence[Step], served: Sequence[int] | None) -> Tensor:
         """Takes in the gradients of some tasks; once all of a round are in, moves the weights.
 

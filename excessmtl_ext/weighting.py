@@ -65,6 +65,9 @@ class WeightingMethod(StateModule, ABC):
     def update(self, step: Step) -> None:
         """Moves the weights by one step, from ``step.task_grads`` or ``step.losses`` as the method ``requires``."""
 
+    def end_lone_step(self, step: Step, task: int) -> None:
+        """Called at the end of a step in which one of several tasks was present; for methods that compare tasks."""
+
     def head_weights(self) -> Tensor:
         """Factors [T] of the head gradients where they are weighted."""
         return self.task_weights

@@ -11,8 +11,17 @@ from torch import Tensor
 from excessmtl_ext.engines.cheaper import CheaperEngine, subset_rows
 from excessmtl_ext.engines.exact import step_without_task_grads, weights_of_heads
 from excessmtl_ext.engines.undo import Before, all_or_nothing
+from excessmtl_ext.passes.capture import capture_grads
 from excessmtl_ext.passes.heads import HeadGraph
-from excessmtl_ext.passes.per_task import HeadGrads, add_scaled_grads, backward_per_task, flat_rows
+from excessmtl_ext.passes.per_task import (
+    HeadGrads,
+    add_scaled_grads,
+    backward_per_task,
+    check_reached,
+    flat_rows,
+    flattened,
+    raise_sparse,
+)
 from excessmtl_ext.passes.weighted import apply_weights
 from excessmtl_ext.step import (
     FisherRule,
@@ -34,12 +43,17 @@ class TaskRotation:
     Args:
         num_tasks: T.
         tasks_per_step: Turns in a step, fewer than T.
+
+    Attributes:
+        waiting: The tasks whose turn is still to come in this round.
+        measured: The tasks whose gradients have a size, as far as the host knows.
     """
 
     def __init__(self, num_tasks: int, tasks_per_step: int) -> None:
         self.num_tasks = num_tasks
         self.tasks_per_step = tasks_per_step
         self.waiting = list(range(num_tasks))
+        self.measured: frozenset[int] = frozenset()
 
     @property
     def served(self) -> list[int]:
@@ -49,6 +63,11 @@ class TaskRotation:
     def start_round(self) -> None:
         """Begins a round: every task waits for its turn again."""
         self.waiting = list(range(self.num_tasks))
+
+    def restart(self) -> None:
+        """Forgets everything: another state is to come."""
+        self.start_round()
+        self.measured = frozenset()
 
     def take_turns(self, present: Sequence[int]) -> list[int]:
         """Takes the tasks of this step out of the line; none if all that wait are absent."""
@@ -80,7 +99,7 @@ class RotationEngine(CheaperEngine):
     def reset(self) -> None:
         """Begins a round."""
         super().reset()
-        self.rotation.start_round()
+        self.rotation.restart()
 
     def run(self, rule: FisherRule, step: Step) -> Sequence[int]:
         """Refreshes the risks of the tasks whose turn it is and applies the weights; all of it, or nothing."""
@@ -91,6 +110,7 @@ class RotationEngine(CheaperEngine):
             return step.tasks
         graph = HeadGraph(step.roots, step.shared)
         rotation, waiting = self.rotation, list(self.rotation.waiting)
+        measured = rotation.measured
         before: Before | None = None
         try:
             served = rotation.served
@@ -100,6 +120,8 @@ class RotationEngine(CheaperEngine):
                 rotation.start_round()
                 turn = rotation.take_turns(step.tasks)
             with all_or_nothing(rule, [*step.shared, *graph.heads], turn) as before:
+                if not graph.hides:  # such a task weighs nothing until its turn
+                    self._measure(rule, step, turn, before)
                 if ends_first:
                     with torch.no_grad():
                         rule.found_nonfinite.zero_()
@@ -110,14 +132,41 @@ class RotationEngine(CheaperEngine):
                     self._run_subset(rule, step, turn, self.subset)
                 if rule.task_weights.device.type == "cpu" and bool(rule.found_nonfinite.any()):
                     self._give_turns_back(rule, before, waiting)
+                    rotation.measured = measured
         except FloatingPointError:
             assert before is not None
             self._give_turns_back(rule, before, waiting)
+            rotation.measured = measured
             raise
         except BaseException:
-            rotation.waiting = waiting
+            rotation.waiting, rotation.measured = waiting, measured
             raise
         return step.tasks
+
+    def _measure(self, rule: FisherRule, step: Step, turn: Sequence[int], before: Before) -> None:
+        """Measures the gradients of tasks that are here for the first time and whose turn is still to come.
+
+        The sum of this step brings all gradients to one size. A pass per such task, one gradient alive at a time.
+        """
+        rotation = self.rotation
+        unknown = [task for task in step.tasks if task not in rotation.measured]
+        if not unknown:
+            return
+        later = [task for task in unknown if task not in turn]
+        before.keep_whole("tensor_mean_square", "num_tensor_steps")
+        parameters = step.shared if self.subset is None else self.subset
+        for task in rule.tasks_without_size(later):
+            root, start = step.roots[task], step.starts[task]
+            assert root is not None
+            assert start is not None
+            row = capture_grads(root, start, parameters, retain_graph=True, keep_sparse=True)
+            raise_sparse(row)
+            check_reached(row, task)
+            with torch.no_grad():
+                assert rule.layout is not None
+                grads = TaskGrads(flattened(row), rule.layout, [task])
+                rule.take_size(replace(step, tasks=[task], task_grads=grads))
+        rotation.measured |= set(unknown)
 
     def _give_turns_back(self, rule: FisherRule, before: Before, waiting: list[int]) -> None:
         """Makes a step that does not count one that never was, but for its flags and its count.

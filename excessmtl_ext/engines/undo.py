@@ -37,6 +37,10 @@ class Before:
                 for task in tasks:
                     self._rows.setdefault((name, task), tensor[task].clone())
 
+    def keep_whole(self, *names: str) -> None:
+        """Copies the named tensors, which have a few numbers per task."""
+        self._copies.update({name: self._tensors[name].clone() for name in names})
+
     def restore(self) -> None:
         """Makes the state what it was, to the bit."""
         self._rule.put_back(self._tensors)
