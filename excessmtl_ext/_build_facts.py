@@ -34,7 +34,7 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # of the driver's enum CUdevice_a
 
 
 def source_digest(csrc: Path) -> str:
-    """The SHA-256 over names and bytes of the sources.
+    """Returns the SHA-256 over names and bytes of the sources.
 
     Args:
         csrc: Their folder.
@@ -51,7 +51,7 @@ def source_digest(csrc: Path) -> str:
 
 
 def compile_flags(csrc: Path) -> dict[str, list[str]]:
-    """The flags of every build, for the programs ``"cxx"``, ``"nvcc"`` and ``"link"``.
+    """Returns the flags of every build, for the programs ``"cxx"``, ``"nvcc"`` and ``"link"``.
 
     Args:
         csrc: The folder of the sources, which has them in ``compile_flags.txt``.
@@ -124,14 +124,14 @@ def plan_cuda(choice: str, named: str, nvcc: str) -> CudaPlan:
 
 
 def _code_and_ptx(wanted: list[Capability], known: list[Capability]) -> str:
-    """Code for each capability that nvcc knows, and PTX of the newest of them, or before them, for what comes after."""
+    """Returns code for each capability that nvcc knows, and PTX of the newest of them or before, for later ones."""
     spelled = [f"{each[0]}{each[1]}-real" for each in wanted if each in known]
     ptx = max((each for each in known if wanted and each <= wanted[-1]), default=None)
     return ";".join(spelled + ([f"{ptx[0]}{ptx[1]}-virtual"] if ptx else []))
 
 
 def cmake_architectures(listed: str) -> str:
-    """CMake's spelling of torch's: ``"80-real;90-real;90-virtual"`` for ``"7.5;8.0;9.0+PTX"``.
+    """Returns CMake's spelling of torch's: ``"80-real;90-real;90-virtual"`` for ``"7.5;8.0;9.0+PTX"``.
 
     Args:
         listed: As in ``TORCH_CUDA_ARCH_LIST``: capabilities or torch's names for them, separated by semicolons, commas
@@ -164,7 +164,7 @@ def cmake_architectures(listed: str) -> str:
 
 
 def torch_architectures(spelled: str) -> str:
-    """Torch's spelling of CMake's: ``"8.0;9.0+PTX"`` for ``"80-real;90-real;90-virtual"``.
+    """Returns torch's spelling of CMake's: ``"8.0;9.0+PTX"`` for ``"80-real;90-real;90-virtual"``.
 
     Args:
         spelled: As in ``CUDAARCHS``. Torch has no PTX without code: ``"90-virtual"`` brings both.
@@ -183,7 +183,7 @@ def torch_architectures(spelled: str) -> str:
 
 
 def find_gpus() -> list[Capability]:
-    """The compute capabilities of the GPUs that the CUDA driver shows to this process; none without a driver.
+    """Returns the compute capabilities of the GPUs that the CUDA driver shows to this process; none without a driver.
 
     Starts CUDA in this process, where a later fork could not use it any more.
     """
@@ -207,7 +207,7 @@ def find_gpus() -> list[Capability]:
 
 
 def known_capabilities(nvcc: str) -> list[Capability]:
-    """The compute capabilities that an nvcc compiles for; none where it does not start.
+    """Returns the compute capabilities that an nvcc compiles for; none where it does not start.
 
     Args:
         nvcc: The compiler.

@@ -79,7 +79,7 @@ def _version_pair(version: str) -> tuple[int, int]:
 
 
 def _find_compiled(name: str) -> ModuleSpec | None:
-    """A compiled file: beside the package or where an editable install put it, else installed by pip for a checkout."""
+    """Finds a compiled file: beside the package, where an editable install put it, or where pip did."""
     spec = importlib.util.find_spec(f"{__package__}.{name}")
     if spec is None and _is_source_folder():
         for installed in metadata.distributions(name="excessmtl-ext"):
@@ -93,7 +93,7 @@ def _is_source_folder() -> bool:
 
 
 def _build_facts_of(spec: ModuleSpec) -> dict[str, Any]:
-    """What the build says about itself, from the module ``_C`` that was compiled with it."""
+    """Returns what the build says about itself, from the module ``_C`` that was compiled with it."""
     module = importlib.util.module_from_spec(spec)
     assert spec.loader is not None
     spec.loader.exec_module(module)
@@ -148,7 +148,7 @@ def _csrc_dir() -> Path:
 
 
 def _toolkit_dir() -> Path | None:
-    """The toolkit of the nvcc found: the folder with nvcc's own headers (``crt/``), or None."""
+    """Returns the toolkit of the nvcc found: the folder with nvcc's own headers (``crt/``), or None."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
     if nvcc is None:
@@ -174,7 +174,7 @@ def _toolkit_version(toolkit: Path) -> str:
 
 
 def _plan_cuda_for_jit() -> tuple[Path | None, str, str]:
-    """The toolkit or None, the architectures as torch spells them, and why a build here has CUDA ops or has none."""
+    """Returns the toolkit or None, torch's names of the architectures, and why a build here has CUDA ops or none."""
     choice = os.environ.get("EXCESSMTL_WITH_CUDA", "AUTO")
     if torch.version.cuda is None:
         toolkit, obstacle = None, "torch is a build without CUDA"
@@ -267,7 +267,7 @@ def _load_compiled_here() -> BuildInfo:
 
 
 def _first_error(error: Exception) -> str:
-    """One line for the warning: the compiler's first error, else the exception's first line."""
+    """Finds the one line for the warning: the compiler's first error, else the exception's first line."""
     if isinstance(
         error.__cause__, OSError
     ):  # load_library names the file; its cause names the fault
@@ -298,7 +298,7 @@ ops_available: bool = build_info is not None
 
 
 def has_op_for(device_type: str) -> bool:
-    """Whether ops are there for tensors of this device type ("cpu", "cuda")."""
+    """Returns whether ops are there for tensors of this device type ("cpu", "cuda")."""
     if build_info is None:
         return False
     return device_type == "cpu" or (device_type == "cuda" and build_info.has_cuda)

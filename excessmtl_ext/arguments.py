@@ -105,7 +105,7 @@ def trainable(parameters: Sequence[Tensor], name: str = "shared_parameters") -> 
 
 
 def shortened(sizes: Sequence[object]) -> str:
-    """``sizes`` for a message, the first six of many."""
+    """Returns ``sizes`` for a message, the first six of many."""
     shown = ", ".join(map(str, sizes[:6]))
     return f"[{shown}, ... ({len(sizes)} in all)]" if len(sizes) > 6 else f"[{shown}]"
 

@@ -155,7 +155,7 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
         self.set_state(self.initial_state(self.task_weights.device))
 
     def host_state(self) -> Fields:
-        """What ``state_dict`` holds besides the state tensors: the same fields whenever it is saved.
+        """Returns what ``state_dict`` holds besides the state tensors: the same fields whenever it is saved.
 
         A method with more of them adds its own, and takes them in :meth:`set_host_state`.
         """
@@ -172,7 +172,7 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
             self.layout = ParamLayout([round(numel) for numel in fields["param_numels"]])
 
     def saved_options(self) -> dict[str, Any]:
-        """The options that decide what the next steps do to the state, by name."""
+        """Returns the options that decide what the next steps do to the state, by name."""
         options = self.options()
         for name in _WITHOUT_EFFECT_ON_STATE:
             options.pop(name, None)
@@ -199,7 +199,7 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
         num_samples: NumSamples | None = None,
         retain_graph: bool = False,
     ) -> None:
-        """One balanced step: weights from ``losses``, then gradients into ``.grad``.
+        """Takes a balanced step: weights from ``losses``, then gradients into ``.grad``.
 
         Args:
             losses: T scalar losses: a list, with None where a task has no labels in this batch, one
@@ -246,7 +246,7 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
         num_samples: NumSamples | None = None,
         retain_graph: bool = False,
     ) -> Tensor:
-        """The weighted loss as a scalar whose ``.backward()`` does what :meth:`backward` does.
+        """Returns the weighted loss as a scalar whose ``.backward()`` does what :meth:`backward` does.
 
         For loops that call ``backward`` themselves: Lightning, Accelerate, GradScaler (its scale is
         undone inside). Its value is the sum of the losses under the weights so far, of this rank's
@@ -370,7 +370,7 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
             self._close(step, self.engine.run(self, step))
 
     def _close(self, step: Step, tasks: Sequence[int]) -> None:
-        """The end of every step: counts it and shows it to the observers; nothing if no task took part."""
+        """Ends a step: counts it and shows it to the observers; nothing if no task took part."""
         if not tasks or self.holds_weights:
             return
         if len(tasks) == 1 < self.num_tasks:
@@ -381,11 +381,11 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
                 observer.on_end(self, step, tasks)
 
     def extra_repr(self) -> str:
-        """The options, so that ``repr`` rebuilds the object (without its parameters)."""
+        """Returns the options, so that ``repr`` rebuilds the object (without its parameters)."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the constructor that rebuild the balancer."""
+        """Returns the keyword arguments of the constructor that rebuild the balancer."""
         options: dict[str, Any] = {
             "num_tasks": self.num_tasks,
             "weight_scale": self.weight_scale,

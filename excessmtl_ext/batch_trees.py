@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def kind_of(value: Any, tensors: list[Tensor]) -> Any:
-    """All of a batch but the numbers in its tensors, which are added to ``tensors``."""
+    """Describes all of a batch but the numbers in its tensors, which are added to ``tensors``."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return Tensor, tuple(value.shape), value.stride(), value.dtype
@@ -27,7 +27,7 @@ def kind_of(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor changed."""
+    """Returns ``value`` with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):

@@ -116,7 +116,7 @@ def _take_in(
 
 
 def relative_risks(move: MoveState) -> Tensor:
-    """R [T], between 0 and 1."""
+    """Returns the relative risks R [T], between 0 and 1."""
     largest = move.risk_share_sum.amax()
     ratio = torch.where(largest > 0, move.risk_share_sum / largest, 1.0)
     return 1 + (ratio - 1) * (move.num_gradient_steps.double() / RAMP_STEPS).clamp(max=1.0)
@@ -125,7 +125,7 @@ def relative_risks(move: MoveState) -> Tensor:
 def log_weights(
     state: StepState, move: MoveState, options: StepOptions, max_log_ratio: float
 ) -> Tensor:
-    """[T] log-weights, not normalised; the priorities during the warm-up."""
+    """Returns [T] log-weights, not normalised; the priorities during the warm-up."""
     is_past_warmup = (state.num_steps >= options.num_warmup_steps).double()
     return move.log_priorities + is_past_warmup * max_log_ratio * relative_risks(move)
 

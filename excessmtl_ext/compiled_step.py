@@ -26,7 +26,7 @@ LossFunction = Callable[..., Sequence[Tensor | None] | Mapping[str, Tensor | Non
 
 
 def can_trace() -> bool:
-    """Whether this torch traces backward passes within a function."""
+    """Returns whether this torch traces backward passes within a function."""
     import torch._dynamo.config as config
 
     return hasattr(config, "trace_autograd_ops")
@@ -99,7 +99,7 @@ class CompiledStep:
         return self._obstacle is None
 
     def __call__(self, *batch: Any) -> Tensor:
-        """One step; returns the losses [T], detached, NaN for absent tasks."""
+        """Takes one step; returns the losses [T], detached, NaN for absent tasks."""
         balancer = self._balancer
         _check(balancer)
         kind = kind_of(batch, [])
@@ -125,7 +125,7 @@ class CompiledStep:
     # ---- the graphs
 
     def _losses(self, batch: Sequence[Any]) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-        """[T], and the losses of the tasks that are present."""
+        """Returns the losses [T], and those of the tasks that are present."""
         balancer = self._balancer
         given = in_order(balancer, self._loss_function(*batch))
         roots = list(given.unbind()) if isinstance(given, Tensor) else list(given)
@@ -133,7 +133,7 @@ class CompiledStep:
         return _values(roots), present
 
     def _move(self, *batch: Any) -> tuple[Tensor, list[Tensor | None], list[int]]:
-        """A step that moves the weights: the losses, a gradient per parameter, and the tasks."""
+        """Takes a step that moves the weights; returns the losses, a gradient per parameter, and the tasks."""
         balancer, others = self._balancer, self._others
         shared, layout = balancer.shared_parameters, balancer.layout
         assert shared is not None
@@ -176,7 +176,7 @@ class CompiledStep:
     def _summed(
         self, of_others: Sequence[tuple[int, Sequence[Tensor | None]]]
     ) -> list[Tensor | None]:
-        """The gradients of the other parameters, added up over the tasks as the balancer weighs heads."""
+        """Returns the gradients of the other parameters, added up over the tasks as the balancer weighs heads."""
         balancer = self._balancer
         is_weighted = balancer.head_weighting == "task_weights"
         factors = balancer.head_weights() if is_weighted else None
@@ -191,7 +191,7 @@ class CompiledStep:
         return totals
 
     def _apply(self, *batch: Any) -> tuple[Tensor, list[Tensor | None], list[int]]:
-        """A step that only applies the weights."""
+        """Takes a step that only applies the weights."""
         balancer, others = self._balancer, self._others
         shared = balancer.shared_parameters
         assert shared is not None
@@ -251,7 +251,7 @@ class CompiledStep:
         self._close(step, tasks)
 
     def _ordinary(self, batch: Sequence[Any], kind: Any) -> Tensor:
-        """A step of :meth:`Balancer.backward`, which finds the parameters besides the shared ones."""
+        """Takes a step of :meth:`Balancer.backward`, which finds the parameters besides the shared ones."""
         balancer = self._balancer
         given = in_order(balancer, self._loss_function(*batch))
         roots = list(given.unbind()) if isinstance(given, Tensor) else list(given)
@@ -294,7 +294,7 @@ class CompiledStep:
 
 
 def _values(roots: Sequence[Tensor | None]) -> Tensor:
-    """The losses [T], detached, NaN for absent tasks."""
+    """Returns the losses [T], detached, NaN for absent tasks."""
     nan = next(root for root in roots if root is not None).detach().new_full((), float("nan"))
     return torch.stack([nan if root is None else root.detach().reshape(()) for root in roots])
 

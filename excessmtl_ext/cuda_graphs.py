@@ -36,5 +36,5 @@ class CudaGraphs:
 
 
 def graphs_for(device: torch.device) -> CudaGraphs | None:
-    """What captures on ``device``; None where steps are not captured."""
+    """Returns what captures on ``device``; None where steps are not captured."""
     return CudaGraphs(device) if device.type == "cuda" else None

@@ -104,7 +104,7 @@ def examine_versions() -> Iterator[Finding]:
 
 
 def examine_library(info: BuildInfo | None, reason: str | None) -> Iterator[Finding]:
-    """Whether the ops are loaded, from where and built with what; else why not and what it takes to build them.
+    """Returns whether the ops are loaded, from where and built with what; else why not and what it takes to build them.
 
     Args:
         info: Of the loaded ops, or None.
@@ -136,7 +136,7 @@ def examine_library(info: BuildInfo | None, reason: str | None) -> Iterator[Find
 
 
 def find_gpus() -> list[Gpu]:
-    """The CUDA devices that torch sees."""
+    """Returns the CUDA devices that torch sees."""
     if not torch.cuda.is_available():
         return []
     return [
@@ -148,7 +148,7 @@ def find_gpus() -> list[Gpu]:
 def examine_gpus(
     gpus: Sequence[Gpu], info: BuildInfo | None, reason: str | None
 ) -> Iterator[Finding]:
-    """Whether the ops have code for each GPU.
+    """Returns whether the ops have code for each GPU.
 
     Args:
         gpus: The devices present.
@@ -181,7 +181,7 @@ def examine_gpus(
 
 
 def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether a build runs on a GPU: binaries run on later minor versions, PTX on whatever is later.
+    """Returns whether a build runs on a GPU: binaries run on later minor versions, PTX on whatever is later.
 
     Args:
         capability: Major and minor compute capability of the GPU.
@@ -213,7 +213,7 @@ def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
 
 
 def examine_ops(device: torch.device, compiled: Any = functional) -> Iterator[Finding]:
-    """Which backend each function uses on a device, and whether it agrees with the reference on a small case.
+    """Returns which backend each function uses on a device, and whether it agrees with the reference on a small case.
 
     Args:
         device: Where to run.
@@ -237,7 +237,7 @@ def examine_ops(device: torch.device, compiled: Any = functional) -> Iterator[Fi
 
 
 def examine_balancer() -> Finding:
-    """Two steps of ExcessMTL that can be done by hand (He et al. 2024, Eqs. 6, 7 and 9), on the CPU."""
+    """Takes two steps of ExcessMTL that can be done by hand (He et al. 2024, Eqs. 6, 7 and 9), on the CPU."""
     balancer = ExcessMTL(num_tasks=2, robust_step_size=1.0, gradient_momentum=0.0, combine="sum")
     for first in (3.0, 4.0):
         balancer.update_weights([[torch.tensor([first])], [torch.tensor([1.0])]])

@@ -254,7 +254,7 @@ class ExcessMTL(ExcessMTLRule):
         self._parallel = cast("DataParallel", engine) if shards_state else None
 
     def layout_for(self, shared: Sequence[Tensor]) -> ParamLayout | None:
-        """None where the layout does not follow from the shared parameters."""
+        """Returns None where the layout does not follow from the shared parameters."""
         if self._subset is not None or self.needs_features:
             return None
         return super().layout_for(shared)
@@ -279,7 +279,7 @@ class ExcessMTL(ExcessMTLRule):
         shared_parameters: Iterable[Tensor] | nn.Module | None = None,
         **options: Any,
     ) -> ExcessMTL:
-        """A balancer with a named set of choices; ``options`` are those of the class and override the set.
+        """Returns a balancer with a named set of choices; ``options`` are those of the class and override the set.
 
         Args:
             preset: ``"recommended"``: the defaults. ``"official"``: follows the weights of the
@@ -297,7 +297,7 @@ class ExcessMTL(ExcessMTLRule):
     def split(
         self, features: Features, *, grad_scale: Tensor | float | None = None
     ) -> tuple[Any, ...]:
-        """T copies of the encoder's output, one per task; the backward pass through them is a balanced step.
+        """Returns T copies of the encoder's output, one per task; the backward pass through them is a balanced step.
 
         ::
 
@@ -338,7 +338,7 @@ class ExcessMTL(ExcessMTLRule):
         mode: str | None = None,
         backend: str | Callable[..., Any] = "inductor",
     ) -> CompiledStep:
-        """A training step as one graph of ``torch.compile``: ``losses = step(*batch)``.
+        """Returns a training step as one graph of ``torch.compile``: ``losses = step(*batch)``.
 
         Arguments, results and errors are those of :class:`excessmtl_ext.compiled_step.CompiledStep`.
         Gradients are added to ``.grad``, as by :meth:`backward`: call ``optimizer.zero_grad()`` before each step.
@@ -348,12 +348,12 @@ class ExcessMTL(ExcessMTLRule):
         )
 
     def reset(self) -> None:
-        """As for every balancer."""
+        """Forgets everything, as every balancer does."""
         self.lone_tasks = frozenset()
         super().reset()
 
     def host_state(self) -> Fields:
-        """As for every balancer, whether the collapse guard has warned, and which tasks wait for their turn."""
+        """Adds whether the collapse guard has warned, and which tasks wait for their turn."""
         fields = super().host_state()
         fields["has_warned_of_collapse"] = [float(self._collapse_guard.has_warned)]
         if self._rotation is None:
@@ -364,7 +364,7 @@ class ExcessMTL(ExcessMTLRule):
         return fields
 
     def set_host_state(self, fields: Fields) -> None:
-        """As for every balancer; a run that has been warned is not warned again."""
+        """Takes what :meth:`host_state` gave; a run that has been warned is not warned again."""
         super().set_host_state(fields)
         if self._parallel is not None:
             self._parallel.is_compared = False
@@ -384,7 +384,7 @@ class ExcessMTL(ExcessMTLRule):
         self._rotation.rotation.waiting = waiting
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the constructor that rebuild the balancer, but for those that are objects."""
+        """Returns the constructor's keyword arguments that rebuild the balancer, but for those that are objects."""
         names = [
             name
             for name in inspect.signature(ExcessMTL).parameters

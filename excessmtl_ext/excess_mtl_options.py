@@ -176,7 +176,7 @@ def _check_priorities(priorities: Any, num_tasks: int) -> None:
 
 
 def _numbers(name: str, given: Any, num_tasks: int) -> list[float]:
-    """T numbers; raises unless they are that."""
+    """Returns T numbers; raises unless they are that."""
     try:
         numbers = [float(number) for number in given]
     except (TypeError, ValueError):
@@ -191,7 +191,7 @@ def _numbers(name: str, given: Any, num_tasks: int) -> list[float]:
 
 
 def candidates_in(module: nn.Module, given: dict[str, Any]) -> list[Tensor]:
-    """The parameters of a model among which the shared ones will be found; fills in what the model says of ``given``.
+    """Returns the parameters of a model that may turn out shared; fills in what the model says of ``given``.
 
     With several ranks it is the whole model, unless another one is given.
     """
@@ -209,7 +209,7 @@ def candidates_in(module: nn.Module, given: dict[str, Any]) -> list[Tensor]:
 
 
 def choose_engine(given: Mapping[str, Any], shared: Sequence[Tensor] | None) -> Engine:
-    """The engine that the options ask for, and the one place that knows which options exclude each other.
+    """Returns the engine that the options ask for; the one place that knows which options exclude each other.
 
     Args:
         given: The arguments of the constructor, by name, each checked by itself.
@@ -283,12 +283,12 @@ def _data_parallel(given: Mapping[str, Any], shared: Sequence[Tensor] | None) ->
 
 
 def is_sharded(parameters: Sequence[Tensor] | None) -> bool:
-    """Whether ``fully_shard`` has cut the parameters; asked without importing torch.distributed."""
+    """Returns whether ``fully_shard`` has cut the parameters; asked without importing torch.distributed."""
     return any(hasattr(parameter, "device_mesh") for parameter in parameters or ())
 
 
 def preset_options(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a named set, overridden by ``options``.
+    """Returns the options of a named set, overridden by ``options``.
 
     Raises:
         ValueError: the preset is unknown, or ``"paper"`` is given no ``num_warmup_steps``.

@@ -82,7 +82,7 @@ class ExcessMTLRule(ExcessMTLState):
         return StepState(*[own[name] for name in StepState._fields])
 
     def ready_state(self, step: Step) -> tuple[StepState, StepOptions]:
-        """State and options for the gradients of ``step``; the first ones size the state."""
+        """Returns the state and the options for the gradients of ``step``; the first ones size the state."""
         grads = step.task_grads
         first = next((grad for grad in grads.tensors if grad.numel() > 0), self.task_weights)
         sums = self.sq_grad_sum
@@ -179,7 +179,7 @@ class ExcessMTLRule(ExcessMTLState):
         return self.task_weights if ratios is None else self.task_weights * ratios
 
     def _pass_ratios(self) -> Tensor | None:
-        """[T], or None while there is nothing to bring to one size."""
+        """Returns ratios [T], or None while there is nothing to bring to one size."""
         has_sizes = self.combination != "sum" and self.tensor_mean_square.shape[1] > 0
         if not has_sizes or self.layout is None:
             return None
@@ -244,7 +244,7 @@ class ExcessMTLRule(ExcessMTLState):
         )
 
     def tasks_without_size(self, tasks: Sequence[int]) -> list[int]:
-        """Those of ``tasks`` whose gradients have to be brought to one size and have none yet; waits for the device."""
+        """Returns those of ``tasks`` that are to be brought to one size and have none yet; waits for the device."""
         if self.combination == "sum":
             return []
         has_size = (self.num_tensor_steps > 0).any(1).tolist()

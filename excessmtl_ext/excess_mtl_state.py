@@ -67,7 +67,7 @@ class ExcessMTLState(Balancer):
     weight_floors: Tensor
 
     def initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        """Every state tensor before the first step, by name.
+        """Returns every state tensor before the first step, by name.
 
         S and m have their size and type from here on where the parameters are known; else both come
         with the first gradients, and they are [T, 0] until then.
@@ -95,7 +95,7 @@ class ExcessMTLState(Balancer):
         return {**state._asdict(), **move._asdict()}
 
     def _own_dtype(self) -> torch.dtype:
-        """The type of S and m for gradients of the parameters' types."""
+        """Returns the type of S and m for gradients of the parameters' types."""
         has_float64 = any(each.dtype is torch.float64 for each in self.shared_parameters or ())
         if has_float64 and self.state_dtype is not None:
             raise ValueError(_FLOAT64_WITH_NARROW_STATE.format(self.state_dtype))
@@ -190,7 +190,7 @@ class ExcessMTLState(Balancer):
         return super()._fits(name, saved)
 
     def _in_own_type(self, name: str, saved: Tensor) -> Tensor:
-        """S and m of a balancer without parameters keep float64; else the type of the state decides."""
+        """Keeps float64 of S and m where the balancer has no parameters; else the type of the state decides."""
         if name in _PER_ELEMENT and self.layout is None and self.state_dtype is None:
             return saved if saved.dtype == torch.float64 else saved.float()
         return super()._in_own_type(name, saved)

@@ -43,7 +43,7 @@ _TOLERANCE = 1e-6
 
 
 def pack(fields: Mapping[str, Sequence[float]], device: torch.device) -> Tensor:
-    """The fields as one tensor."""
+    """Returns the fields as one tensor."""
     numbers = [float(STATE_VERSION)]
     for values in fields.values():
         numbers += [float(len(values)), *map(float, values)]
@@ -51,7 +51,7 @@ def pack(fields: Mapping[str, Sequence[float]], device: torch.device) -> Tensor:
 
 
 def unpack(extra: object, names: Sequence[str]) -> Fields:
-    """The fields that :func:`pack` was given, or those of version 1; the latter may lack some.
+    """Returns the fields that :func:`pack` was given, or those of version 1; the latter may lack some.
 
     Args:
         extra: The entry ``_extra_state`` of a saved state.
@@ -84,7 +84,7 @@ def unpack(extra: object, names: Sequence[str]) -> Fields:
 
 
 def damaged(expected: str) -> str:
-    """The message for a state that no balancer saves."""
+    """Returns the message for a state that no balancer saves."""
     return f"Expected {expected}. The file is damaged, or not the state of a balancer: take it from a copy."
 
 
@@ -139,7 +139,7 @@ def _cut(numbers: Sequence[float]) -> Iterator[list[float]]:
 
 
 def option_numbers(options: Mapping[str, object]) -> list[float]:
-    """The values of options as numbers: for each its length, then as many."""
+    """Returns the values of options as numbers: for each its length, then as many."""
     numbers: list[float] = []
     for value in options.values():
         own = _numbers_of(value)
@@ -148,7 +148,7 @@ def option_numbers(options: Mapping[str, object]) -> list[float]:
 
 
 def differences(saved: Sequence[float], options: Mapping[str, object]) -> dict[str, str]:
-    """Which of ``options`` had another value when ``saved`` was made of them, and which: for a message.
+    """Returns which of ``options`` had another value when ``saved`` was made of them, and that value: for a message.
 
     Raises:
         ValueError: ``saved`` is of other options.
@@ -167,7 +167,7 @@ def differences(saved: Sequence[float], options: Mapping[str, object]) -> dict[s
 
 
 def are_equal_sizes(saved: Sequence[float], numels: Sequence[int]) -> bool:
-    """Whether saved sizes are those of a layout."""
+    """Returns whether saved sizes are those of a layout."""
     return _are_equal(saved, [float(numel) for numel in numels])
 
 
@@ -191,7 +191,7 @@ def _numbers_of(value: object) -> list[float]:
 
 
 def _described(numbers: Sequence[float], like: object) -> str:
-    """Saved numbers of an option whose value is now ``like``."""
+    """Describes the saved numbers of an option whose value is now ``like``."""
     shown = [_word(number) if number < 0 else f"{number:g}" for number in numbers]
     if isinstance(like, bool):
         shown = [str(bool(round(number))) for number in numbers]

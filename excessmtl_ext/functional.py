@@ -39,7 +39,7 @@ from excessmtl_ext.state import (
 def lay_out(
     plan: ops.ArgumentPlan, device: torch.device, given: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the keyword arguments of an op, from the sources that a plan numbers."""
+    """Returns the positional and the keyword arguments of an op, from the sources that a plan numbers."""
     layout, options = given.get("layout"), given.get("options") or ops.DEFAULT_OPTIONS
     move, moves = given.get("move"), given.get("moves") or ops.PLAIN
     sources = (
@@ -96,7 +96,7 @@ def fused_step_(
     move: MoveState | None = None,
     moves: MoveOptions = ops.PLAIN,
 ) -> None:
-    r"""One step of ExcessMTL over all tasks (He et al. 2024, Eqs. 6, 7, 9): one pass over gradients and state.
+    r"""Takes one step of ExcessMTL over all tasks (He et al. 2024, Eqs. 6, 7, 9): one pass over gradients and state.
 
     Args:
         task_grads: T * L gradients, task-major: task i, parameter l at index i * L + l. Any of
@@ -134,7 +134,7 @@ def accumulate_excess_risk_(
     known_nonfinite: Tensor | None = None,
     square_sums: Tensor | None = None,
 ) -> None:
-    """First third of :func:`fused_step_`: S and m of R tasks, and their raw risk sums (Eqs. 6-7).
+    """Does the first third of :func:`fused_step_`: S and m of R tasks, and their raw risk sums (Eqs. 6-7).
 
     Args:
         task_grads: R * L gradients, task-major.
@@ -162,7 +162,7 @@ def update_task_risks_(
     state: StepState,
     options: StepOptions,
 ) -> None:
-    """Second third of :func:`fused_step_`: commits risk, baseline and count of ``tasks`` (Sec. 3.2).
+    """Does the second third of :func:`fused_step_`: commits risk, baseline and count of ``tasks`` (Sec. 3.2).
 
     Flags the tasks whose sum is not finite in ``state.found_nonfinite`` and then commits none.
 
@@ -178,7 +178,7 @@ def update_task_risks_(
 
 
 def update_task_weights_(tasks: Sequence[int], state: StepState, options: StepOptions) -> None:
-    """Last third of :func:`fused_step_`: moves the weights of ``tasks`` (Eq. 9), counts the step or the skip.
+    """Does the last third of :func:`fused_step_`: moves the weights of ``tasks`` (Eq. 9), counts the step or the skip.
 
     Args:
         tasks: Indices of the tasks that took part; the others keep their weights.
@@ -201,7 +201,7 @@ def commit_step_(
     risk_share: Tensor | None = None,
     moves_weights: bool = True,
 ) -> None:
-    """Last two thirds of :func:`fused_step_` with ``move``: from the sums to the weights and factors.
+    """Does the last two thirds of :func:`fused_step_` with ``move``: from the sums to the weights and factors.
 
     Args:
         excess_risk_sum: [T] float64, of all ranks; None: ``tasks`` have been taken in before.
@@ -356,7 +356,7 @@ def fold_(
 
 
 def cpu_capability() -> str:
-    """Which CPU code path runs: ``"avx512"``, ``"avx2"``, ``"default"``, or ``"reference"`` without ops.
+    """Returns which CPU code path runs: ``"avx512"``, ``"avx2"``, ``"default"``, or ``"reference"`` without ops.
 
     ``EXCESSMTL_CPU_CAPABILITY=avx2`` (or ``default``) lowers it, read at the first op.
     """

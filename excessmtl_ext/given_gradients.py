@@ -53,7 +53,7 @@ def read_given(
 
 
 def given_task_grads(rule: WeightingRule, task_grads: GivenGrads) -> tuple[TaskGrads, list[int]]:
-    """Given gradients of all tasks as the ops take them, and the tasks that have some.
+    """Returns the given gradients of all tasks as the ops take them, and the tasks that have some.
 
     A rule that does not know the sizes of its parameters takes them from here.
 
@@ -76,7 +76,7 @@ def given_task_grads(rule: WeightingRule, task_grads: GivenGrads) -> tuple[TaskG
 
 
 def _checked_losses(losses: Sequence[Tensor] | Tensor, num_tasks: int) -> Tensor:
-    """[T], where and as they were given: on a GPU none is fetched."""
+    """Returns the losses [T], where and as they were given: on a GPU none is fetched."""
     if isinstance(losses, Tensor):
         values = losses.detach()
     elif len(losses) > 0 and all(
@@ -93,7 +93,7 @@ def _checked_losses(losses: Sequence[Tensor] | Tensor, num_tasks: int) -> Tensor
 def checked_rows(
     task_grads: GivenGrads, num_tasks: int, layout: ParamLayout | None
 ) -> tuple[list[Row], ParamLayout | None]:
-    """T rows of L detached gradients, and the sizes of the L parameters; as they were where no task has a gradient.
+    """Returns T rows of L detached gradients and the L sizes, which stay as they were where no task has a gradient.
 
     Args:
         task_grads: What the caller has.
@@ -132,7 +132,7 @@ def checked_rows(
 
 
 def _rows(task_grads: GivenGrads, num_tasks: int) -> list[Row]:
-    """A row per task, all of one length; a tensor [T, P] gives rows of one gradient."""
+    """Returns a row per task, all of one length; a tensor [T, P] gives rows of one gradient."""
     if isinstance(task_grads, Tensor):
         if task_grads.dim() != 2 or task_grads.shape[0] != num_tasks:
             raise ValueError(

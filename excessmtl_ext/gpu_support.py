@@ -30,7 +30,7 @@ OBSTACLES = (
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the compiled ops run on ``device``, a GPU; warns once where they do not."""
+    """Returns whether the compiled ops run on ``device``, a GPU; warns once where they do not."""
     if "cuda" not in ops.COMPILED_FOR:
         _extension.warn_of_missing_cuda_ops()
         return False

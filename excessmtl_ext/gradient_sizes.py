@@ -66,12 +66,12 @@ def _numels(layout: ParamLayout, device: torch.device) -> Tensor:
 
 
 def mean_squares(square_sums: Tensor, layout: ParamLayout) -> Tensor:
-    """[R, L] means over the elements of each tensor."""
+    """Returns [R, L] means over the elements of each tensor."""
     return square_sums / _numels(layout, square_sums.device).clamp(min=1.0)
 
 
 def num_reached_params(num_tensor_steps: Tensor, layout: ParamLayout) -> Tensor:
-    """[R] float64: elements of all tensors in which a task has had a gradient."""
+    """Returns [R] float64: elements of all tensors in which a task has had a gradient."""
     return (num_tensor_steps > 0).double() @ _numels(layout, num_tensor_steps.device)
 
 
@@ -97,25 +97,25 @@ def update_sizes_(
 
 
 def sizes_now(mean_square: Tensor, now: Tensor) -> Tensor:
-    """[R, L] mean squares by which this step's gradients are divided; 1 where there is none yet."""
+    """Returns the [R, L] mean squares by which this step's gradients are divided; 1 where there is none yet."""
     size = mean_square.maximum(now / OUTLIER_RATIO)
     return torch.where(mean_square > 0, size, 1.0)
 
 
 def largest_sizes(mean_square: Tensor) -> Tensor:
-    """[L] largest mean square of each tensor; 1 where no task has had a gradient."""
+    """Returns the [L] largest mean square of each tensor; 1 where no task has had a gradient."""
     largest = mean_square.amax(0)
     return torch.where(largest > 0, largest, 1.0)
 
 
 def tensor_weights(task_weights: Tensor, mean_square: Tensor, now: Tensor) -> Tensor:
-    """[T, L] factors of the gradients in the combined sum: f_il, or the weight where a task has no size yet."""
+    """Returns the [T, L] factors f_il of the gradients in the combined sum, or the weight where a task has no size."""
     ratio = largest_sizes(mean_square) / sizes_now(mean_square, now)
     return task_weights[:, None] * torch.where(mean_square > 0, ratio, 1.0).sqrt()
 
 
 def pass_ratios(mean_square: Tensor, num_tensor_steps: Tensor, layout: ParamLayout) -> Tensor:
-    """[T] factors besides the weights in steps of one pass: a size is the mean over all elements of a task.
+    """Returns the [T] factors besides the weights in steps of one pass: a size is a mean over all elements of a task.
 
     A task without a size weighs nothing beside those that have one: its unit would decide how much.
     """

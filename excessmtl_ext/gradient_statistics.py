@@ -98,7 +98,7 @@ class GradientStatistics:
         unscale = None if scale is None else scale.reciprocal().to(wide)
 
         def columns(index: int) -> Tensor:
-            """[rows, numel]: every task's gradient for one parameter, zeros where it has none."""
+            """Returns [rows, numel]: every task's gradient for one parameter, zeros where it has none."""
             numel = numels[index]
             grads = [
                 row[index].detach().reshape(-1).to(wide)
@@ -139,7 +139,7 @@ class GradientStatistics:
         return bool(self._taken)
 
     def end_step(self, task_weights: Tensor, running_mean: RunningMean | None) -> list[Tensor]:
-        """Norm, cosine and noise share, [T] each, of the step that ends and has given gradients.
+        """Returns the norm, cosine and noise share, [T] each, of the step that ends and has given gradients.
 
         Args:
             task_weights: [T] those of the combined gradient, one number for all tensors.

@@ -147,7 +147,7 @@ class GraphedStep:
         self._patterns.clear()
 
     def __call__(self, batch: Any) -> Any:
-        """One training step of ``batch``; returns what ``step_function`` returns.
+        """Takes one training step of ``batch``; returns what ``step_function`` returns.
 
         Raises:
             RuntimeError: the step cannot be captured; it has not been taken, and the state is as before.
@@ -173,7 +173,7 @@ class GraphedStep:
     # ---- batches
 
     def _pattern_of(self, batch: Any) -> _Pattern:
-        """What is known of batches like this one, which is copied to their fixed tensors."""
+        """Returns what is known of batches like this one; the batch is copied to their fixed tensors."""
         options = _numbers_of(self._optimizer)
         if options != self._options:
             self._options = options
@@ -267,7 +267,7 @@ class GraphedStep:
         return list({id(parameter): parameter for parameter in all_of_them}.values())
 
     def _addresses(self) -> tuple[int, ...]:
-        """Where everything lies that a step reads and writes besides the batch."""
+        """Returns where everything lies that a step reads and writes besides the batch."""
         of_optimizer = [
             value
             for values in self._optimizer.state.values()
@@ -330,7 +330,7 @@ def _check_balancer(balancer: Balancer) -> None:
 
 
 def _numbers_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The options of an optimizer that become part of a graph."""
+    """Returns the options of an optimizer that become part of a graph."""
     return [
         {
             name: value

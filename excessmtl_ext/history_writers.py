@@ -42,7 +42,7 @@ class HistoryRecords:
         return self.values["found_nonfinite"].any(1)
 
     def columns(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and [N] values of every curve, named like the columns of a run's metrics.csv."""
+        """Returns the name and [N] values of every curve, named like the columns of a run's metrics.csv."""
         yield "balancer/skipped", self.is_skipped.double()
         for task, name in enumerate(self.task_names):
             yield f"balancer/{name}_present", self.is_present[:, task].double()
@@ -58,7 +58,7 @@ class HistoryWriter(Protocol):
         ...
 
     def close(self) -> None:
-        """Called once, after the last records."""
+        """Closes the writer: called once, after the last records."""
         ...
 
 

@@ -72,14 +72,14 @@ class Insight(StateModule):
         return history
 
     def report(self) -> BalancerReport:
-        """How each task fares, to print: weight, risk, gradient, skips, and which task looks noisy or stuck.
+        """Tells how each task fares, to print: weight, risk, gradient, skips, and which task looks noisy or stuck.
 
         Gradient norm, noise share and cosine need ``record_history(gradients=True)``. Waits for the device.
         """
         return make_report(cast(Any, self))
 
     def memory_report(self, step: Callable[[], object] | None = None) -> MemoryReport:
-        """What the balancer holds and what a step adds, in bytes by kind, and a measured peak; to print.
+        """Tells what the balancer holds and what a step adds, in bytes by kind, and a measured peak; to print.
 
         Args:
             step: One training step, called once and measured: the most it added to what was there, activations and

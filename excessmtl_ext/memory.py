@@ -62,7 +62,7 @@ class MemoryReport:
     measured_by: str
 
     def total_bytes(self, when: When) -> int:
-        """Sum over the entries of one kind; those of a step do not contain what is always held."""
+        """Returns the sum over the entries of one kind; those of a step do not contain what is always held."""
         return sum(entry.num_bytes for entry in self.entries if entry.when == when)
 
     @property
@@ -115,7 +115,7 @@ def make_memory_report(
 
 
 def measured_peak(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that torch's allocator held at a time during ``run``, beyond those it held before.
+    """Returns the most bytes that torch's allocator held at a time during ``run``, beyond those it held before.
 
     On CUDA ``torch.cuda.max_memory_allocated``; on the CPU the running sum of the allocator's events in torch's
     profiler. Memory that does not come from torch's allocator (oneDNN's scratch buffers) is not seen.
@@ -133,7 +133,7 @@ def measured_peak(run: Callable[[], object], device: torch.device) -> int:
 
 
 def peak_of(profiler: profile) -> int:
-    """Peak of the CPU allocator's bytes in what a profiler has seen; what was there before is not counted."""
+    """Returns the peak of the CPU allocator's bytes that a profiler has seen, without what was there before."""
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     recorded: list[Any] = profiler.profiler.kineto_results.events()
@@ -182,7 +182,7 @@ def _layout(rule: MeasuredRule) -> ParamLayout:
 
 
 def _num_shared(rule: MeasuredRule) -> int:
-    """P; the state may be that of fewer, or of others (``estimate_from``)."""
+    """Returns P; the state may be that of fewer, or of others (``estimate_from``)."""
     shared = rule.shared_parameters
     if shared is None:
         return _layout(rule).num_params

@@ -29,7 +29,7 @@ COMPOSED_ON = frozenset({"cuda"})
 
 
 def find_op(name: str) -> Any:
-    """The compiled op of this name."""
+    """Returns the compiled op of this name."""
     return getattr(torch.ops.excessmtl_ext, name).default
 
 
@@ -96,12 +96,12 @@ def plan_arguments(name: str, given: frozenset[str]) -> ArgumentPlan:
 
 @functools.cache
 def twin_parameters(twin: Callable[..., None]) -> tuple[str, ...]:
-    """The names of the arguments that a twin takes."""
+    """Returns the names of the arguments that a twin takes."""
     return tuple(inspect.signature(twin).parameters)
 
 
 def _fake_of(name: str) -> Callable[..., None]:
-    """The fake of an op that only mutates: it does nothing, but on one device.
+    """Returns the fake of an op that only mutates: it does nothing, but on one device.
 
     One meta tensor among others sends a call here, where it would pass for a step.
     """

@@ -79,7 +79,7 @@ def fused_step_(
     move: MoveState | None = None,
     moves: MoveOptions = _PLAIN,
 ) -> None:
-    """One step: Fisher diagonal, excess risks, baseline, weights. A non-finite one is only counted."""
+    """Takes one step: Fisher diagonal, excess risks, baseline, weights. A non-finite one is only counted."""
     num_tasks = state.task_weights.numel()
     check_task_grads(task_grads, layout, num_tasks, state.sq_grad_sum)
     tasks = present_rows(task_grads, num_tasks, layout)
@@ -120,7 +120,7 @@ def commit_step_(
     risk_share: Tensor | None = None,
     moves_weights: bool = True,
 ) -> None:
-    """From the sums of a step to its weights and the factors of its gradients: :mod:`excessmtl_ext.bounded_moves`."""
+    """Computes weights and factors of the gradients from a step's sums: :mod:`excessmtl_ext.bounded_moves`."""
     bounded_moves.commit_step_(
         excess_risk_sum,
         square_sums,
@@ -229,7 +229,7 @@ def update_task_risks_(
 
 
 def update_task_weights_(tasks: Sequence[int], state: StepState, options: StepOptions) -> None:
-    r"""Mirror step (Eq. 9): :math:`\alpha_i \leftarrow \alpha_i \exp(\eta R_i) / Z` over ``tasks``; others keep theirs.
+    r"""Moves the weights (Eq. 9): :math:`\alpha_i \leftarrow \alpha_i \exp(\eta R_i) / Z` over ``tasks`` alone.
 
     Differs from the official code: weights live in log space, so exp() cannot overflow and no
     weight is lost at zero.
@@ -287,7 +287,7 @@ def fused_step_combine_(
     move: MoveState | None = None,
     moves: MoveOptions = _PLAIN,
 ) -> None:
-    """One step, then the weighted sum of its gradients under the new weights (Algorithm 1)."""
+    """Takes one step, then writes the weighted sum of its gradients under the new weights (Algorithm 1)."""
     fused_step_(task_grads, layout, state, options, grad_scale, move=move, moves=moves)
     weights = move.tensor_weights if move is not None and moves.per_tensor else None
     combine_(

@@ -15,7 +15,7 @@ from excessmtl_ext.stochastic_rounding import rounding_words, stochastically_rou
 def check_task_grads(
     task_grads: Sequence[Tensor], layout: ParamLayout, num_tasks: int, state: Tensor
 ) -> None:
-    """What the compiled ops check, in their words; ``state`` is the tensor that must hold the gradients' precision."""
+    """Checks what the compiled ops check, in their words; ``state`` must hold the gradients' precision."""
     numels = layout.numels
     if len(task_grads) != num_tasks * len(numels):
         raise RuntimeError(

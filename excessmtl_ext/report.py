@@ -225,7 +225,7 @@ def make_report(rule: ReportedRule) -> BalancerReport:
 
 
 def _gradient_summary(records: HistoryRecords) -> dict[str, list[Any]]:
-    """[T] lists by field of TaskReport; None where a task has no record with a gradient."""
+    """Returns [T] lists by field of TaskReport; None where a task has no record with a gradient."""
     norms, cosines, shares = (records.values[name] for name in GRADIENT_QUANTITIES)
 
     def mean(values: Tensor) -> float | None:

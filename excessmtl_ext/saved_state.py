@@ -71,7 +71,7 @@ class StateModule(nn.Module):
         self.put_back(state)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state's tensors by name, not copies."""
+        """Returns the state's tensors by name, not copies."""
         return {name: self.__dict__[name] for name in self.state_names}
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
@@ -82,7 +82,7 @@ class StateModule(nn.Module):
                 self.__dict__[name] = tensor.clone() if tensor.is_inference() else tensor
 
     def host_state(self) -> Fields:
-        """What is saved besides the state tensors, as numbers."""
+        """Returns what is saved besides the state tensors, as numbers."""
         raise NotImplementedError
 
     def set_host_state(self, fields: Fields) -> None:
@@ -90,7 +90,7 @@ class StateModule(nn.Module):
         raise NotImplementedError
 
     def saved_options(self) -> dict[str, Any]:
-        """The options that a state is saved with."""
+        """Returns the options that a state is saved with."""
         return {}
 
     @property
@@ -229,7 +229,7 @@ class StateModule(nn.Module):
     def _entries(
         self, names: Sequence[str], saved: dict[str, Any], fields: Fields, is_old: bool
     ) -> dict[str, Tensor]:
-        """The saved tensors, fresh ones where older releases had none; raises ValueError if others are missing."""
+        """Returns the saved tensors, fresh ones where older releases had none; raises ValueError if others miss."""
         lacking = [name for name in names if name not in saved]
         if is_old:
             fresh = [name for name in lacking if name in self.newer_state]
@@ -257,7 +257,7 @@ class StateModule(nn.Module):
             )
 
     def _checked_options(self, fields: Fields) -> str:
-        """What is told of options that differ; raises ValueError where the state depends on them."""
+        """Describes options that differ; raises ValueError where the state depends on them."""
         if "options" not in fields:  # version 1
             return ""
         own = self.saved_options()
@@ -275,15 +275,15 @@ class StateModule(nn.Module):
         return ", ".join(told.values())
 
     def _binds(self, name: str, before: str) -> bool:
-        """Whether the state depends on an option that differs."""
+        """Returns whether the state depends on an option that differs."""
         return name in self.binding_options
 
     def _fits(self, name: str, saved: Tensor) -> bool:
-        """Whether a saved tensor has the right size."""
+        """Returns whether a saved tensor has the right size."""
         return saved.shape == self.__dict__[name].shape
 
     def _checked(self, name: str, saved: Tensor) -> Tensor:
-        """A saved tensor in the type of the state.
+        """Returns a saved tensor in the type of the state.
 
         Raises:
             ValueError: its size, type or values are not those of such a state.
@@ -310,7 +310,7 @@ class StateModule(nn.Module):
         return self._in_own_type(name, saved)
 
     def _in_own_type(self, name: str, saved: Tensor) -> Tensor:
-        """A saved tensor in the type of the state, rounded to nearest."""
+        """Returns a saved tensor in the type of the state, rounded to nearest."""
         dtype = self.__dict__[name].dtype
         if dtype == torch.bool:
             return saved > 0

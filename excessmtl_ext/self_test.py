@@ -33,7 +33,7 @@ RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-4, 1e-6
 
 
 def _grads(device: torch.device, seed: int = 0) -> list[Tensor]:
-    """T * L gradients, the same on every device; the second task has none for the first parameter."""
+    """Returns T * L gradients, the same on every device; the second task has none for the first parameter."""
     generator = torch.Generator().manual_seed(seed)
     grads = [
         torch.randn(numel, generator=generator) * (1 + task)

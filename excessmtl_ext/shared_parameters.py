@@ -168,11 +168,11 @@ class SharedParameters(StateModule):
         return super()._obstacle()
 
     def initial_state(self, device: Any) -> dict[str, Tensor]:
-        """Every state tensor before the first step, by name."""
+        """Returns every state tensor before the first step, by name."""
         raise NotImplementedError
 
     def __str__(self) -> str:
-        """``repr``, and what was found in the model that was given."""
+        """Returns ``repr``, and what was found in the model that was given."""
         if self.search is None:
             return repr(self)
         return f"{self!r}\n{self.search.text(cast(WeightingRule, self).task_names)}"

@@ -99,7 +99,7 @@ class SharedSearch:
             _add(self._behind, parameter, reach.behind.get(key, 0))
 
     def tasks_of_all(self) -> tuple[int, list[int]]:
-        """The present tasks, and those of each parameter in the order of the model, as bits."""
+        """Returns the present tasks, and those of each parameter in the order of the model, as bits."""
         return self.present, [self._tasks.get(id(each), 0) for each in self._named().values()]
 
     def put_tasks(self, present: int, tasks: Sequence[int]) -> None:
@@ -211,7 +211,7 @@ class SharedSearch:
         return [name for name, each in self._named().items() if each.requires_grad]
 
     def text(self, task_names: Sequence[str] | None = None) -> str:
-        """What was found and what is odd about it, in a few lines."""
+        """Returns what was found and what is odd about it, in a few lines."""
         if self._module is not None:
             seen = _tasks(self.present, task_names)
             so_far = f" So far there were losses of {seen}." if self.present else ""

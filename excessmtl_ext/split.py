@@ -91,7 +91,7 @@ def _check(rule: Any, features: Sequence[Any]) -> None:
 
 
 def _is_traced(tensor: Tensor) -> bool:
-    """Whether ``tensor`` stands for the value of a graph that is being made, as in ``aot_function``."""
+    """Returns whether ``tensor`` stands for the value of a graph that is being made, as in ``aot_function``."""
     return type(tensor).__module__.startswith("torch._subclasses.")
 
 
@@ -171,5 +171,5 @@ class TaskSplit(nn.Module):
         self.balancer = balancer
 
     def forward(self, features: Features) -> tuple[Any, ...]:
-        """T copies of the features."""
+        """Returns T copies of the features."""
         return self.balancer.split(features)  # type: ignore[operator, no-any-return]

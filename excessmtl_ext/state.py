@@ -80,11 +80,11 @@ class ParamLayout:
         return f"ParamLayout(numels={list(self.numels)})"
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Each parameter's part [..., n_l] of a flat state tensor [..., padded P]."""
+        """Returns each parameter's part [..., n_l] of a flat state tensor [..., padded P]."""
         return list(segments(flat, self.param_numels))
 
     def chunk_map(self, device: torch.device) -> Tensor:
-        """The plan of a CUDA launch as one int64 tensor on ``device``, made once; empty for other devices.
+        """Returns the plan of a CUDA launch as one int64 tensor on ``device``, made once; empty for other devices.
 
         Layout: chunk size, chunks, L, padded P, then L + 1 padded offsets, L sizes, and each
             chunk's first parameter.
@@ -92,7 +92,7 @@ class ParamLayout:
         return self.chunk_maps[device]
 
     def build_chunk_map(self, chunk_numel: int) -> Tensor:
-        """The plan for chunks of a given size; empty for size 0."""
+        """Returns the plan for chunks of a given size; empty for size 0."""
         if chunk_numel == 0:
             return torch.empty(0, dtype=torch.int64, device="cpu")
         host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
@@ -141,7 +141,7 @@ class StepOptions(NamedTuple):
         return self.fisher == "sqrt"
 
     def raw_risk_scale(self, layout: ParamLayout) -> float:
-        """Factor of a risk that is not divided by its baseline: 1 / P for the linear Fisher, else 1."""
+        """Returns the factor of a risk that is not divided by its baseline: 1 / P for the linear Fisher, else 1."""
         return layout.raw_risk_scale[self.fisher]
 
 
@@ -178,7 +178,7 @@ def init_state(
     has_momentum: bool = False,
     weight_total: float = 1.0,
 ) -> StepState:
-    """State before the first step: zero sums, uniform weights.
+    """Returns the state before the first step: zero sums, uniform weights.
 
     Args:
         num_tasks: T, between 1 and ``MAX_TASKS``.
@@ -260,7 +260,7 @@ def init_move_state(
     *,
     floors: Sequence[float] | None = None,
 ) -> MoveState:
-    """The state of :class:`MoveOptions` before the first step.
+    """Returns the state of :class:`MoveOptions` before the first step.
 
     Args:
         num_tasks: T.

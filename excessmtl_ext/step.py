@@ -118,7 +118,7 @@ class Step:
         self.tasks = [present for present in self.tasks if present == task]
 
     def losses_like(self, tensor: Tensor) -> Tensor:
-        """The losses in the dtype and on the device of ``tensor``, for rules that require them."""
+        """Returns the losses in the dtype and on the device of ``tensor``, for rules that require them."""
         assert self.losses is not None
         return self.losses.to(tensor)
 
@@ -246,7 +246,7 @@ class FisherRule(WeightingRule, Protocol):
         ...
 
     def tasks_without_size(self, tasks: Sequence[int]) -> list[int]:
-        """Those of ``tasks`` whose gradients have to be brought to one size and have none yet."""
+        """Returns those of ``tasks`` whose gradients have to be brought to one size and have none yet."""
         ...
 
     def take_size(self, step: Step) -> None:
@@ -295,7 +295,7 @@ class Engine(Protocol):
         ...
 
     def live_task_grads(self, rule: WeightingRule) -> tuple[float, str]:
-        """The most gradients of all shared parameters that live at once in a step, and what they are."""
+        """Returns the most gradients of all shared parameters that live at once in a step, and what they are."""
         ...
 
     def run(self, rule: Any, step: Step) -> Sequence[int]:

@@ -14,7 +14,7 @@ _MASK_64 = 0xFFFFFFFFFFFFFFFF
 
 
 def _mixed(z: int) -> int:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014) on 64 bits."""
+    """Applies the output function of SplitMix64 (Steele, Lea, Flood 2014) on 64 bits."""
     z = (z + 0x9E3779B97F4A7C15) & _MASK_64
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & _MASK_64
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & _MASK_64
@@ -29,7 +29,7 @@ def rounding_words(
     *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The 32 random bits of every position of a task's row of the state in one step, as int64 [num_positions].
+    """Returns the 32 random bits of every position of a task's row of the state in one step, as int64 [num_positions].
 
     A function of its arguments and nothing else. The low 16 bits round S, the high 16 bits m. Two
     rounds of multiply and xorshift (constants: C. Wellons, hash-prospector) under a 64-bit key.

@@ -66,7 +66,7 @@ class WeightingMethod(StateModule, ABC):
         """Moves the weights by one step, from ``step.task_grads`` or ``step.losses`` as the method ``requires``."""
 
     def end_lone_step(self, step: Step, task: int) -> None:
-        """Called at the end of a step in which one of several tasks was present; for methods that compare tasks."""
+        """Ends a step in which one of several tasks was present; for methods that compare tasks."""
 
     def head_weights(self) -> Tensor:
         """Factors [T] of the head gradients where they are weighted."""

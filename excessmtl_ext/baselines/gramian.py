@@ -23,7 +23,7 @@ BLOCK_NUMEL = 1 << 20
 def task_gramian(
     task_grads: Sequence[Tensor], num_tasks: int, grad_scale: Tensor | None = None
 ) -> Tensor:
-    """Inner products of the task gradients, in float64 and without a copy of the gradients as a whole.
+    """Returns the inner products of the task gradients, in float64 and without a copy of the gradients as a whole.
 
     Args:
         task_grads: T * L gradients, task-major; one without elements stands for zeros.

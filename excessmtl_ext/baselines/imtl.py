@@ -172,7 +172,7 @@ class IMTL(GramianBalancer):
         return torch.where(is_past, optimum, moved)
 
     def head_weights(self) -> Tensor:
-        """The scales of the losses, brought to the sum of the weights."""
+        """Returns the scales of the losses, brought to the sum of the weights."""
         return self.weight_total * self.log_loss_scales.softmax(0)
 
     def stream_task(self, step: Step) -> StreamedWeight:

@@ -69,7 +69,7 @@ class SingleTask(Balancer):
         self.set_state(self.initial_state(self.task_weights.device))
 
     def initial_state(self, device: torch.device) -> dict[str, Tensor]:
-        """The weights that this task has alone."""
+        """Returns the weights that this task has alone."""
         state = super().initial_state(device)
         state["task_weights"].zero_()[self.task] = self.weight_total
         state["log_task_weights"].fill_(float("-inf"))[self.task] = 0.0

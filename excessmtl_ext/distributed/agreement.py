@@ -51,7 +51,7 @@ def agree(
     num_samples: NumSamples | None,
     error: Exception | None = None,
 ) -> Agreement:
-    """First exchange of a step: readiness and samples per task. Raises on every rank if it raises on one."""
+    """Exchanges readiness and samples per task at the start of a step. Raises on every rank if it raises on one."""
     counts = [0.0] * parallel.num_tasks
     if error is None:
         try:
@@ -93,7 +93,7 @@ def agree(
 
 
 def gathered(parallel: Partition, numbers: Sequence[float]) -> list[list[float]]:
-    """The numbers of every rank, by rank."""
+    """Returns the numbers of every rank, by rank."""
     device = parallel.ranks.exchange_device(parallel.device)
     own = torch.tensor(numbers, dtype=torch.float64, device=device)
     return parallel.ranks.all_gather(own).view(parallel.ranks.size, -1).tolist()
@@ -172,7 +172,7 @@ def raise_if_some(flags: Sequence[float]) -> None:
 
 
 def agree_on_end(parallel: Partition, step: RankStep) -> set[int]:
-    """Second exchange: raises on every rank if a pass failed on one; else ids of what was reached on any."""
+    """Raises on every rank if a pass failed on one; returns the ids of what was reached on any."""
     check_memory(step, step.head_grads, "the head's parameter")
     known = [*parallel.shared, *(parallel.heads or [])]
     failed = [

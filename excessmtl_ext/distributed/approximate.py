@@ -43,7 +43,7 @@ def approximate_step(parallel: Partition, step: RankStep) -> list[Tensor]:
 
 
 def weighted_step(parallel: Partition, step: RankStep) -> list[Tensor]:
-    """A step that only applies the weights: T passes, and one average of P elements."""
+    """Takes a step that only applies the weights: T passes, and one average of P elements."""
     rule, agreed = step.rule, step.agreed
     weights = rule.pass_weights()
     totals: list[Tensor | None] = [None] * len(parallel.shared)

@@ -17,7 +17,7 @@ SHARDED_NAMES = ("sq_grad_sum", "grad_mean")
 
 
 def exported(parallel: Partition, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """State entries of ``name``, as DTensors that torch.distributed.checkpoint can lay out for other ranks.
+    """Returns the state entries of ``name``, as DTensors that torch.distributed.checkpoint can lay out for other ranks.
 
     ``reduce="risks"``: the rank's own tensor. ``"grads"``: one [T, P] cut by columns. With
     ``fully_shard``: ``name.0``, ``name.1``, ... of [T, *shape], cut as each parameter is.
@@ -66,7 +66,7 @@ def exported(parallel: Partition, name: str, tensor: Tensor) -> dict[str, Tensor
 
 
 def imported(parallel: Partition, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """A copy of ``state_dict`` in which the sharded state is this rank's part of what was saved.
+    """Returns a copy of ``state_dict`` in which the sharded state is this rank's part of what was saved.
 
     Takes what :meth:`exported` gave, also on another number of ranks, and the [T, padded P] of
     a single process or of :func:`full_state_dict`.
@@ -134,7 +134,7 @@ class Saved(Protocol):
 
 
 def full_state_dict(balancer: Saved) -> dict[str, Any]:
-    """The state as a balancer of one process would save it; every rank calls this, and any may write it.
+    """Returns the state as a balancer of one process would save it; every rank calls this, and any may write it.
 
     Loads into any balancer with the same options and parameters: of one process, of another number
     of ranks, with ``fully_shard`` or without. With ``reduce="risks"`` it is the rank's own state.

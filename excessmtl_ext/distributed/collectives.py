@@ -35,7 +35,7 @@ class Ranks:
         )
 
     def exchange_device(self, device: torch.device) -> torch.device:
-        """Where the small exchanges run: the CPU if the group can, so that nothing waits for ``device``."""
+        """Returns where the small exchanges run: the CPU if the group can, so that nothing waits for ``device``."""
         return torch.device("cpu") if "cpu" in self._backends else device
 
     def _count(self, num_elements: float, tensor: Tensor) -> None:
@@ -56,7 +56,7 @@ class Ranks:
         return PendingShard(own.view(1, num_own), work, full)
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """The ranks' tensors [n], joined to [W * n]."""
+        """Returns the ranks' tensors [n], joined to [W * n]."""
         full = own.new_empty(self.size * own.numel())
         self._count((self.size - 1) * own.numel(), own)
         _all_gather(full, own, group=self.group)
@@ -76,7 +76,7 @@ class PendingShard:
         self._sum: Tensor | None = None
 
     def wait(self) -> Tensor:
-        """The own part of the sum, [n]."""
+        """Returns the own part of the sum, [n]."""
         if self._sum is None:
             self._work.wait()
             self._sum = self._parts[0]

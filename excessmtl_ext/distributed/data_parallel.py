@@ -54,7 +54,7 @@ class DataParallel(Partition, ExactEngine):
     def run(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, rule: FisherRule, step: Step
     ) -> Sequence[int]:
-        """One balanced step of all ranks; every rank calls it, with its own losses."""
+        """Takes one balanced step of all ranks; every rank calls it, with its own losses."""
         present = [root is not None for root in step.roots]
         agreed = agree(self, rule, present, step.num_samples)
         if not agreed.tasks:
@@ -115,9 +115,9 @@ class DataParallel(Partition, ExactEngine):
                     )
 
     def exported(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """State entries of ``name`` for a checkpoint."""
+        """Returns the state entries of ``name`` for a checkpoint."""
         return checkpoints.exported(self, name, tensor)
 
     def imported(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A copy of ``state_dict`` in which the sharded state is this rank's part."""
+        """Returns a copy of ``state_dict`` in which the sharded state is this rank's part."""
         return checkpoints.imported(self, state_dict, prefix)

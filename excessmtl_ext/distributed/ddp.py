@@ -18,7 +18,7 @@ from excessmtl_ext.step import Root
 
 
 def _ddp_sinks(roots: Sequence[Root | None]) -> list[tuple[Any, DistributedDataParallel]]:
-    """The graph nodes that DistributedDataParallel puts at its outputs, and the module of each.
+    """Returns the graph nodes that DistributedDataParallel puts at its outputs, and the module of each.
 
     It does so with find_unused_parameters, and with static_graph in the first iteration.
     """
@@ -49,7 +49,7 @@ class AveragedGrads:
 
     @contextmanager
     def known(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """In the body the gradients of ``parameters`` are left as they come."""
+        """Leaves the gradients of ``parameters`` as they come, in the body."""
         self.ids = frozenset(map(id, parameters))
         try:
             yield
@@ -71,7 +71,7 @@ def register_averaged_grads(ddp: DistributedDataParallel) -> AveragedGrads | Non
 
 # Without annotations: torch compares them with types, and in this file they are strings.
 def _average_the_rest(state, bucket):  # pyright: ignore[reportMissingParameterType, reportUnknownParameterType]
-    """The mean over the ranks of a bucket's gradients, but of those that ``state`` knows to be averaged."""
+    """Averages a bucket's gradients over the ranks, but of those that ``state`` knows to be averaged."""
     buffer = bucket.buffer()
     rest = [
         grad
@@ -129,7 +129,7 @@ def static_graph_held(roots: Sequence[Root | None]) -> Iterator[Any]:
 def expected_by_ddp(
     ddp: DistributedDataParallel | None, roots: Sequence[Root | None]
 ) -> list[Tensor]:
-    """What the reducer waits for: every trainable parameter, or with unused ones what the outputs depend on."""
+    """Returns what the reducer waits for: every trainable parameter, or with unused ones what the outputs depend on."""
     sinks = _ddp_sinks(roots)
     if sinks:
         edges = [GradientEdge(node, 0) for node, _ in sinks]

@@ -57,7 +57,7 @@ def _head_sums(step: RankStep) -> dict[int, Tensor | None]:
 def averaged_heads(
     parallel: Partition, heads: Sequence[Tensor], grads: dict[int, Tensor | None]
 ) -> list[Tensor | None]:
-    """The mean over the ranks of the heads' gradients, zero on a rank without; one all-reduce per dtype."""
+    """Returns the mean over the ranks of the heads' gradients, zero on a rank without; one all-reduce per dtype."""
     averaged: dict[int, Tensor] = {}
     for dtype in sorted({head.dtype for head in heads}, key=str):
         members = [head for head in heads if head.dtype == dtype]

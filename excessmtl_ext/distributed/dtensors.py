@@ -17,7 +17,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def like_dtensor(local: Tensor, like: Tensor) -> Tensor:
-    """A part of a gradient, as the DTensor of which it is a part."""
+    """Returns a part of a gradient, as the DTensor of which it is a part."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(like, DTensor)  # a gradient of a parameter that is one
@@ -46,7 +46,7 @@ def common_mesh(parameters: Sequence[Tensor]) -> Any:
 
 
 def unsharded_parameters(module: nn.Module) -> dict[int, Tensor]:
-    """The parameters of ``fully_shard`` modules by the id of the whole tensor that stands for each in a graph."""
+    """Returns ``fully_shard`` modules' parameters by the id of the whole tensor that stands for each in a graph."""
     found: dict[int, Tensor] = {}
     for each in module.modules():
         state: Any = each._get_fsdp_state() if hasattr(each, "_get_fsdp_state") else None  # pyright: ignore

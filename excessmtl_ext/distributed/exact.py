@@ -76,13 +76,13 @@ def update_from_grads(
 
 
 def _parts(parallel: Partition, pending: dict[int, PendingShard]) -> list[Tensor]:
-    """The own coordinates of every task's summed gradient; empty for absent tasks."""
+    """Returns the own coordinates of every task's summed gradient; empty for absent tasks."""
     none = torch.empty(0, dtype=parallel.wire_dtype, device=parallel.device)
     return [pending[task].wait() if task in pending else none for task in range(parallel.num_tasks)]
 
 
 def _times_size(parallel: Partition, scale: Tensor | None) -> Tensor:
-    """What the sum over the ranks is divided by, inside the kernel, to be the unscaled mean."""
+    """Returns what the sum over the ranks is divided by, inside the kernel, to be the unscaled mean."""
     if scale is None:
         return torch.full((), float(parallel.ranks.size), device=parallel.device)
     return scale * parallel.ranks.size

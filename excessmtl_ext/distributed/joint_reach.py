@@ -18,7 +18,7 @@ def joined(
     described: Sequence[tuple[str, int, bool]],
     found: tuple[int, Sequence[int]],
 ) -> tuple[int, list[int]]:
-    """The union over the ranks of the present tasks, and of the tasks that reach each parameter, as bits.
+    """Returns the union over the ranks of the present tasks, and of the tasks that reach each parameter, as bits.
 
     Args:
         parallel: The ranks.

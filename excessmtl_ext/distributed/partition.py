@@ -117,7 +117,7 @@ class Partition:
         return self.averaged_grads is None or has_older or not self.ddp.require_backward_grad_sync
 
     def on_device(self, numbers: Sequence[float]) -> Tensor:
-        """``numbers`` as float64 [n] on the device, for which the host does not wait."""
+        """Returns ``numbers`` as float64 [n] on the device, for which the host does not wait."""
         tensor = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -179,7 +179,7 @@ class Partition:
         return pieces
 
     def unpacked(self, packed: Tensor) -> list[Tensor]:
-        """The L parameters' parts of one vector [W * shard], in their shapes and dtypes."""
+        """Returns the L parameters' parts of one vector [W * shard], in their shapes and dtypes."""
         pieces = packed[: self.layout.num_params].split_with_sizes(list(self.layout.numels))
         return [
             piece.view(parameter.shape).to(parameter.dtype)
@@ -187,7 +187,7 @@ class Partition:
         ]
 
     def averaged(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The mean over the ranks of the L shared gradients; left to DistributedDataParallel where there is one."""
+        """Averages the L shared gradients over the ranks, or leaves that to DistributedDataParallel."""
         if self.ddp is not None:
             return tensors
         packed = self.packed(tensors, 1.0)

@@ -56,14 +56,14 @@ class RankStep:
 
 
 def other_leaves(parallel: Partition, roots: Sequence[Root | None]) -> list[Tensor]:
-    """Every parameter that the passes of this rank can reach and that is not shared."""
+    """Returns every parameter that the passes of this rank can reach and that is not shared."""
     ids = {id(parameter) for parameter in parallel.shared}
     leaves = leaves_of(*(root for root in roots if root is not None))
     return [leaf for key, leaf in leaves.items() if key not in ids]
 
 
 def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | None] | None:
-    """The shared gradients of one task; None where it weighs nothing, or after an error, which is kept."""
+    """Returns the shared gradients of one task; None where it weighs nothing, or after an error, which is kept."""
     root, start = step.given.roots[task], step.given.starts[task]
     shares = step.agreed.shares
     if root is None or start is None or shares[task] == 0.0 or step.error is not None:

@@ -19,13 +19,13 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def signature(parallel: Partition, rule: FisherRule) -> float:
-    """A hash of the options, the order of named tasks, and sizes and types of parameters and heads."""
+    """Returns a hash of the options, the order of named tasks, and sizes and types of parameters and heads."""
     built = (rule, rule.task_names, parallel.layout, parallel.description)
     return float(zlib.crc32(repr(built).encode()))
 
 
 def checksum(parallel: Partition, rule: FisherRule) -> float:
-    """A hash of the values of the shared parameters and of the weights; waits for the device.
+    """Returns a hash of the values of the shared parameters and of the weights; waits for the device.
 
     DTensors are left out: every rank has another part.
     """
@@ -36,7 +36,7 @@ def checksum(parallel: Partition, rule: FisherRule) -> float:
 
 
 def _bit_sums(tensors: Iterable[Tensor]) -> list[int]:
-    """For each tensor the sum of its elements' bits as integers: exact in any order, and equal for equal tensors."""
+    """Sums each tensor's elements' bits as integers: exact in any order, and equal for equal tensors."""
     with torch.no_grad():
         sums = [
             tensor.detach()

@@ -17,7 +17,7 @@ from excessmtl_ext.step import FisherRule
 
 @contextmanager
 def resting(parallel: Partition, rule: FisherRule) -> Iterator[None]:
-    """Within, the momentum of frozen parameters is 0, so that they add nothing to a risk; it is put back afterwards."""
+    """Sets the momentum of frozen parameters to 0 within, so that they add nothing to a risk, and puts it back."""
     momentum = rule.step_state.grad_mean
     frozen = parallel.own_frozen if momentum.shape[1] > 0 else []
     kept = [momentum[:, part].clone() for part in frozen]
@@ -95,7 +95,7 @@ def _own_risk_sums(
 def _update_weights(
     parallel: Partition, rule: FisherRule, sums: Tensor, squares: Tensor | None, agreed: Agreement
 ) -> None:
-    """From here on every rank computes the same from the same bits."""
+    """Moves the weights: from here on every rank computes the same from the same bits."""
     if squares is None:
         parallel.ranks.all_reduce(sums)
     else:

@@ -71,7 +71,7 @@ class CheaperEngine(ExactEngine):
     """The rows of gradients that live at once, in words."""
 
     def live_task_grads(self, rule: WeightingRule) -> tuple[float, str]:
-        """The estimate's gradients in units of the shared parameters', and ``.grad``."""
+        """Returns the estimate's gradients in units of the shared parameters', and ``.grad``."""
         assert rule.layout is not None
         num_shared = sum(parameter.numel() for parameter in rule.shared_parameters or ())
         share = rule.layout.num_params / num_shared

@@ -55,7 +55,7 @@ class ExactEngine:
         return self.heap_pin.num_bytes
 
     def live_task_grads(self, rule: WeightingRule) -> tuple[float, str]:
-        """The most gradients of all shared parameters that live at once, and what they are."""
+        """Returns the most gradients of all shared parameters that live at once, and what they are."""
         if "task_grads" in rule.requires:
             return rule.num_tasks, "one per task; `.grad` is one of them"
         return 1, "`.grad`"

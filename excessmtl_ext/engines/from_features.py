@@ -38,7 +38,7 @@ class FeatureEngine(CheaperEngine):
         self._has_ranks = has_ranks
 
     def run(self, rule: FisherRule, step: Step) -> Sequence[int]:
-        """As for all of these; one process only."""
+        """Runs a step as all engines do; one process only."""
         if self._has_ranks:
             raise NotImplementedError(
                 "Expected one process for backward(losses, features=z) with estimate_from='features': several ranks "
@@ -85,7 +85,7 @@ def _cut_at_features(rule: FisherRule, step: Step) -> Cut:
 def _adapter_rows(
     rule: FisherRule, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]
 ) -> list[list[Tensor | None]]:
-    """T rows of one adapter's gradient per feature; an empty one for an absent task."""
+    """Returns T rows of one adapter's gradient per feature; an empty one for an absent task."""
     of_task = [
         dict(zip(reached, grads, strict=True))
         for reached, grads in zip(cut.reached, feature_grads, strict=True)

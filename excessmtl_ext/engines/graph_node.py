@@ -47,7 +47,7 @@ class NodePass:
     has_run: bool = False
 
     def run(self, features: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """The step: returns the K gradients to hand on.
+        """Runs the step: returns the K gradients to hand on.
 
         Raises:
             RuntimeError: this pass, or another one through the same balancer in this backward pass,
@@ -83,7 +83,7 @@ class NodePass:
     def _weights(
         self, step: Step, features: Sequence[Tensor], rows: list[list[Tensor | None]]
     ) -> Tensor:
-        """The pass weights [T] of this step."""
+        """Returns the pass weights [T] of this step."""
         rule = self.rule
         if not step.moves_weights:
             rule.found_nonfinite.zero_()  # the flags are those of the latest step
@@ -155,7 +155,7 @@ _LATEST_PASS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def _weighted_sum(feature: Tensor, grads: Sequence[Tensor | None], weights: Tensor) -> Tensor:
-    """The sum of one feature's gradients; differentiable where the pass is (``create_graph``)."""
+    """Returns the sum of one feature's gradients; differentiable where the pass is (``create_graph``)."""
     present = [grad for grad in grads if grad is not None]
     if not present:
         return torch.zeros_like(feature)
@@ -188,7 +188,7 @@ _HANDLES: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 @torch._dynamo.assume_constant_result  # pyright: ignore[reportPrivateUsage]
 def handle_of(rule: Any) -> int:
-    """A number for ``rule``, by which a compiled graph finds it."""
+    """Returns a number for ``rule``, by which a compiled graph finds it."""
     if rule not in _HANDLES:
         _HANDLES[rule] = len(_HANDLES)
         _RULES[_HANDLES[rule]] = rule

@@ -19,7 +19,7 @@ from excessmtl_ext.state import ParamLayout
 
 
 def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks that step together: those given, else all of them; None where there is one only."""
+    """Returns the ranks that step together: those given, else all of them; None where there is one only."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     group = process_group if process_group is not None else dist.group.WORLD
@@ -32,7 +32,7 @@ def joined_over_ranks(
     layout: ParamLayout,
     group: dist.ProcessGroup | None,
 ) -> tuple[list[list[Tensor | None]], list[int]]:
-    """The gradients of the joined batch, and the tasks that some rank has.
+    """Returns the gradients of the joined batch, and the tasks that some rank has.
 
     Args:
         rows: T rows of K gradients of this rank; None where there is none.

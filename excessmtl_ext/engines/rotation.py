@@ -190,7 +190,7 @@ class RotationEngine(CheaperEngine):
         apply_weights(step, weights, head_weights=_head_weights(rule, weights))
 
     def _run_whole(self, rule: FisherRule, step: Step, turn: Sequence[int]) -> None:
-        """Whole gradients of the tasks whose turn it is: what is applied of them needs no second pass."""
+        """Takes whole gradients of the tasks whose turn it is: what is applied of them needs no second pass."""
         left = [task for task in step.tasks if task not in turn]
         mine = [root if task in turn else None for task, root in enumerate(step.roots)]
         keeps_heads = rule.head_weighting == "task_weights"

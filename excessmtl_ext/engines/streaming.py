@@ -136,7 +136,7 @@ class Stream:
         return step
 
     def _all_losses(self, rule: StreamingRule) -> Tensor | None:
-        """[T] in float64, NaN for absent tasks."""
+        """Returns the losses [T] in float64, NaN for absent tasks."""
         if "losses" not in rule.requires:
             return None
         values = torch.full_like(rule.task_weights, float("nan"))

@@ -44,7 +44,7 @@ STACKED_TASKS = 16
 
 
 def kind_of(adapter: Adapter, num_channels: int) -> Adapter:
-    """The adapter that is meant for so many channels; never ``"auto"``."""
+    """Returns the adapter that is meant for so many channels; never ``"auto"``."""
     if adapter == "auto":
         adapter = "full" if num_channels <= LARGEST_FULL else "low_rank"
     return "full" if adapter == "low_rank" and num_channels <= RANK else adapter
@@ -106,7 +106,7 @@ def adapter_grads(
 
 
 def rows_of_channels(tensor: Tensor, dim: int) -> Tensor:
-    """[samples * positions, channels], float32 at least."""
+    """Returns [samples * positions, channels], float32 at least."""
     if tensor.dim() == 2 and dim in (1, -1) and tensor.dtype in (torch.float32, torch.float64):
         return tensor
     wide = torch.promote_types(tensor.dtype, torch.float32)
@@ -115,7 +115,7 @@ def rows_of_channels(tensor: Tensor, dim: int) -> Tensor:
 
 @functools.cache
 def _directions(num_channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[C, r]: the first columns of the orthonormal discrete cosine transform (type II)."""
+    """Returns [C, r]: the first columns of the orthonormal discrete cosine transform (type II)."""
     angles = (torch.arange(num_channels, dtype=torch.float64) + 0.5) * (math.pi / num_channels)
     basis = (angles[:, None] * torch.arange(RANK)).cos() * math.sqrt(2.0 / num_channels)
     basis[:, 0] *= math.sqrt(0.5)

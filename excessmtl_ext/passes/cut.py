@@ -131,7 +131,7 @@ class Cut(CutGraph):
         )
 
     def _edges_at(self, node: Node, positions: Sequence[int]) -> list[tuple[int, int]]:
-        """For each of these inputs of a node: its position, and which feature it is."""
+        """Returns for each of these inputs of a node its position, and which feature it is."""
         edges = node.next_functions
         return [(position, self.edges[edges[position]]) for position in positions]  # type: ignore[index]
 

@@ -165,7 +165,7 @@ def flattened(grads: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def flat_rows(task_grads: Iterable[Sequence[Tensor | None]]) -> list[Tensor]:
-    """T rows of L gradients as the task-major list of T * L that the ops take."""
+    """Returns T rows of L gradients as the task-major list of T * L that the ops take."""
     return list(chain.from_iterable(map(flattened, task_grads)))
 
 

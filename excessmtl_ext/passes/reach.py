@@ -136,7 +136,7 @@ class _Graph:
         outputs[output_nr] = outputs.get(output_nr, 0) | tasks
 
     def through(self, node: Node, position: int) -> int:
-        """The tasks that go on along an edge."""
+        """Returns the tasks that go on along an edge."""
         if hasattr(
             node, "ddp_weakref"
         ):  # DistributedDataParallel's: the identity, an edge per output
@@ -159,7 +159,7 @@ class _Graph:
                 )
 
     def below(self, node: Node) -> set[Node]:
-        """``node`` and what it hands gradients on to."""
+        """Returns ``node`` and what it hands gradients on to."""
         parents = {
             each: [parent for parent, _ in edges if parent is not None]
             for each, edges in self.edges.items()
@@ -205,7 +205,7 @@ def _partings(
 def _uses(
     holder: Node, graph: _Graph, children_of: dict[Node, list[Node]], trains: set[Node]
 ) -> list[Node]:
-    """The nodes where a parameter meets a value that depends on another one, as a layer's product does."""
+    """Returns the nodes where a parameter meets a value that depends on another one, as a layer's product does."""
     found: list[Node] = []
     stack, seen = [holder], {holder}
     while stack:
@@ -221,7 +221,7 @@ def _uses(
 
 
 def _closure(starts: Iterable[Node], next_of: Mapping[Node, Sequence[Node]]) -> set[Node]:
-    """``starts`` and every node that a way leads to."""
+    """Returns ``starts`` and every node that a way leads to."""
     stack = list(starts)
     found = set(stack)
     while stack:

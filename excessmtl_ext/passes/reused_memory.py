@@ -23,17 +23,17 @@ THIS_STEP = -2
 
 
 def copied(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """The gradients of one pass in memory of their own."""
+    """Returns the gradients of one pass in memory of their own."""
     return [None if grad is None else grad.clone() for grad in grads]
 
 
 def storages_of(grads: Iterable[Tensor | None]) -> set[int]:
-    """Where the storages of gradients of any kind begin; of sparse ones, those of their values."""
+    """Returns where the storages of gradients of any kind begin; of sparse ones, those of their values."""
     return {part.untyped_storage().data_ptr() for grad in grads for part in _parts(grad)}
 
 
 def _parts(grad: Tensor | None) -> list[Tensor]:
-    """The tensor that holds the elements of ``grad``; none where that cannot be told."""
+    """Returns the tensor that holds the elements of ``grad``; none where that cannot be told."""
     if grad is None:
         return []
     if grad.layout is torch.sparse_coo:
@@ -47,7 +47,7 @@ def _parts(grad: Tensor | None) -> list[Tensor]:
 
 
 def _extent(grad: Tensor) -> tuple[int, int]:
-    """First and last byte but one of the elements."""
+    """Returns the first and last byte but one of the elements."""
     if grad.numel() == 0:
         return 0, 0
     span = 1 + sum((size - 1) * step for size, step in zip(grad.shape, grad.stride(), strict=True))
@@ -58,7 +58,7 @@ def _extent(grad: Tensor) -> tuple[int, int]:
 def separated(
     rows: Mapping[int, Grads], of: str, starts: Iterable[Tensor | None]
 ) -> dict[int, list[Tensor | None]]:
-    """The search where two tasks have gradients in one storage, which need not overlap.
+    """Searches where two tasks have gradients in one storage, which need not overlap.
 
     Arguments, result and error are those of :func:`excessmtl_ext.passes.per_task.raise_if_reused`.
     """

@@ -25,10 +25,16 @@ def compiler() -> str:
 
 
 def compile_cases(
-    output: Path, csrc: Path = CSRC, *, threads: bool = False, only_float32: bool = False
+    output: Path,
+    csrc: Path = CSRC,
+    *,
+    threads: bool = False,
+    only_float32: bool = False,
+    bfloat16_state: bool = True,
 ) -> None:
     """The program of kernel_cases.cpp; ``threads``: one OS thread per CUDA thread, under ThreadSanitizer."""
     flags = ["-DONLY_FLOAT32"] if only_float32 else []
+    flags += [] if bfloat16_state else ["-DNO_BFLOAT16_STATE"]
     if threads:
         flags += ["-DSIMT_OS_THREADS", "-fsanitize=thread", "-g", "-pthread"]
     flags += [f"-I{SIMT}", f"-I{csrc}"]

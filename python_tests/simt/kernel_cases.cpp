@@ -2,8 +2,8 @@
 //
 //   kernel_cases SEEDS [CASE...]     exit status 0: every case agrees under every seed
 //
-// With -DONLY_FLOAT32 the other gradient types are left out (quicker to compile, for planted faults), with -DSIMT_OS_THREADS the
-// cases shrink to what one thread of the operating system per CUDA thread can do.
+// With -DONLY_FLOAT32 the other gradient types are left out (quicker to compile, for planted faults), with -DNO_BFLOAT16_STATE that
+// state, with -DSIMT_OS_THREADS the cases shrink to what one thread of the operating system per CUDA thread can do.
 #include "cuda_runtime.h"
 //
 #include <algorithm>
@@ -25,7 +25,9 @@ namespace excessmtl::cuda {
 
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(float, float)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP_COMBINE(float, float)
+#if !defined(NO_BFLOAT16_STATE)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(float, BFloat16Bits)
+#endif
 #if !defined(ONLY_FLOAT32)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP(double, double)
 EXCESSMTL_DEFINE_LAUNCH_FUSED_STEP_COMBINE(double, double)
@@ -921,7 +923,9 @@ int main(int argc, char** argv) {
     }
     ++num_cases;
     check<float, float>(c, "float32", num_seeds);
+#if !defined(NO_BFLOAT16_STATE)
     check<float, excessmtl::BFloat16Bits>(c, "float32 with bfloat16 state", num_seeds);
+#endif
 #if !defined(ONLY_FLOAT32)
     if (c.grad_scale ==
         0.0) {  // 1,024 times a normal number and its square leave float16; float32 shows the scale

@@ -66,7 +66,7 @@ def _together(options: Sequence[Decorator]) -> Decorator:
 
 
 def workload_options(workload: Workload) -> Decorator:
-    """The options of a data set, with its defaults, whether one run is trained or many."""
+    """Returns the options of a data set, with its defaults, whether one run is trained or many."""
     options: list[Decorator] = []
     if workload.needs_data_root:
         options.append(
@@ -157,7 +157,7 @@ _SPECIAL_OPTIONS: dict[str, Decorator] = {
 
 
 def run_options() -> Decorator:
-    """The options of a single run."""
+    """Returns the options of a single run."""
     return _together(
         [
             click.option(
@@ -214,7 +214,7 @@ def run_options() -> Decorator:
 
 
 def sweep_options() -> Decorator:
-    """The options of a grid of runs."""
+    """Returns the options of a grid of runs."""
     return _together(
         [
             click.option(

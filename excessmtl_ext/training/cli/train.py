@@ -100,7 +100,7 @@ def _train_one(console: Console, config: TrainConfig, output: Path, *, resume: b
 
 
 def _run_table(config: TrainConfig, metrics: dict[str, Any]) -> Table:
-    """Each task's primary metric on the test data; of a task trained alone, only its own."""
+    """Returns each task's primary metric on the test data; of a task trained alone, only its own."""
     selected = metrics["selected"]
     table = Table(
         title=f"{METHODS[config.method].label}, epoch {selected['epoch']:.0f} (best score on validation)",

@@ -368,7 +368,7 @@ def _mean_of(columns: Sequence[str]) -> Callable[[Row], float]:
 
 
 def _share(view: SweepView, columns: Sequence[str]) -> Callable[[Row], float]:
-    """The weights in ``columns`` as a part of all weights, whatever they sum to."""
+    """Returns the weights in ``columns`` as a part of all weights, whatever they sum to."""
     every = [f"balancer/{task}_mean_weight" for task in view.tasks]
     return lambda row: sum(row[name] for name in columns) / sum(row[name] for name in every)
 

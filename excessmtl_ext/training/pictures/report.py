@@ -164,7 +164,7 @@ def read_content(folder: Path) -> RunContent:
 
 
 def render(run: RunContent) -> str:
-    """The page as text."""
+    """Returns the page as text."""
     title = f"{_method_label(run)} on {_dataset_title(run)}"
     state = (
         f"{len(run.epochs)} epochs"
@@ -223,7 +223,7 @@ def render(run: RunContent) -> str:
 
 
 def draw_curves(run: RunContent) -> str:
-    """The weights, risks, losses and scores of every task over the epochs, as an SVG element.
+    """Returns the weights, risks, losses and scores of every task over the epochs, as an SVG element.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

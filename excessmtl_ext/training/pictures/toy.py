@@ -67,7 +67,7 @@ class ToyProblem:
     batch_size: int = 32
 
     def excess_risks(self, theta: Tensor) -> Tensor:
-        """The true excess risks [..., 2] at ``theta`` [..., 2]."""
+        """Returns the true excess risks [..., 2] at ``theta`` [..., 2]."""
         squares = (theta.unsqueeze(-2) - _as_tensor(self.centres)).square().sum(-1)
         return 0.5 * _as_tensor(self.curvatures) * squares
 
@@ -77,11 +77,11 @@ class ToyProblem:
         return _as_tensor(self.curvatures) * _as_tensor(self.label_stds).square()
 
     def losses(self, theta: Tensor) -> Tensor:
-        """The expected losses [..., 2] at ``theta`` [..., 2]."""
+        """Returns the expected losses [..., 2] at ``theta`` [..., 2]."""
         return self.excess_risks(theta) + self.optimal_losses
 
     def sample(self, theta: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Mean losses [2] of one batch per task, and their gradients [2, 2]."""
+        """Draws mean losses [2] of one batch per task, and their gradients [2, 2]."""
         noise = torch.randn(2, self.batch_size, 2, generator=generator, dtype=torch.float64)
         spread = _as_tensor(self.label_stds)[:, None, None]
         differences = theta - (_as_tensor(self.centres)[:, None] + spread * noise)
@@ -90,7 +90,7 @@ class ToyProblem:
         return losses, curvatures[:, None] * differences.mean(1)
 
     def pareto_set(self, share: Tensor) -> Tensor:
-        """The Pareto optimal point [..., 2] that lies a ``share`` of the way from the first centre to the second."""
+        """Returns the Pareto optimal point [..., 2] at a ``share`` of the way from the first centre to the second."""
         first, second = _as_tensor(self.centres)
         return first + share.unsqueeze(-1) * (second - first)
 
@@ -109,7 +109,7 @@ class ToyProblem:
         return self._balanced_point(float(self.optimal_losses[1] - self.optimal_losses[0]))
 
     def _balanced_point(self, difference: float) -> Tensor:
-        """Where the first excess risk exceeds the second by ``difference``: the root of a quadratic in the share."""
+        """Finds where the first excess risk exceeds the second by ``difference``: the root of a quadratic."""
         first, second = self.curvatures
         squared_distance = float((_as_tensor(self.centres).diff(dim=0)).square().sum())
         constant = second + 2.0 * difference / squared_distance

@@ -36,7 +36,7 @@ def find_device(name: str) -> torch.device:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The device of this process where ``device`` names only a kind: one GPU for each process of a machine."""
+    """Returns the device of this process where ``device`` names only a kind: one GPU for each process of a machine."""
     if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
         return device
     if device.index is not None:

@@ -203,7 +203,7 @@ class _Run:
             self._save()  # whoever finds rows without a checkpoint then knows that it was lost
 
     def _open_record(self, *, resume: bool) -> dict[str, Any] | None:
-        """Rank 0 only, as everything else that touches ``self.record``; returns the checkpoint to go on from."""
+        """Returns the checkpoint to go on from; rank 0 only, as everything else that touches ``self.record``."""
         config = {**dataclasses.asdict(self.config), "balancer": repr(self.balancer)}
         self.record = RunRecord(self.folder, config, resume=resume)
         return self.record.checkpoint

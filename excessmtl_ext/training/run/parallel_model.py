@@ -53,7 +53,7 @@ class ParallelModel:
         fully_shard(self.module, mesh=mesh)
 
     def state(self) -> dict[str, Any]:
-        """The state of the whole model; every process calls this, and rank 0 has the result."""
+        """Returns the state of the whole model; every process calls this, and rank 0 has the result."""
         if not self._is_cut:
             return self.module.state_dict()
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -72,7 +72,7 @@ class ParallelModel:
         set_model_state_dict(self.module, state, options=StateDictOptions(full_state_dict=True))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """As :meth:`state`, of an optimizer of the model's parameters."""
+        """Returns what :meth:`state` does, of an optimizer of the model's parameters."""
         # Of an optimizer that has not stepped, torch would ask for a state by stepping: Adam then counts one step more.
         if not self._is_cut or not optimizer.state:
             return optimizer.state_dict()

@@ -77,11 +77,11 @@ class RunRanks:
             yield kept, self.rank <= position  # type: ignore[misc]
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set on some process; the same answer on all."""
+        """Returns whether ``flag`` is set on some process; the same answer on all."""
         return any(self._flags(flag))
 
     def gather(self, value: Any) -> list[Any]:
-        """The ``value`` of every process, in their order, on every process. Tensors lie on the CPU."""
+        """Returns the ``value`` of every process, in their order, on every process. Tensors lie on the CPU."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -89,7 +89,7 @@ class RunRanks:
         return values
 
     def first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on rank 0, which alone calls it, on every process; so is an error of its.
+        """Returns what ``make`` returns on rank 0, which alone calls it, on every process; raises its error there, too.
 
         Raises:
             OtherRankFailed: ``make`` raised on rank 0, and this is another one.
@@ -104,7 +104,7 @@ class RunRanks:
 
     @contextmanager
     def sharing_errors(self) -> Iterator[None]:
-        """An error in the body, which must not itself wait for another process, ends it on every process.
+        """Raises an error in the body, which must not itself wait for another process, on every process.
 
         Raises:
             OtherRankFailed: the body raised on another process.
@@ -144,13 +144,13 @@ class RunRanks:
 
 
 def is_main_process() -> bool:
-    """Whether this process is alone or the first of those that torchrun has started."""
+    """Returns whether this process is alone or the first of those that torchrun has started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined_ranks(distributed: str | None, device: torch.device) -> Iterator[RunRanks]:
-    """The processes of a run; joins them if the caller has not, and then leaves them at the end.
+    """Yields the processes of a run; joins them if the caller has not, and then leaves them at the end.
 
     Args:
         distributed: How they share the model; None for a run alone.
