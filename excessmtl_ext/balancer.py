@@ -273,7 +273,7 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
     def update_weights(
         self,
         task_grads: GivenGrads | None = None,
-        losses: Sequence[Tensor] | Tensor | None = None,
+        losses: Sequence[Tensor | None] | Tensor | None = None,
         *,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor:
@@ -282,7 +282,7 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
         Args:
             task_grads: T lists of L gradients (None where there is none; an empty list for an
                 absent task), or one [T, P].
-            losses: T values. What a method does not require may be left out.
+            losses: T values, None for an absent task. What a method does not require may be left out.
             grad_scale: Factor that ``task_grads`` carry, to be undone.
 
         Returns:

@@ -23,7 +23,7 @@ Row: TypeAlias = list[Tensor | None]
 def read_given(
     rule: WeightingRule,
     task_grads: GivenGrads | None,
-    losses: Sequence[Tensor] | Tensor | None,
+    losses: Sequence[Tensor | None] | Tensor | None,
     grad_scale: Tensor | float | None,
 ) -> Step:
     """Checks the arguments of ``update_weights``; what the rule does not require is not looked at.
@@ -47,6 +47,8 @@ def read_given(
     )
     if losses is not None and "losses" in rule.requires:
         step.losses = _checked_losses(losses, rule.num_tasks)
+        if not isinstance(losses, Tensor):
+            step.tasks = [task for task, loss in enumerate(losses) if loss is not None]
     if task_grads is not None and "task_grads" in rule.requires:
         step.task_grads, step.tasks = given_task_grads(rule, task_grads)
     return step
@@ -75,16 +77,20 @@ def given_task_grads(rule: WeightingRule, task_grads: GivenGrads) -> tuple[TaskG
     return TaskGrads(flat_rows(rows), rule.layout, range(rule.num_tasks)), tasks
 
 
-def _checked_losses(losses: Sequence[Tensor] | Tensor, num_tasks: int) -> Tensor:
-    """Returns the losses [T], where and as they were given: on a GPU none is fetched."""
+def _checked_losses(losses: Sequence[Tensor | None] | Tensor, num_tasks: int) -> Tensor:
+    """Returns the losses [T], where and as they were given: on a GPU none is fetched. NaN for an absent task."""
     if isinstance(losses, Tensor):
         values = losses.detach()
-    elif len(losses) > 0 and all(
-        isinstance(loss, Tensor) and loss.device == losses[0].device for loss in losses
-    ):
-        values = torch.stack([loss.detach().reshape(()) for loss in losses])
     else:
-        values = torch.tensor([float(loss) for loss in losses], dtype=torch.float64, device="cpu")
+        tensors = [loss for loss in losses if isinstance(loss, Tensor)]
+        nan = torch.full((), float("nan"), device=tensors[0].device if tensors else "cpu")
+        given = [nan if loss is None else loss for loss in losses]
+        if given and all(isinstance(loss, Tensor) and loss.device == nan.device for loss in given):
+            values = torch.stack([loss.detach().reshape(()) for loss in given])
+        else:
+            values = torch.tensor(
+                [float(loss) for loss in given], dtype=torch.float64, device="cpu"
+            )
     if values.shape != (num_tasks,):
         raise ValueError(f"Expected `losses` of shape [{num_tasks}], but got {list(values.shape)}.")
     return values

@@ -44,6 +44,7 @@ LAYERS = (
     {"excess_mtl_options", "excess_mtl_state", "excess_mtl_rule", "excess_mtl", "baselines"},
     {"graphed_step"},
     {"__init__"},
+    {"domains"},
     {"integrations", "doctor"},
     {"data", "models"},
     {"training"},
