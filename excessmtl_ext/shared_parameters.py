@@ -144,7 +144,7 @@ class SharedParameters(StateModule):
             self.set_state(self.initial_state(shared[0].device))
 
     def layout_for(self, shared: Sequence[Tensor]) -> ParamLayout | None:
-        """Sizes of the gradients that risks are estimated from; None where those are of no parameters."""
+        """Returns the sizes of the gradients that risks are estimated from; None where those are of no parameters."""
         return ParamLayout([parameter.numel() for parameter in shared])
 
     def take_shared(self, shared: Sequence[Tensor]) -> None:

@@ -108,7 +108,7 @@ class SharedSearch:
         self._tasks.update(zip(map(id, self._named().values()), tasks, strict=True))
 
     def undecided(self) -> list[str]:
-        """Names of the parameters that may or may not be shared, as some tasks had no loss yet."""
+        """Names the parameters that may or may not be shared, as some tasks had no loss yet."""
         num_absent = self.num_tasks - self.present.bit_count()
         if num_absent == 0:
             return []
@@ -291,7 +291,7 @@ def _listed(entries: Sequence[object], between: str = ", ") -> str:
 
 
 def _condensed(names: Sequence[str], among: Sequence[str]) -> str:
-    """Names of parameters, those of a whole module in one: ``encoder (4 parameters)``."""
+    """Lists names of parameters, those of a whole module in one: ``encoder (4 parameters)``."""
     chosen = set(names)
     groups: dict[str, int] = {}
     for name in names:

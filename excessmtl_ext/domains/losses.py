@@ -17,7 +17,7 @@ from excessmtl_ext.step_arguments import read_step
 def domain_losses(
     losses: Tensor, domain_ids: Tensor, num_domains: int, *, mask: Tensor | None = None
 ) -> list[Tensor | None]:
-    """The mean loss of every domain in a batch; None for a domain that is absent.
+    """Averages the losses of every domain in a batch; None for a domain that is absent.
 
     Where a loss is NaN, only its own domain's mean is. Waits for the device of ``domain_ids``, so keep them on the CPU.
 
@@ -72,7 +72,7 @@ def split_domains(
     *,
     grad_scale: Tensor | float | None = None,
 ) -> Tensor:
-    """The features, through which a backward pass of the domains' summed losses is a balanced step; in one pass.
+    """Returns the features, through which a backward pass of the summed losses is a balanced step; one pass.
 
     ::
 

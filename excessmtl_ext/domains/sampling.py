@@ -100,7 +100,7 @@ class DomainSampler(Sampler[int]):
         return self._orders[domain][1][position]
 
     def state_dict(self, *, num_used: int | None = None) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on from here, with the draws that a DataLoader has made ahead.
+        """Returns what :meth:`load_state_dict` needs to go on, with the draws that a DataLoader has made ahead.
 
         It is the same on all ranks.
 
@@ -225,7 +225,7 @@ class DomainMixture(IterableDataset[tuple[Any, int]]):
             ) from None
 
     def _begun(self, domain: int, shard: int, num_shards: int, skip: int) -> Iterator[Any]:
-        """The stream of one shard after ``skip`` samples, beginning again as often as that takes."""
+        """Opens the stream of one shard after ``skip`` samples, beginning again as often as that takes."""
         while True:
             stream = itertools.islice(iter(self.streams[domain]), shard, None, num_shards)
             skipped = sum(1 for _ in itertools.islice(stream, skip))
@@ -234,7 +234,7 @@ class DomainMixture(IterableDataset[tuple[Any, int]]):
             skip = skip % skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on after the latest sample, in this process."""
+        """Returns what :meth:`load_state_dict` needs to go on after the latest sample, in this process."""
         return {
             "num_drawn": self._num_drawn,
             "in_epoch": self._in_epoch,

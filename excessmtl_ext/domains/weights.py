@@ -92,7 +92,7 @@ class DomainWeights:
         return self
 
     def bounds(self) -> list[float]:
-        """The T - 1 upper bounds of all domains but the last one, for a number drawn from [0, 1)."""
+        """Returns the T - 1 upper bounds of all domains but the last one, for a number drawn from [0, 1)."""
         version = int(self._version)
         if version != self._known:
             self._bounds = list(accumulate(self.probabilities.tolist()))[:-1]

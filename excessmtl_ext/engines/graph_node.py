@@ -131,7 +131,7 @@ class NodePass:
 
 
 def adapters_layout(rule: Any, features: Sequence[Tensor]) -> ParamLayout:
-    """Sizes of the adapters of the features; the first ones become those of ``rule``.
+    """Returns the sizes of the adapters of the features; the first ones become those of ``rule``.
 
     Raises:
         ValueError: they are not those of the first features.
