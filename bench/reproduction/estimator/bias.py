@@ -94,7 +94,7 @@ def measure(config: TrainConfig, epochs: int) -> list[list[object]]:
     lowest = [
         lowest_loss_alone(config, data, index, epochs * ALONE_EPOCHS) for index in range(len(tasks))
     ]
-    model, optimizer = _fresh(config, data)
+    model, optimizer = fresh(config, data)
     shared = list(model.encoder.parameters())
     steps_per_epoch = -(-len(train) // config.batch_size)
     num_steps = epochs * steps_per_epoch
@@ -111,12 +111,12 @@ def measure(config: TrainConfig, epochs: int) -> list[list[object]]:
         for indices in order.split(config.batch_size):
             batch = train.batch(indices)
             losses = task_losses(model(batch.inputs), batch.targets, tasks)
-            grads = torch.stack([_flat_grad(loss, shared) for loss in losses])
+            grads = torch.stack([flat_grad(loss, shared) for loss in losses])
             step += 1
             sq_grad_sum.addcmul_(grads, grads)
             grad_mean.mul_(MOMENTUM).add_(grads, alpha=1 - MOMENTUM)
             if step in stops:
-                full_losses, full_grads = _full_batch(model, train, tasks, shared)
+                full_losses, full_grads = full_batch(model, train, tasks, shared)
                 full = _quadratic("full", full_grads, sq_grad_sum)
                 estimates = {
                     **_mini_batches(model, train, tasks, shared, sq_grad_sum, config, step),
@@ -153,7 +153,7 @@ def measure(config: TrainConfig, epochs: int) -> list[list[object]]:
 def lowest_loss_alone(config: TrainConfig, data: MultiTaskData, index: int, epochs: int) -> float:
     """Returns the lowest training loss of a task trained alone, its learning rate falling to 0 along a cosine."""
     tasks, train = data.tasks, data.train
-    model, optimizer = _fresh(config, data)
+    model, optimizer = fresh(config, data)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     lowest = float("inf")
     for epoch in track(range(epochs), description=f"{tasks[index].name} alone"):
@@ -172,7 +172,7 @@ def lowest_loss_alone(config: TrainConfig, data: MultiTaskData, index: int, epoc
     return lowest
 
 
-def _fresh(config: TrainConfig, data: MultiTaskData) -> tuple[EncoderHeads, torch.optim.Optimizer]:
+def fresh(config: TrainConfig, data: MultiTaskData) -> tuple[EncoderHeads, torch.optim.Optimizer]:
     torch.manual_seed(config.seed)
     model = WORKLOADS[config.dataset].build_model(data, config)
     return model, torch.optim.Adam(
@@ -180,7 +180,7 @@ def _fresh(config: TrainConfig, data: MultiTaskData) -> tuple[EncoderHeads, torc
     )
 
 
-def _flat_grad(loss: Tensor | None, shared: list[Tensor]) -> Tensor:
+def flat_grad(loss: Tensor | None, shared: list[Tensor]) -> Tensor:
     assert loss is not None
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])
 
@@ -209,14 +209,14 @@ def _mini_batches(
     for indices in batches:
         batch = train.batch(indices)
         losses = task_losses(model(batch.inputs), batch.targets, tasks)
-        grads = torch.stack([_flat_grad(loss, shared) for loss in losses])
+        grads = torch.stack([flat_grad(loss, shared) for loss in losses])
         values = {**_quadratic("batch", grads, sq_grad_sum), "sq_norm": grads.square().sum(1)}
         for name, value in values.items():
             sums[name] = sums.get(name, torch.zeros(len(tasks))) + value / len(batches)
     return sums
 
 
-def _full_batch(
+def full_batch(
     model: EncoderHeads, train: Split, tasks: tuple[Task, ...], shared: list[Tensor]
 ) -> tuple[list[float], Tensor]:
     losses = torch.zeros(len(tasks))
@@ -225,7 +225,7 @@ def _full_batch(
         share = len(batch_indices) / len(train)
         batch = train.batch(batch_indices)
         values = task_losses(model(batch.inputs), batch.targets, tasks)
-        grads = grads + share * torch.stack([_flat_grad(value, shared) for value in values])
+        grads = grads + share * torch.stack([flat_grad(value, shared) for value in values])
         losses += share * torch.stack([v.detach() for v in values if v is not None])
     return losses.tolist(), torch.as_tensor(grads)
 

@@ -191,12 +191,18 @@ class _Runner:
         self.workers: list[Worker] = []
         self.failed: list[FailedTrial] = []
         self.seconds: dict[str, list[float]] = {}
+        self.num_finished = 0
+        self.num_trials = self.plan.num_trials()
 
     def run(self) -> list[FailedTrial]:
         """Runs until nothing waits and nothing runs."""
         try:
+            has_news = True  # looks through the files of all trials, so only where one has ended
             while True:
-                self._start()
+                if has_news:
+                    self._start()
+                    self.num_finished = self.plan.num_finished()
+                has_news = False
                 busy = [worker for worker in self.workers if worker.trial is not None]
                 self._report(busy)
                 if not busy:
@@ -205,6 +211,7 @@ class _Runner:
                     raise InterruptedError("The benchmark was stopped; finished trials are kept.")
                 with suppress(queue.Empty):
                     self._handle(*self.events.get(timeout=SECONDS_BETWEEN_REPORTS))
+                    has_news = True
         finally:
             for worker in self.workers:
                 worker.stop()
@@ -257,7 +264,7 @@ class _Runner:
         self.announce(f"{trial}: FAILED: {reason}")
 
     def _report(self, busy: list[Worker]) -> None:
-        done, total = self.plan.num_finished(), self.plan.num_trials()
+        done, total = self.num_finished, self.num_trials
         self.report(
             Progress(
                 done,

@@ -112,6 +112,34 @@ def test_the_estimator_studys_readme_quotes_its_tables(
     assert [line for line in lines if line not in text] == []
 
 
+def test_the_readme_of_the_unbiased_estimates_follows_from_its_tables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(REPRODUCTION / "estimator")
+    halves = importlib.import_module("halves")
+    (folder,) = RESULTS.glob("halves_*")
+    facts = json.loads((folder / "environment.json").read_text())
+    readme = "\n".join(halves.make_readme(folder, facts)).rstrip() + "\n"
+    assert readme == (folder / "README.md").read_text()
+
+
+def test_an_estimate_without_bias_leaves_nothing_of_pure_variance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(REPRODUCTION / "estimator")
+    halves = importlib.import_module("halves")
+    grads = torch.randn(400, 1, 5000, generator=torch.Generator().manual_seed(0))
+    squares = grads.square().sum(0)
+    mean = torch.zeros(1, 5000)
+    for grad in grads:
+        mean.lerp_(grad, 1 - 0.98)
+    mean = mean / (1 - 0.98 ** len(grads))
+    kept = float(halves.quadratic(mean, mean, squares)) * len(grads) / 5000
+    assert kept == pytest.approx(halves.variance_left(len(grads)), rel=0.05)
+    product = float(halves.quadratic(grads[-2], grads[-1], squares)) * len(grads) / 5000
+    assert abs(product) < 0.05  # its deviation is 1 / sqrt(5000)
+
+
 def test_draws_an_office_home_that_the_loader_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
