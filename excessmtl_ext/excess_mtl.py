@@ -25,7 +25,7 @@ from excessmtl_ext.excess_mtl_options import (
 )
 from excessmtl_ext.excess_mtl_rule import ExcessMTLRule
 from excessmtl_ext.excess_mtl_state import Combination
-from excessmtl_ext.extra_state import Fields
+from excessmtl_ext.extra_state import Fields, waiting_tasks
 from excessmtl_ext.passes.adapters import Adapter
 from excessmtl_ext.split import size_for_features, split
 from excessmtl_ext.state import SMALLEST_EPS, Fisher, ParamLayout
@@ -372,11 +372,7 @@ class ExcessMTL(ExcessMTLRule):
         self._collapse_guard.has_warned = bool(
             round(fields.get("has_warned_of_collapse", [0.0])[0])
         )
-        waits = fields.get("waits", [1.0] * self.num_tasks)
-        waiting = [task for task, waits_now in enumerate(waits) if round(waits_now)]
-        if "waiting_tasks" in fields:  # of version 1
-            waiting = [round(task) for task in fields["waiting_tasks"]]
-        waiting = waiting or list(range(self.num_tasks))
+        waiting = waiting_tasks(fields, self.num_tasks)
         if self._rotation is None:
             self.lone_tasks = frozenset(range(self.num_tasks)) - frozenset(waiting)
             return

@@ -83,6 +83,15 @@ def unpack(extra: object, names: Sequence[str]) -> Fields:
     return dict(zip(names, values, strict=True))
 
 
+def waiting_tasks(fields: Fields, num_tasks: int) -> list[int]:
+    """Returns the tasks that wait for their turn in a saved round; all of them where a round begins."""
+    waits = fields.get("waits", [1.0] * num_tasks)
+    waiting = [task for task, waits_now in enumerate(waits) if round(waits_now)]
+    if "waiting_tasks" in fields:  # of version 1
+        waiting = [round(task) for task in fields["waiting_tasks"]]
+    return waiting or list(range(num_tasks))
+
+
 def damaged(expected: str) -> str:
     """Returns the message for a state that no balancer saves."""
     return f"Expected {expected}. The file is damaged, or not the state of a balancer: take it from a copy."

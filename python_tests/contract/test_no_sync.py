@@ -152,8 +152,9 @@ def test_a_step_of_ranks_reads_no_value_of_the_device(kind: str) -> None:
 
 def test_no_number_of_the_host_is_copied_to_the_device_in_a_step_of_ranks() -> None:
     """torch.tensor(number, device=...) waits for the copy; the exchanges have tensors of their own."""
+    ALLOWED = ("agreement.py", "joint_reach.py")  # where the ranks agree, and before the first step
     folder = Path(excessmtl_ext.__file__).parent / "distributed"
-    files = [path for path in sorted(folder.glob("*.py")) if path.name != "agreement.py"]
+    files = [path for path in sorted(folder.glob("*.py")) if path.name not in ALLOWED]
     assert len(files) > 5
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -254,7 +254,7 @@ def to_markdown(table: DatasetTable) -> str:
         "setting",
     ]
     lines = [
-        f"### {table.title}, {table.dose}",
+        f"## {table.title}, {table.dose}",
         "",
         f"Noisy tasks: {noisy or 'none'}.",
         "",
@@ -276,7 +276,7 @@ def ranking_to_markdown(ranking: Ranking) -> str:
     """Returns a ranking as Markdown."""
     comparison = ranking.comparison
     lines = [
-        f"### Ranks by {ranking.group} tasks, {ranking.epoch}",
+        f"## Ranks by {ranking.group} tasks, {ranking.epoch}",
         "",
         f"{comparison.num_datasets} data sets: {', '.join(ranking.datasets)}. "
         f"Friedman p = {comparison.friedman_p:.2g}, Iman-Davenport p = {comparison.iman_davenport_p:.2g}; ranks that "
