@@ -17,7 +17,7 @@ TASKS = (Task("digit", 10), Task("is_even", 2, is_noisy=True))
 
 
 def load(*, noise: float, seed: int, num_train: int | None) -> MultiTaskData:
-    """Makes the splits; ``noise`` is the share of the training labels of ``is_even`` that are drawn anew."""
+    """Makes the splits; ``noise``: share of the training labels of ``is_even`` drawn anew."""
     digits = load_digits()
     labels = torch.from_numpy(digits.target).long()
     pixels = torch.from_numpy(digits.data)

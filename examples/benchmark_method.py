@@ -31,7 +31,7 @@ class RandomWeights(LossWeights):
         return (self.scale * torch.randn_like(losses)).softmax(0)
 
 
-# At most five settings; the benchmark chooses one per data set on the validation labels a user would have.
+# At most five settings; the benchmark chooses one per data set, by the noisy validation labels.
 METHODS = [
     Method("random", "Random weights", RandomWeights, settings=({"scale": 1.0}, {"scale": 0.3})),
 ]

@@ -39,8 +39,8 @@ def domain_losses(
     Example:
         >>> import torch
         >>> losses = torch.tensor([[1.0, 3.0], [5.0, 9.0]])
-        >>> [None if loss is None else loss.item() for loss in domain_losses(losses, torch.tensor([2, 0]), 3)]
-        [7.0, None, 2.0]
+        >>> domain_losses(losses, torch.tensor([2, 0]), 3)
+        [tensor(7.), None, tensor(2.)]
     """
     check_count("num_domains", num_domains, 1)
     _check_ids(domain_ids)

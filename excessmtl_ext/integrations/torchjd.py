@@ -85,7 +85,7 @@ class BalancerAggregator(WeightedAggregator, Stateful):
         >>> import torch
         >>> from excessmtl_ext import ExcessMTL
         >>> aggregator = BalancerAggregator(ExcessMTL(num_tasks=2))
-        >>> # The weights of the first step are equal, and the rows are brought to the size of the larger one.
+        >>> # Equal weights in the first step; rows are brought to the size of the larger one.
         >>> [round(each, 5) for each in aggregator(torch.tensor([[2.0, 0.0], [0.0, 4.0]])).tolist()]
         [2.0, 2.0]
     """

@@ -72,7 +72,7 @@ def test_the_table_shows_what_each_group_of_tasks_gains_or_pays(headline):
     page = (headline.benchmark_folder() / "README.md").read_text(encoding="utf-8")
     for row in headline.table(headline.read_benchmark()).splitlines()[2:]:
         name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
-        section = page.partition(f"### {name}\n")[2].partition("###")[0]
+        section = page.partition(f"## {name}\n")[2].partition("##")[0]
         shown = {
             label: [cell.split("±")[0].strip() for cell in re.findall(r"\|([^|]+)", line)[1:3]]
             for label in ("Uniform", "**ExcessMTL, default**")

@@ -33,7 +33,7 @@ tasks, width = int(sys.argv[2]), int(sys.argv[3])
 encoder = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
 heads = nn.ModuleList([nn.Linear(width, 1) for _ in range(tasks)])
 parameters = [*encoder.parameters(), *heads.parameters()]
-balancer = published(encoder.parameters(), num_tasks=tasks)
+balancer = ExcessMTL(encoder.parameters(), num_tasks=tasks)
 optimizer = torch.optim.SGD(parameters, lr=1e-3)
 inputs = torch.randn(2, width)
 sbrk = ctypes.CDLL(None).sbrk

@@ -219,7 +219,7 @@ def report_and_wait(self, progress):
         self._stop.wait()
 
 worker._Channel.report = report_and_wait
-main()
+main(int(sys.argv[1]))
 """
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/fd").is_dir(), reason="no /proc to tell a worker by its log"
@@ -230,7 +230,7 @@ def start_of_waiting_workers(note: Path) -> str:
     """What the sweep starts its workers with; ``note`` becomes a named pipe."""
     os.mkfifo(note)
     start, call = jobs._START_WORKER.rsplit("; ", 1)
-    assert call == "main()"
+    assert call == "main(int(sys.argv[1]))"
     return f"{start}\n{WAIT_IN_WORKERS.format(note=str(note))}"
 
 
