@@ -27,7 +27,7 @@ class RandomWeights(LossWeights):
         self.scale = scale
 
     def weights_from(self, losses: Tensor) -> Tensor:
-        """Returns the weights [T] of this step; the benchmark has seeded torch's global generator."""
+        """Returns weights [T]; the benchmark has seeded torch's global generator."""
         return (self.scale * torch.randn_like(losses)).softmax(0)
 
 
