@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from excessmtl_ext.baselines.loss_based import LossBalancer, Rows
 from excessmtl_ext.training.benchmark.methods import Method
-from excessmtl_ext.training.benchmark.peers import LossWeights
 
 
-class RandomWeights(LossWeights):
+class RandomWeights(LossBalancer):
     """Weights tasks by the softmax of normal numbers.
 
     Args:
@@ -26,9 +26,9 @@ class RandomWeights(LossWeights):
         super().__init__(shared_parameters, **convention)
         self.scale = scale
 
-    def weights_from(self, losses: Tensor) -> Tensor:
-        """Returns weights [T]; the benchmark has seeded torch's global generator."""
-        return (self.scale * torch.randn_like(losses)).softmax(0)
+    def log_weights(self, losses: Tensor, tasks: Rows) -> Tensor:
+        """Returns log-weights; the benchmark has seeded torch's global generator."""
+        return self.scale * torch.randn_like(losses)
 
 
 # At most five settings; the benchmark chooses one per data set, by the noisy validation labels.

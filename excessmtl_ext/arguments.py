@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -32,6 +33,21 @@ def check_count(name: str, value: int, least: int) -> None:
         raise TypeError(f"Expected `{name}` to be an integer, but got {type(value).__name__}.")
     if value < least:
         raise ValueError(f"Expected `{name}` >= {least}, but got {value}.")
+
+
+def checked_numbers(name: str, given: Any, num_tasks: int) -> list[float]:
+    """Lists T numbers, one per task; raises unless ``given`` holds that."""
+    try:
+        numbers = [float(number) for number in given]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"Expected `{name}` to hold {num_tasks} numbers, one per task, but got {given!r:.100}."
+        ) from None
+    if len(numbers) != num_tasks:
+        raise ValueError(
+            f"Expected `{name}` to hold {num_tasks} numbers, one per task, but got {len(numbers)}."
+        )
+    return numbers
 
 
 def checked_parameters(

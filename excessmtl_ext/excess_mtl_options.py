@@ -14,6 +14,7 @@ from excessmtl_ext.arguments import (
     check_choice,
     check_count,
     check_positive,
+    checked_numbers,
     checked_parameters,
     trainable,
 )
@@ -160,7 +161,7 @@ def _check_floors(min_weight: Any, num_tasks: int) -> None:
                 f"Expected `min_weight` between 0 and 1 / num_tasks = {1.0 / num_tasks:g}, but got {min_weight}."
             )
         return
-    floors = _numbers("min_weight", min_weight, num_tasks)
+    floors = checked_numbers("min_weight", min_weight, num_tasks)
     if not all(floor >= 0.0 for floor in floors) or not sum(floors) <= 1.0:
         raise ValueError(
             f"Expected `min_weight` of numbers >= 0 that sum to 1 at most, but got {floors} with sum {sum(floors):g}."
@@ -170,24 +171,9 @@ def _check_floors(min_weight: Any, num_tasks: int) -> None:
 def _check_priorities(priorities: Any, num_tasks: int) -> None:
     if priorities is None:
         return
-    shares = _numbers("priorities", priorities, num_tasks)
+    shares = checked_numbers("priorities", priorities, num_tasks)
     if not all(0.0 < share < math.inf for share in shares):
         raise ValueError(f"Expected `priorities` > 0 and finite, but got {shares}.")
-
-
-def _numbers(name: str, given: Any, num_tasks: int) -> list[float]:
-    """Returns T numbers; raises unless they are that."""
-    try:
-        numbers = [float(number) for number in given]
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"Expected `{name}` to hold {num_tasks} numbers, one per task, but got {given!r:.100}."
-        ) from None
-    if len(numbers) != num_tasks:
-        raise ValueError(
-            f"Expected `{name}` to hold {num_tasks} numbers, one per task, but got {len(numbers)}."
-        )
-    return numbers
 
 
 def candidates_in(module: nn.Module, given: dict[str, Any]) -> list[Tensor]:

@@ -37,6 +37,10 @@ _NEVER_NEGATIVE = frozenset(
         "momentum_mass",
         "momentum_sq_mass",
         "tensor_mean_square",
+        "learned_sq_grad_mean",
+        "losses_before",
+        "epoch_means",
+        "first_mean_loss",
     }
 )
 """Besides everything that counts."""

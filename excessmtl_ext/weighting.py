@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,11 @@ class WeightingMethod(StateModule, ABC):
     """The part of a balancer that differs between methods; each defines :meth:`update`."""
 
     requires: ClassVar[frozenset[str]] = frozenset()
-    """What the weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing."""
+    """What the weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing.
+
+    What the loop gives besides: ``"validation_losses"`` (``observe_validation``) and
+    ``"losses_after_step"`` (``after_step``).
+    """
 
     can_stream: bool = True
     """Whether ``accumulate`` works: not where the weight of one task depends on the gradients of the others."""
@@ -67,6 +72,9 @@ class WeightingMethod(StateModule, ABC):
 
     def end_lone_step(self, step: Step, task: int) -> None:
         """Ends a step in which one of several tasks was present; for methods that compare tasks."""
+
+    def end_epoch(self, mean_losses: Tensor | Sequence[float] | None = None) -> None:
+        """Learns that an epoch has ended: without effect but for methods that look back at epochs (DWA, STCH)."""
 
     def head_weights(self) -> Tensor:
         """Factors [T] of the head gradients where they are weighted."""

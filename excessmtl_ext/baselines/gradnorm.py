@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_positive
 from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.baselines.gradient_norms import tensor_norms
 from excessmtl_ext.baselines.gramian import move_to_gradients
 from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, WeightScale
 
@@ -120,11 +121,7 @@ class GradNorm(Balancer):
         move_to_gradients(self, task_grads)
         losses = step.losses_like(self.task_weights)
         # All norms, though only those of the last layer count: a NaN anywhere must be found.
-        norms = torch.stack(
-            [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in task_grads]
-        ).view(self.num_tasks, -1)
-        if scale is not None:
-            norms = norms / scale.to(norms)
+        norms = tensor_norms(task_grads, self.num_tasks, scale)
         is_absent = torch.ones_like(self.found_nonfinite)
         everyone = len(tasks) == self.num_tasks
         index = slice(None) if everyone else torch.tensor(tasks, device=losses.device)

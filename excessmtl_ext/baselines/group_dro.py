@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_positive
-from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.step import HeadWeighting, NonFinite, Step, StreamedWeight, WeightScale
+from excessmtl_ext.baselines.loss_based import LossBalancer, Rows
+from excessmtl_ext.step import HeadWeighting, NonFinite, WeightScale
 
 
-class GroupDRO(Balancer):
+class GroupDRO(LossBalancer):
     r"""Weights tasks by their loss (Sagawa et al., ICLR 2020, https://arxiv.org/abs/1911.08731, Algorithm 1).
 
     .. math:: \alpha_i \leftarrow \alpha_i \exp(\eta_\alpha \ell_i) / Z
@@ -39,8 +38,6 @@ class GroupDRO(Balancer):
         [0.731..., 0.268...]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"losses"})
-
     def __init__(
         self,
         shared_parameters: Iterable[Tensor] | nn.Module | None = None,
@@ -61,34 +58,9 @@ class GroupDRO(Balancer):
         )
         self.robust_step_size = float(robust_step_size)
 
-    def update(self, step: Step) -> None:
-        """Moves the weights by the losses."""
-        losses, tasks = step.losses_like(self.task_weights), step.tasks
-        # A slice where all are present: an index made on the host would make a GPU wait.
-        everyone = len(tasks) == self.num_tasks
-        index = slice(None) if everyone else torch.tensor(tasks, device=losses.device)
-        present = losses[index]
-        self.found_nonfinite.zero_()
-        self.found_nonfinite[index] = ~present.isfinite()
-        is_finite = ~self.found_nonfinite.any()
-        before = self.log_task_weights[index]
-        moved = before + self.robust_step_size * present
-        # Present tasks share the weight they had, so that a task without labels keeps its own.
-        moved = (moved - moved.logsumexp(0)) + before.logsumexp(0)
-        self.log_task_weights[index] = torch.where(is_finite, moved, before)
-        self.task_weights.copy_(self.weight_total * self.log_task_weights.softmax(0))
-        self.num_steps += is_finite
-        self.num_skipped_steps += ~is_finite
-
-    def stream_task(self, step: Step) -> StreamedWeight:
-        """Returns the task's log-weight after its loss, not normalised."""
-        (task,) = step.tasks
-        loss = step.losses_like(self.log_task_weights).reshape(())
-        return StreamedWeight(self.log_task_weights[task] + self.robust_step_size * loss)
-
-    def stream_finish(self, step: Step) -> None:
-        """Moves the weights by the losses of the step."""
-        self.update(step)
+    def log_weights(self, losses: Tensor, tasks: Rows) -> Tensor:
+        """See :class:`LossBalancer <excessmtl_ext.baselines.loss_based.LossBalancer>`."""
+        return self.log_task_weights[tasks] + self.robust_step_size * losses
 
     def options(self) -> dict[str, Any]:
         """See :class:`excessmtl_ext.Balancer`."""

@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from excessmtl_ext import (
+    FAMO,
     IMTL,
     MGDA,
     MOML,
     Balancer,
+    DualBalancing,
+    DynamicWeightAverage,
     ExcessMTL,
+    FixedWeights,
     GradNorm,
     GroupDRO,
+    InverseNorm,
     SingleTask,
+    SmoothTchebycheff,
+    UncertaintyWeights,
     Uniform,
 )
 from excessmtl_ext.bounded_moves import RAMP_STEPS
@@ -48,12 +55,20 @@ METHODS: dict[str, Callable[..., Balancer]] = {
     "imtl-l": lambda p, **o: IMTL(p, variant="L", robust_step_size=0.1, **o),
     "imtl": lambda p, **o: IMTL(p, robust_step_size=0.1, **o),
     "moml": MOML,
+    "fixed": lambda p, **o: FixedWeights(p, weights=[2.0] * o["num_tasks"], **o),
+    "uncertainty": UncertaintyWeights,
+    "dwa": DynamicWeightAverage,
+    "famo": FAMO,
+    "stch": SmoothTchebycheff,
+    "dbmtl": DualBalancing,
+    "inverse-norm": InverseNorm,
 }
 EXCESS = ("excessmtl", "official", "paper", "momentum", "recommended")
 # What a method looks at, and so what it can notice. MOML looks at validation gradients, which test_moml.py spoils.
-SEES_GRADIENTS = (*EXCESS, "gradnorm", "mgda", "imtl-g", "imtl")
-SEES_LOSSES = ("groupdro", "gradnorm", "imtl-l", "imtl")
-HAS_NO_MEMORY = ("uniform", "single task", "moml")  # nothing that a bad step could spoil
+SEES_GRADIENTS = (*EXCESS, "gradnorm", "mgda", "imtl-g", "imtl", "dbmtl", "inverse-norm")
+LOSSES_ONLY = ("groupdro", "uncertainty", "dwa", "famo", "stch")
+SEES_LOSSES = (*LOSSES_ONLY, "gradnorm", "imtl-l", "imtl", "dbmtl")
+HAS_NO_MEMORY = ("uniform", "single task", "moml", "fixed")  # nothing that a bad step could spoil
 WITHOUT_WEIGHT_TO_KEEP = ("mgda", "imtl-g", "imtl", "moml")  # an absent task counts as uniform
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -97,6 +112,8 @@ class Run:
         )
         if is_finite:
             self.optimizer.step()
+        if is_finite and isinstance(self.balancer, FAMO):
+            self.balancer.after_step(self.losses(number))
         return is_finite
 
     def weigh(self, number: int, fault: Fault = lambda losses: losses) -> None:
@@ -104,6 +121,11 @@ class Run:
         if isinstance(self.balancer, MOML):
             self.balancer.observe_validation(fault(self.losses(number)))
         self.balancer.backward(fault(self.losses(number)))
+
+    def end_weighing(self) -> None:
+        """Tells FAMO that the losses have not moved."""
+        if isinstance(self.balancer, FAMO):
+            self.balancer.after_step(self.balancer.losses_before)
 
     def parameters(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.model.parameters()]
@@ -247,6 +269,8 @@ def test_a_task_absent_for_ever_leaves_the_others_as_if_it_did_not_exist(name):
     for number in range(20):
         run.weigh(number, is_absent)
         alone.weigh(number, lambda losses: [losses[0], losses[2]])
+        run.end_weighing()
+        alone.end_weighing()
         if name != "single task":  # it trains the absent one
             share = run.balancer.weight_total / others.weight_total * 2 / 3
             actual = run.balancer.task_weights[[0, 2]]
@@ -276,6 +300,8 @@ def test_a_task_absent_for_a_thousand_steps_comes_back_as_it_left(name):
         else:
             losses = [(row * shared).sum() + row.square().sum() for row in rows]
             balancer.backward(is_absent(losses) if absent else losses)
+            if isinstance(balancer, FAMO):
+                balancer.after_step([0.9 * loss for loss in losses])
 
     if isinstance(balancer, MOML):
         balancer.update_weights(torch.ones(NUM_TASKS, 5))

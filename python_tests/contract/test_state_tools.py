@@ -20,7 +20,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from excessmtl_ext import MGDA, MOML, Balancer, ExcessMTL, GradNorm, GroupDRO, SingleTask, Uniform
+from excessmtl_ext import (
+    FAMO,
+    MGDA,
+    MOML,
+    Balancer,
+    DualBalancing,
+    DynamicWeightAverage,
+    ExcessMTL,
+    FixedWeights,
+    GradNorm,
+    GroupDRO,
+    InverseNorm,
+    SingleTask,
+    SmoothTchebycheff,
+    UncertaintyWeights,
+    Uniform,
+)
 from excessmtl_ext.functional import ParamLayout
 
 MAKERS: dict[str, Callable[..., Balancer]] = {
@@ -41,6 +57,13 @@ MAKERS: dict[str, Callable[..., Balancer]] = {
     "mgda": MGDA,
     "single_task": lambda parameters, **options: SingleTask(parameters, task=1, **options),
     "uniform": Uniform,
+    "fixed": lambda parameters, **options: FixedWeights(parameters, weights=[1, 3], **options),
+    "uncertainty": UncertaintyWeights,
+    "dwa": DynamicWeightAverage,
+    "famo": FAMO,
+    "stch": SmoothTchebycheff,
+    "dbmtl": DualBalancing,
+    "inverse_norm": InverseNorm,
 }
 EVERY_METHOD = pytest.mark.parametrize("name", MAKERS)
 

@@ -30,6 +30,8 @@ TESTED_IN = {
     "saved_state": "contract/test_saved_states",
     "self_test": "unit/test_doctor",
     "stochastic_rounding": "contract/test_state_dtype",
+    "baselines/gradient_norms": "unit/baselines/test_inverse_norm",
+    "baselines/loss_based": "unit/baselines/test_uncertainty_weights",
     "engines/from_features": "unit/engines/test_cheaper",
     "engines/graph_node": "unit/test_split",
     "engines/node_exchange": "unit/test_split",

@@ -16,29 +16,26 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import (
+    FAMO,
     IMTL,
     MGDA,
     MOML,
     Balancer,
+    DualBalancing,
+    DynamicWeightAverage,
     ExcessMTL,
+    FixedWeights,
     GradNorm,
     GroupDRO,
+    InverseNorm,
     SingleTask,
+    SmoothTchebycheff,
+    UncertaintyWeights,
     Uniform,
 )
 from excessmtl_ext.data.seeding import seeded_generator
 from excessmtl_ext.training.benchmark.own_file import read_list
-from excessmtl_ext.training.benchmark.peers import (
-    FAMO,
-    DualBalancing,
-    DynamicWeightAverage,
-    FixedWeights,
-    GramianWeights,
-    InverseNorm,
-    SmoothTchebycheff,
-    UncertaintyWeights,
-    UPGrad,
-)
+from excessmtl_ext.training.benchmark.peers import GramianWeights, UPGrad
 from excessmtl_ext.training.run.methods import CONVENTION
 
 Setting = Mapping[str, Any]

@@ -197,8 +197,7 @@ class _Run:
             raise FloatingPointError(
                 f"Expected finite losses, but no step of epoch {number + 1} had any."
             )
-        if hasattr(self.balancer, "end_epoch"):
-            self.balancer.end_epoch(sums / num_finite)  # pyright: ignore[reportCallIssue]
+        self.balancer.end_epoch(sums / num_finite)
         return self._measure()
 
     def _step(self, indices: Tensor, step: int) -> Tensor:

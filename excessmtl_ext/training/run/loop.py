@@ -293,6 +293,11 @@ class _Run:
         else:
             self.optimizer.step()
             self.state.add(values, counts)
+            if "losses_after_step" in self.balancer.requires:
+                with torch.no_grad():
+                    outputs = self.model(batch.inputs)
+                    after = task_losses(outputs, batch.targets, self.tasks)
+                self.balancer.after_step(after)  # type: ignore[operator]
         if self.state.step % self.config.task_weight_interval == 0:
             self.state.weight_rows.append((self.state.step, self.balancer.task_weights.clone()))
 
@@ -321,6 +326,7 @@ class _Run:
             for risk, sums in zip(self.state.risk_names(), risk_sums, strict=False):
                 row[f"balancer/{task.name}_{risk}"] = sums[index] / self.state.num_finite_steps
         self.ranks.first(lambda: self._append_rows(row))
+        self.balancer.end_epoch()
         self.state.begin_epoch()
         self.latest = row
         score = row[self.selection_metric]

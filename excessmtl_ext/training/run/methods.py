@@ -9,14 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from excessmtl_ext import (
+    FAMO,
     IMTL,
     MGDA,
     MOML,
     Balancer,
+    DualBalancing,
+    DynamicWeightAverage,
     ExcessMTL,
+    FixedWeights,
     GradNorm,
     GroupDRO,
+    InverseNorm,
     SingleTask,
+    SmoothTchebycheff,
+    UncertaintyWeights,
     Uniform,
 )
 
@@ -36,6 +43,7 @@ class Method:
         has_step_size: Takes ``robust_step_size``.
         tuned: A sweep chooses its step size. False where the method promises one setting for all data.
         requires_task: Trains one task alone, named by ``task``.
+        is_in_paper: He et al. 2024 compare it, or it is ours: a sweep runs it unless told which methods to run.
         spans_ranks: Balances what several processes have of a batch as the joined batch.
     """
 
@@ -45,11 +53,29 @@ class Method:
     has_step_size: bool = True
     tuned: bool = True
     requires_task: bool = False
+    is_in_paper: bool = True
     spans_ranks: bool = False
 
 
 def _preset(name: Any) -> Callable[..., Balancer]:
     return lambda parameters, **options: ExcessMTL.from_preset(name, parameters, **options)
+
+
+def _peer(label: str, colour: str, build: Callable[..., Balancer]) -> Method:
+    """Returns a method that the paper does not compare; colours after Paul Tol's muted scheme."""
+    return Method(label, colour, build, has_step_size=False, is_in_paper=False)
+
+
+def _fixed(
+    parameters: Iterable[Tensor],
+    *,
+    num_tasks: int,
+    weights: Sequence[float] | None = None,
+    **options: Any,
+) -> Balancer:
+    """Makes fixed weights, equal ones unless some are given."""
+    weights = [1.0] * num_tasks if weights is None else weights
+    return FixedWeights(parameters, num_tasks=num_tasks, weights=weights, **options)
 
 
 METHODS: dict[str, Method] = {
@@ -69,6 +95,13 @@ METHODS: dict[str, Method] = {
     "single-task": Method(
         "Single task", "#000000", SingleTask, has_step_size=False, requires_task=True
     ),
+    "fixed": _peer("Fixed weights", "#332288", _fixed),
+    "uncertainty": _peer("Uncertainty", "#88CCEE", UncertaintyWeights),
+    "dwa": _peer("DWA", "#44AA99", DynamicWeightAverage),
+    "famo": _peer("FAMO", "#882255", FAMO),
+    "stch": _peer("STCH", "#AA4499", SmoothTchebycheff),
+    "dbmtl": _peer("DB-MTL", "#117733", DualBalancing),
+    "inverse-norm": _peer("1 / norm", "#999933", InverseNorm),
 }
 
 

@@ -10,11 +10,26 @@ from _asserts import assert_equal_bits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from excessmtl_ext import IMTL, Balancer, GradNorm, GroupDRO
+from excessmtl_ext import (
+    FAMO,
+    IMTL,
+    Balancer,
+    DualBalancing,
+    DynamicWeightAverage,
+    GradNorm,
+    GroupDRO,
+    SmoothTchebycheff,
+    UncertaintyWeights,
+)
 
 MAKERS: dict[str, Callable[..., Balancer]] = {
     "group_dro": GroupDRO,
     "gradnorm": GradNorm,
+    "uncertainty": UncertaintyWeights,
+    "dwa": DynamicWeightAverage,
+    "famo": FAMO,
+    "stch": SmoothTchebycheff,
+    "dbmtl": DualBalancing,
     "imtl_l": lambda parameters, **options: IMTL(parameters, variant="L", **options),
 }
 

@@ -32,6 +32,11 @@ def test_every_method_follows_one_convention(method: str) -> None:
     assert balancer.task_weights.tolist() == pytest.approx([0, 1, 0] if requires_task else uniform)
 
 
+def test_fixed_weights_are_an_option() -> None:
+    balancer = make_balancer("fixed", parameters(), num_tasks=2, options={"weights": [1, 3]})
+    assert balancer.task_weights.tolist() == [0.25, 0.75]
+
+
 def test_no_two_methods_look_alike() -> None:
     assert len({method.colour for method in METHODS.values()}) == len(METHODS)
     assert len({method.label for method in METHODS.values()}) == len(METHODS)
