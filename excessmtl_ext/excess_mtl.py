@@ -70,7 +70,7 @@ class ExcessMTL(ExcessMTLRule):
             :math:`\alpha_i \leftarrow \alpha_i \exp(\eta_\alpha E_i / B_i) / Z`. Larger moves the
             weights faster. Bounded moves need ``fisher="linear"``, ``relative=True`` and momentum.
         max_log_ratio: :math:`\kappa \ge 0` of bounded moves: the most that the logarithms of two
-            weights differ by, besides the priorities. 0.7: by a factor of 2. 0: equal weights.
+            weights differ by, besides the priorities. 0.2: by a factor of 1.2. 0: equal weights.
         combine: ``"per_tensor"``: gradients are brought to one size in each tensor. ``"sum"``: they
             are summed as they are. None: the former. Steps of one pass for all tasks (``update_every``,
             ``estimate_from``, ``tasks_per_step``) bring them to one size by one number per task.
@@ -171,7 +171,7 @@ class ExcessMTL(ExcessMTLRule):
         *,
         num_tasks: int,
         robust_step_size: float | None = None,
-        max_log_ratio: float = 0.7,
+        max_log_ratio: float = 0.2,
         combine: Combination | None = None,
         priorities: Sequence[float] | None = None,
         fisher: Fisher = "linear",

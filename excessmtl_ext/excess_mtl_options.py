@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "recommended": {
         "robust_step_size": None,
-        "max_log_ratio": 0.7,
+        "max_log_ratio": 0.2,
         "combine": None,
         "fisher": "linear",
         "eps": SMALLEST_EPS,

@@ -169,7 +169,7 @@ def test_a_state_that_means_something_else_under_these_options_is_refused(
     ("saved", "own", "told"),
     [
         (EQUATION_9, {"robust_step_size": 0.1}, "`robust_step_size` was 0.01 and is 0.1 here"),
-        ({}, {"max_log_ratio": 1.0}, "`max_log_ratio` was 0.7 and is 1.0 here"),
+        ({}, {"max_log_ratio": 1.0}, "`max_log_ratio` was 0.2 and is 1.0 here"),
         ({}, {"update_every": 2}, "`update_every` was 1 and is 2 here"),
         ({}, {"min_weight": 0.1}, "`min_weight` was 0 and is 0.1 here"),
         ({}, {"priorities": (1.0, 2.0)}, r"`priorities` was None and is \(1.0, 2.0\) here"),

@@ -36,7 +36,7 @@ def test_own_loop_keeps_the_noisy_task_down_and_the_others_better_than_uniform(c
     uniform, balanced = names["test_errors"]["Uniform"], names["test_errors"]["ExcessMTL"]
     assert all(ours < theirs for ours, theirs in zip(balanced, uniform, strict=True))
     weights = names["balancer"].task_weights
-    assert weights[names["NOISY"]] < 0.25
+    assert weights[names["NOISY"]] == weights.min() < 0.3
     printed = capsys.readouterr().out
     assert "torque looks noisy" in printed
     assert "bit for bit" in printed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from excessmtl_ext import ExcessMTL, bounded_moves, functional
 
-KAPPA = 0.7
+KAPPA = 0.2
 
 
 def stream(
