@@ -184,10 +184,24 @@ def _mean_cost(results: Iterable[Mapping[str, Any]]) -> float | None:
     return statistics.fmean(costs) if costs else None
 
 
-def make_rankings(tables: Sequence[DatasetTable]) -> list[Ranking]:
-    """Ranks the methods that every data set has, at its noisy dose, by clean tasks, by noisy ones and by all.
+def _largest_block(tables: list[DatasetTable]) -> tuple[list[DatasetTable], list[str]]:
+    """Returns data sets and the methods that all of them have: as many pairs of the two as there can be."""
+    largest: tuple[list[DatasetTable], list[str]] = ([], [])
+    for count in sorted({len(table.lines) for table in tables}):
+        block = [table for table in tables if len(table.lines) >= count]
+        methods = [[line.method for line in table.lines] for table in block]
+        common = [name for name in methods[0] if all(name in each for each in methods)]
+        if len(block) * len(common) > len(largest[0]) * len(largest[1]):
+            largest = block, common
+    return largest
 
-    A method that diverged is the last on that data set. No ranking is made over fewer than two data sets or methods.
+
+def make_rankings(tables: Sequence[DatasetTable]) -> list[Ranking]:
+    """Ranks methods over data sets, at their noisy doses, by clean tasks, by noisy ones and by all.
+
+    Only methods that all of these data sets have can be ranked, so data sets with few methods are left out where that
+    leaves more pairs of a data set and a method. A method that diverged is the last on that data set. No ranking is
+    made over fewer than two data sets or methods.
     """
     ranked = [table for table in tables if table.is_ranked]
     rankings: list[Ranking] = []
@@ -198,12 +212,8 @@ def make_rankings(tables: Sequence[DatasetTable]) -> list[Ranking]:
                 for table in ranked
                 if any(line.scores[epoch, group] is not None for line in table.lines)
             ]
+            with_group, common = _largest_block(with_group)
             by_method = [{line.method: line for line in table.lines} for table in with_group]
-            common = [
-                method
-                for method in (by_method[0] if by_method else ())
-                if all(method in each for each in by_method)
-            ]
             if len(with_group) < 2 or len(common) < 2:
                 continue
             scores = np.array(

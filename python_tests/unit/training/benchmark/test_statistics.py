@@ -18,6 +18,13 @@ from excessmtl_ext.training.benchmark.statistics import (
     groups_within,
     ranks,
 )
+from excessmtl_ext.training.benchmark.tables import (
+    EPOCHS,
+    GROUPS,
+    DatasetTable,
+    Line,
+    make_rankings,
+)
 
 
 def test_an_interval_by_hand() -> None:
@@ -92,3 +99,35 @@ def test_groups_are_the_longest_runs_within_the_difference() -> None:
     assert groups_within([1.0, 1.5, 3.0, 3.2, 6.0], 2.0) == [(0, 2), (1, 3)]
     assert groups_within([1.0, 4.0, 7.0], 1.0) == []
     assert groups_within([1.0, 1.0, 1.0], 0.5) == [(0, 2)]
+
+
+def _table(name: str, scores: dict[str, float]) -> DatasetTable:
+    lines = [
+        Line(
+            method,
+            method,
+            False,
+            {(epoch, group): estimate([score]) for epoch in EPOCHS for group in GROUPS},
+            {},
+            None,
+            {},
+            1,
+        )
+        for method, score in scores.items()
+    ]
+    return DatasetTable(name, name, "dose", True, {}, {}, lines)
+
+
+def test_a_data_set_with_few_methods_does_not_keep_the_others_from_being_ranked() -> None:
+    """Two data sets times three methods are six pairs, three times one are three."""
+    full = [
+        _table("first", {"a": 0.9, "b": 0.5, "c": 0.1}),
+        _table("second", {"a": 3, "b": 2, "c": 1}),
+    ]
+    (ranking, *_) = make_rankings([*full, _table("third", {"a": 0.0})])
+    assert list(ranking.datasets) == ["first", "second"]
+    assert list(ranking.methods) == ["a", "b", "c"]
+    assert ranking.comparison.mean_ranks.tolist() == [1, 2, 3]
+    whole = make_rankings([*full, _table("third", {"a": 1, "b": 2, "c": 3})])[0]
+    assert list(whole.datasets) == ["first", "second", "third"]
+    assert make_rankings([_table("alone", {"a": 1, "b": 2})]) == []
