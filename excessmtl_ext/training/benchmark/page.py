@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from excessmtl_ext.training.benchmark.gains import OURS_COLOUR, draw_gains, method_gains
 from excessmtl_ext.training.benchmark.plan import Plan
 from excessmtl_ext.training.benchmark.statistics import groups_within
 from excessmtl_ext.training.benchmark.tables import (
@@ -42,8 +43,6 @@ RESULTS = "results.json"
 
 MARK = '<meta name="generator" content="excessmtl benchmark">'
 _README_MARK = "# Benchmark\n"
-
-OURS_COLOUR = "#0072B2"
 
 _STYLE = f"""
 body {{ color: {TEXT_COLOUR}; font: 15px/1.5 system-ui, sans-serif; }}
@@ -88,11 +87,13 @@ def write_page(
     check_output(output)
     tables = make_tables(plan)
     rankings = make_rankings(tables)
-    pictures = {
-        f"ranks_{ranking.group}.png": draw_ranking(ranking)
-        for ranking in rankings
-        if ranking.epoch == EPOCHS[0]
-    }
+    of_first_epoch = [ranking for ranking in rankings if ranking.epoch == EPOCHS[0]]
+    pictures: dict[str, bytes] = {}
+    for ranking in of_first_epoch:
+        if ranking.group == "all" and (gains := method_gains(tables, ranking)):
+            base = tables[0].lines[0].label
+            pictures["gains.png"] = draw_gains(gains, len(ranking.datasets), base)
+    pictures |= {f"ranks_{ranking.group}.png": draw_ranking(ranking) for ranking in of_first_epoch}
     for name, content in pictures.items():
         _write(output / name, content)
     conditions = describe(plan, facts)
