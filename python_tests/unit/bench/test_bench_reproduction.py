@@ -26,6 +26,16 @@ SWEEPS = sorted(path.parent for path in RESULTS.glob("*/sweep.json"))
 SOME_METHODS = ["excessmtl-official", "excessmtl-recommended", "uniform", "moml", "single-task"]
 
 
+@pytest.fixture(autouse=True)
+def _keep_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes back what the study registers when it is imported."""
+    for registry, key, stand_in in (
+        (METHODS, "candidate", METHODS["uniform"]),
+        (WORKLOADS, "multimnist-14px", WORKLOADS["multimnist"]),
+    ):
+        monkeypatch.setitem(registry, key, stand_in)
+
+
 def run_script(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.syspath_prepend(REPRODUCTION)
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -123,6 +133,19 @@ def test_the_readme_of_the_unbiased_estimates_follows_from_its_tables(
     assert readme == (folder / "README.md").read_text()
 
 
+def test_the_readme_of_the_bound_follows_from_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPRODUCTION)
+    bound = importlib.import_module("bound")
+    (folder,) = RESULTS.glob("bound_*")
+    facts = json.loads((folder / "environment.json").read_text())
+    rows = bound.read_rows(folder / "scores.csv")
+    assert (
+        "\n".join(bound.make_readme(rows, facts)).rstrip() + "\n"
+        == (folder / "README.md").read_text()
+    )
+    assert len(rows) == 7 * len(bound.SEEDS) * (1 + len(bound.BOUNDS)) * 2 * 2
+
+
 def test_an_estimate_without_bias_leaves_nothing_of_pure_variance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -156,9 +179,6 @@ def test_the_study_takes_from_a_sweep_only_the_run_that_a_cell_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(REPRODUCTION / "estimator")
-    # Importing the study registers its own; undone with the patch.
-    monkeypatch.setitem(METHODS, "candidate", METHODS["uniform"])
-    monkeypatch.setitem(WORKLOADS, "multimnist-14px", WORKLOADS["multimnist"])
     screen = importlib.import_module("screen")
     cells = list(screen.full_cells("sarcos"))
     assert len({cell.key() for cell in cells}) == len(cells) == 6 * 6 * 3
