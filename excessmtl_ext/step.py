@@ -91,6 +91,7 @@ class Step:
         losses: [T], detached, NaN for an absent task; None where no method asks for them.
         grad_scale: [], the factor that all gradients carry (a loss scale), or None.
         features: The encoder's output, or None where the caller did not pass it.
+        has_no_labels: [T] bool, the tasks whose loss of NaN is that of a batch without labels; None: none.
         num_samples: Samples behind the losses of this rank.
         moves_weights: Whether this step moves the weights or only applies them.
         retain_graph: Keep the graphs of the losses for another backward pass.
@@ -103,6 +104,7 @@ class Step:
     shared: list[Tensor]
     starts: list[Tensor | None] = field(default_factory=list)
     losses: Tensor | None = None
+    has_no_labels: Tensor | None = None
     grad_scale: Tensor | None = None
     features: list[Tensor] | None = None
     num_samples: NumSamples | None = None

@@ -15,6 +15,22 @@ from excessmtl_ext.state import ParamLayout, init_state
 from excessmtl_ext.step import Step, Targets
 
 
+def log_shares(moved: Tensor, before: Tensor, is_out: Tensor | None) -> Tensor:
+    """Log-weights of the tasks of a step: they share what they had, so that an absent one keeps its own.
+
+    Args:
+        moved: [k], where the step takes them, up to a common constant.
+        before: [k], where they were.
+        is_out: [k] bool, those of them that count as absent; None: none.
+    """
+    if is_out is None:
+        return (moved - moved.logsumexp(0)) + before.logsumexp(0)
+    never = float("-inf")
+    shared = before.masked_fill(is_out, never).logsumexp(0)
+    total = torch.where(is_out, never, moved).logsumexp(0)
+    return torch.where(is_out, before, (moved - total) + shared)
+
+
 class WeightingMethod(StateModule, ABC):
     """The part of a balancer that differs between methods; each defines :meth:`update`."""
 

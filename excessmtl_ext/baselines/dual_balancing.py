@@ -116,8 +116,8 @@ class DualBalancing(Balancer):
         is_here = torch.zeros(self.num_tasks, dtype=torch.bool)
         is_here[step.tasks] = True
         is_here = is_here.to(norms.device)
-        self.found_nonfinite.copy_(~norms.isfinite() | (is_here & ~losses.isfinite()))
         has_grad = is_here & (norms > 0)
+        self.found_nonfinite.copy_(~norms.isfinite() | (has_grad & ~losses.isfinite()))
         scale = norms.new_ones(()) if step.grad_scale is None else step.grad_scale.to(norms)
         factors = 1.0 / (losses.clamp(min=SMALLEST_LOSS) * scale)
         steps = self.num_task_steps + has_grad

@@ -106,8 +106,8 @@ class FAMO(LearnedNumbers):
 
     def _learn(self, losses: Tensor, tasks: Rows, counts: Tensor) -> None:
         latest = torch.zeros_like(self.losses_before)
-        latest[tasks] = losses.clamp(min=SMALLEST_LOSS)
-        self.losses_before.copy_(torch.where(counts, latest, self.losses_before))
+        latest[tasks] = torch.where(counts, losses.clamp(min=SMALLEST_LOSS), 0.0)
+        self.losses_before.copy_(torch.where(counts.any(), latest, self.losses_before))
 
     def update(self, step: Step) -> None:
         """See :class:`excessmtl_ext.Balancer`."""

@@ -57,7 +57,8 @@ class GradNorm(Balancer):
 
     The first loss of each task is its :math:`\ell^{(0)}`, kept in ``initial_losses``. Losses are
     taken to be positive; a loss ratio with a first loss of 0 or below counts as 1, a negative ratio
-    as 0. Absent tasks keep their weight and take no part in the means. ``accumulate`` raises
+    as 0. Tasks that are absent, or whose gradient is zero, keep their weight and take no part in the
+    means. ``accumulate`` raises
     NotImplementedError: the mean norm is known when all gradients are.
 
     Example, equal training rates, so that the longer gradient loses weight (w = 1 - 0.1 * 3 and 1 +
@@ -117,38 +118,39 @@ class GradNorm(Balancer):
 
     def update(self, step: Step) -> None:
         """Moves the weights by one step of gradient descent."""
-        task_grads, tasks, scale = step.task_grads.tensors, step.tasks, step.grad_scale
+        task_grads, scale = step.task_grads.tensors, step.grad_scale
         move_to_gradients(self, task_grads)
         losses = step.losses_like(self.task_weights)
         # All norms, though only those of the last layer count: a NaN anywhere must be found.
         norms = tensor_norms(task_grads, self.num_tasks, scale)
-        is_absent = torch.ones_like(self.found_nonfinite)
-        everyone = len(tasks) == self.num_tasks
-        index = slice(None) if everyone else torch.tensor(tasks, device=losses.device)
-        is_absent[index] = False
-        self.found_nonfinite.copy_(~norms.isfinite().all(1) | (~losses.isfinite() & ~is_absent))
-        is_finite = ~self.found_nonfinite.any()
+        # A task that is absent, or has no gradient because it has no labels, takes part in nothing.
+        takes_part = (norms != 0).any(1)
+        self.found_nonfinite.copy_(~norms.isfinite().all(1) | (~losses.isfinite() & takes_part))
+        moves = ~self.found_nonfinite.any() & takes_part
 
-        present = losses[index]
-        first = self.initial_losses[index]
-        first = torch.where(first.isnan(), present, first)
-        layer_norms = torch.linalg.vector_norm(norms[index][:, self._layer(task_grads)], dim=1)
-        before = self.task_weights[index] * (self.num_tasks / self.weight_total)
-        moved = self._moved(before, layer_norms, present, first)
-        # Present tasks share the weight they had, so that a task without labels keeps its own.
-        moved = moved * (before.sum() / moved.sum()) * (self.weight_total / self.num_tasks)
-        self.task_weights[index] = torch.where(is_finite, moved, self.task_weights[index])
-        self.initial_losses[index] = torch.where(is_finite, first, self.initial_losses[index])
-        self.num_steps += is_finite
-        self.num_skipped_steps += ~is_finite
+        first = torch.where(self.initial_losses.isnan(), losses, self.initial_losses)
+        layer_norms = torch.linalg.vector_norm(norms[:, self._layer(task_grads)], dim=1)
+        before = self.task_weights * (self.num_tasks / self.weight_total)
+        moved = self._moved(before, layer_norms, losses, first, takes_part)
+        # They share the weight they had, so that the others keep their own.
+        total, had = _sum(moved, takes_part), _sum(before, takes_part)
+        moved = moved * (had / total) * (self.weight_total / self.num_tasks)
+        self.task_weights.copy_(torch.where(moves, moved, self.task_weights))
+        self.initial_losses.copy_(torch.where(moves, first, self.initial_losses))
+        self.num_steps += moves.any()
+        self.num_skipped_steps += self.found_nonfinite.any()
 
-    def _moved(self, weights: Tensor, norms: Tensor, losses: Tensor, first: Tensor) -> Tensor:
+    def _moved(
+        self, weights: Tensor, norms: Tensor, losses: Tensor, first: Tensor, takes_part: Tensor
+    ) -> Tensor:
         """Weights of mean 1 after one step of gradient descent, not yet renormalised."""
         ratios = torch.where(first > 0, losses / first, 1.0).clamp(min=0.0)
-        mean_ratio = ratios.mean()
+        num_tasks = takes_part.sum()
+        mean_ratio = _sum(ratios, takes_part) / num_tasks
         rates = torch.where(mean_ratio > 0, ratios / mean_ratio, 1.0)
         weighted_norms = weights * norms
-        excess = weighted_norms - weighted_norms.mean() * rates**RESTORING_FORCE
+        mean_norm = _sum(weighted_norms, takes_part) / num_tasks
+        excess = weighted_norms - mean_norm * rates**RESTORING_FORCE
         return (weights - self.robust_step_size * norms * excess.sign()).clamp(min=LEAST_WEIGHT)
 
     def _layer(self, task_grads: list[Tensor]) -> list[int]:
@@ -197,3 +199,8 @@ class GradNorm(Balancer):
             "last_layer": self.last_layer,
             **options,
         }
+
+
+def _sum(values: Tensor, takes_part: Tensor) -> Tensor:
+    """Sums over the tasks that take part."""
+    return torch.where(takes_part, values, 0.0).sum()

@@ -61,7 +61,8 @@ class GramianBalancer(Balancer):
     The Gramian is solved on the CPU: one wait for the device per step. As the weights have no
     memory and may be zero or negative, there are no log-weights, and a task that is absent from a
     batch counts as uniform: it holds 1 / T, and the k tasks that are present share k / T. (If it
-    kept its weight, a task with weight 1 would leave nothing to the others.)
+    kept its weight, a task with weight 1 would leave nothing to the others.) So does one whose
+    gradient is zero, whatever its loss is: all its labels are missing.
     """
 
     can_stream = False
@@ -99,26 +100,38 @@ class GramianBalancer(Balancer):
     def _solve(self, gramian: Matrix) -> Matrix | None:
         """Weights [k] of sum 1 from the Gramian [k, k] of the present tasks; None where it determines none."""
 
-    def _weigh(self, step: Step) -> bool:
-        """Sets the weights from the gradients; returns whether they were finite, and counts a skip if not."""
-        task_grads, tasks = step.task_grads.tensors, step.tasks
+    def _weigh(self, step: Step, losses: Tensor | None = None) -> list[int] | None:
+        """Sets the weights from the gradients; counts a skip if they are not finite.
+
+        Args:
+            step: Its gradients.
+            losses: [T], where they have to be finite, too.
+
+        Returns:
+            The tasks that have a gradient; None after a skip.
+        """
+        task_grads = step.task_grads.tensors
         move_to_gradients(self, task_grads)
         gramian = task_gramian(task_grads, self.num_tasks, step.grad_scale).cpu().numpy()
-        is_finite = np.isfinite(np.diagonal(gramian))
+        squares = np.diagonal(gramian)
+        is_finite = np.isfinite(squares)
+        if losses is not None:
+            is_finite &= np.isfinite(losses.cpu().numpy()) | (squares == 0.0)
         self.found_nonfinite.copy_(torch.from_numpy(~is_finite))
         if not is_finite.all():
             self.num_skipped_steps += 1
-            return False
-        solution = self._solve(gramian[np.ix_(tasks, tasks)])
+            return None
+        tasks = [task for task in step.tasks if squares[task] > 0.0]
+        solution = self._solve(gramian[np.ix_(tasks, tasks)]) if tasks else None
         if solution is not None:
             weights = np.full(self.num_tasks, 1.0 / self.num_tasks)
             weights[tasks] = solution * (len(tasks) / self.num_tasks)
             self.task_weights.copy_(self.weight_total * torch.from_numpy(weights))
-        return True
+        return tasks
 
     def update(self, step: Step) -> None:
         """Sets the weights from the gradients."""
-        if self._weigh(step):
+        if self._weigh(step) is not None:
             self.num_steps += 1
 
 

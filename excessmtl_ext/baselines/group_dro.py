@@ -18,7 +18,8 @@ class GroupDRO(LossBalancer):
     .. math:: \alpha_i \leftarrow \alpha_i \exp(\eta_\alpha \ell_i) / Z
 
     then one backward pass with the new weights. The task with the largest loss gains most, also
-    when noise is all its loss is.
+    when noise is all its loss is. One whose loss is NaN and has no gradient (no label in the batch)
+    counts as absent.
 
     Args:
         shared_parameters: What all tasks share.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from excessmtl_ext.step import (
     StreamedWeight,
     WeightScale,
 )
+from excessmtl_ext.weighting import log_shares
 
 Variant = Literal["G", "L", "both"]
 
@@ -67,10 +68,11 @@ class IMTL(GramianBalancer):
         ValueError: an argument is out of range.
         ImportError: torchjd, which solves IMTL-G, is not installed.
 
-    A task that is absent from a batch keeps its :math:`s`. Its weight: ``"L"``: as it was, the
-    others share the rest; ``"G"``, ``"both"``: 1 / T, the k present tasks share k / T. ``accumulate``
-    works for ``"L"`` alone. IMTL-L expects losses above 0: :math:`e^s \ell - s` has no minimum
-    otherwise, and s grows by ``robust_step_size`` or more per step.
+    A task that is absent from a batch, or whose gradient is zero, keeps its :math:`s`. Its weight:
+    ``"L"``, which looks at the gradient where a loss is NaN: as it was, the others share the rest;
+    ``"G"``, ``"both"``: 1 / T, the k present tasks share k / T. ``accumulate`` works for ``"L"``
+    alone. IMTL-L expects losses above 0: :math:`e^s \ell - s` has no minimum otherwise, and s grows
+    by ``robust_step_size`` or more per step.
 
     Example, losses 1 and 1/2, from s = 0:
 
@@ -136,32 +138,35 @@ class IMTL(GramianBalancer):
             return
         if self.variant == "both":
             move_to_gradients(self, step.task_grads.tensors)
-        losses, tasks = step.losses_like(self.task_weights), step.tasks
-        everyone = len(tasks) == self.num_tasks
-        index = slice(None) if everyone else torch.tensor(tasks, device=losses.device)
-        present = losses[index]
-        has_bad_loss = torch.zeros_like(self.found_nonfinite)
-        has_bad_loss[index] = ~present.isfinite()
-        if self.variant == "both":
-            if bool(has_bad_loss.any()):
-                self.found_nonfinite.copy_(has_bad_loss)
-                self.num_skipped_steps += 1
-            elif self._weigh(step):
-                self.log_loss_scales[index] = self._moved(self.log_loss_scales[index], present)
-                self.num_steps += 1
+            tasks = self._weigh(step, step.losses_like(self.task_weights))
+            if tasks is None:
+                return
+            index = self._index(tasks)
+            present = step.losses_like(self.task_weights)[index]
+            self.log_loss_scales[index] = self._moved(self.log_loss_scales[index], present)
+            self.num_steps += 1
             return
-        self.found_nonfinite.copy_(has_bad_loss)
-        is_finite = ~has_bad_loss.any()
+        index = self._index(step.tasks)
+        present = step.losses_like(self.task_weights)[index]
+        is_out = None if step.has_no_labels is None else step.has_no_labels[index]
+        is_bad = ~present.isfinite() if is_out is None else ~(present.isfinite() | is_out)
+        self.found_nonfinite.zero_()
+        self.found_nonfinite[index] = is_bad
+        is_finite = ~self.found_nonfinite.any()
         before = self.log_loss_scales[index]
-        moved = torch.where(is_finite, self._moved(before, present), before)
+        moves = is_finite if is_out is None else is_finite & ~is_out
+        moved = torch.where(moves, self._moved(before, present), before)
         self.log_loss_scales[index] = moved
         weights = self.log_task_weights[index]
-        # Present tasks share the weight they had, so that a task without labels keeps its own.
-        shared_out = (moved - moved.logsumexp(0)) + weights.logsumexp(0)
+        shared_out = log_shares(moved, weights, is_out)
         self.log_task_weights[index] = torch.where(is_finite, shared_out, weights)
         self.task_weights.copy_(self.weight_total * self.log_task_weights.softmax(0))
-        self.num_steps += is_finite
+        self.num_steps += moves.any()
         self.num_skipped_steps += ~is_finite
+
+    def _index(self, tasks: Sequence[int]) -> slice | Tensor:
+        everyone = len(tasks) == self.num_tasks
+        return slice(None) if everyone else torch.tensor(tasks, device=self.task_weights.device)
 
     def _moved(self, log_scales: Tensor, losses: Tensor) -> Tensor:
         moved = log_scales - self.robust_step_size * (log_scales.exp() * losses - 1.0)
@@ -179,7 +184,9 @@ class IMTL(GramianBalancer):
         """Returns the task's moved log-scale (``"L"`` alone)."""
         (task,) = step.tasks
         scales = self.log_loss_scales
-        return StreamedWeight(self._moved(scales[task], step.losses_like(scales).reshape(())))
+        loss = step.losses_like(scales).reshape(())
+        moved = self._moved(scales[task], loss)
+        return StreamedWeight(torch.where(loss.isnan(), scales[task], moved))
 
     def stream_finish(self, step: Step) -> None:
         """Moves scales and weights by the losses of the step."""

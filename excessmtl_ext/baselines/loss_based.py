@@ -11,6 +11,7 @@ from torch import Tensor
 
 from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.step import Step, StreamedWeight
+from excessmtl_ext.weighting import log_shares
 
 SMALLEST_LOSS = 1e-8
 """Losses below count as this where a method divides by them or takes their logarithm."""
@@ -26,7 +27,7 @@ class LossBalancer(Balancer):
     """Base of the methods whose log-weight of a task is a function of its own loss: one backward pass per step.
 
     The tasks that are present share the weight that they had before the step, so that one without
-    labels keeps its own. No step waits for the device.
+    labels keeps its own: ``None``, or a loss of NaN without a gradient. No step waits for the device.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"losses"})
@@ -36,7 +37,7 @@ class LossBalancer(Balancer):
         """Returns new log-weights [k], up to one number that they share, from the losses [k] of ``tasks``."""
 
     def _learn(self, losses: Tensor, tasks: Rows, counts: Tensor) -> None:
-        """Takes the losses [k] of ``tasks`` in, if the step ``counts``, a bool []; the weights have moved."""
+        """Takes the losses [k] of ``tasks`` in where the step ``counts``, a bool [] or [k]; the weights have moved."""
 
     def update(self, step: Step) -> None:
         """Moves the weights by the losses; a loss that is not finite changes nothing and is counted."""
@@ -45,22 +46,25 @@ class LossBalancer(Balancer):
         tasks = slice(None) if everyone else torch.tensor(step.tasks, device=losses.device)
         present = losses[tasks]
         self.found_nonfinite.zero_()
-        self.found_nonfinite[tasks] = ~present.isfinite()
+        is_out = None if step.has_no_labels is None else step.has_no_labels[tasks]
+        is_bad = ~present.isfinite() if is_out is None else ~(present.isfinite() | is_out)
+        self.found_nonfinite[tasks] = is_bad
         is_finite = ~self.found_nonfinite.any()
         before = self.log_task_weights[tasks]
-        moved = self.log_weights(present, tasks)
-        moved = (moved - moved.logsumexp(0)) + before.logsumexp(0)
+        moved = log_shares(self.log_weights(present, tasks), before, is_out)
         self.log_task_weights[tasks] = torch.where(is_finite, moved, before)
         self.task_weights.copy_(self.weight_total * self.log_task_weights.softmax(0))
-        self._learn(present, tasks, is_finite)
-        self.num_steps += is_finite
+        counts = is_finite if is_out is None else is_finite & ~is_out
+        self._learn(present, tasks, counts)
+        self.num_steps += counts.any()
         self.num_skipped_steps += ~is_finite
 
     def stream_task(self, step: Step) -> StreamedWeight:
         """Returns the task's log-weight for its loss, not normalised."""
         (task,) = step.tasks
         loss = step.losses_like(self.log_task_weights).reshape(1)
-        return StreamedWeight(self.log_weights(loss, slice(task, task + 1))[0])
+        moved = self.log_weights(loss, slice(task, task + 1))[0]
+        return StreamedWeight(torch.where(loss[0].isnan(), self.log_task_weights[task], moved))
 
     def stream_finish(self, step: Step) -> None:
         """Moves the weights by the losses of the step."""

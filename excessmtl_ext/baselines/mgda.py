@@ -22,12 +22,12 @@ class MGDA(GramianBalancer):
 
     The direction lowers every task's loss equally fast where its weight is above zero, at least as
     fast where it is zero, and vanishes where no direction lowers all. Gradients are taken as they
-    are: a task with a short gradient gets most of the weight, one whose gradient is zero all of it.
+    are: a task with a short gradient gets most of the weight.
 
     Args: see :class:`excessmtl_ext.Balancer`.
 
-    A task that is absent from a batch holds the weight 1 / T and the k tasks that are present share
-    k / T. ``accumulate`` raises NotImplementedError: all gradients must live at once.
+    A task that is absent from a batch, or whose gradient is zero, holds the weight 1 / T and the k
+    others share k / T. ``accumulate`` raises NotImplementedError: all gradients must live at once.
 
     Example:
         >>> import torch
@@ -40,21 +40,7 @@ class MGDA(GramianBalancer):
     requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
 
     def _solve(self, gramian: Matrix) -> Matrix | None:
-        return descent_weights(gramian)
-
-
-def descent_weights(gramian: Matrix) -> Matrix:
-    """:func:`min_norm_weights` of the tasks whose gradient is not zero; the others weigh nothing.
-
-    A gradient of exactly zero is that of a task whose labels are all missing in this batch. To weigh
-    it alone, as the minimum would, means no step for any task.
-    """
-    has_gradient = np.diagonal(gramian) > 0.0
-    if has_gradient.all() or not has_gradient.any():
         return min_norm_weights(gramian)
-    weights = np.zeros(len(gramian))
-    weights[has_gradient] = min_norm_weights(gramian[np.ix_(has_gradient, has_gradient)])
-    return weights
 
 
 def min_norm_weights(gramian: Matrix) -> Matrix:

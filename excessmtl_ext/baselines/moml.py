@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.baselines.gramian import GramianBalancer, Matrix
-from excessmtl_ext.baselines.mgda import descent_weights
+from excessmtl_ext.baselines.mgda import min_norm_weights
 from excessmtl_ext.extra_state import Fields
 from excessmtl_ext.given_gradients import GivenGrads, given_task_grads
 from excessmtl_ext.passes.per_task import HeadGrads, backward_per_task
@@ -34,8 +34,8 @@ class MOML(GramianBalancer):
         ``"skip"`` keeps the weights and counts in ``num_skipped_steps``. The training losses are not
         looked at.
 
-    A task that is absent from the validation batch holds the weight 1 / T and the k tasks that are
-    present share k / T; one that is absent from the training batch keeps its weight. ``accumulate``
+    A task that is absent from the validation batch, or has no gradient there, holds the weight
+    1 / T and the k others share k / T; one that is absent from the training batch keeps its weight. ``accumulate``
     raises NotImplementedError. ``update_weights`` takes the gradients of the validation losses.
 
     Example:
@@ -50,7 +50,7 @@ class MOML(GramianBalancer):
     _has_observed = False
 
     def _solve(self, gramian: Matrix) -> Matrix | None:
-        return descent_weights(gramian)
+        return min_norm_weights(gramian)
 
     def observe_validation(
         self, losses: Losses, *, grad_scale: Tensor | float | None = None

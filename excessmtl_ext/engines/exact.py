@@ -143,9 +143,10 @@ def step_without_task_grads(rule: WeightingRule, step: Step) -> None:
         are_plain = rule.head_weighting == "none"
         graph = HeadGraph(step.roots, step.shared, finds_borders=are_plain)
         parameters = [*step.shared, *graph.heads]
-    with all_or_nothing(rule, parameters):
+    with all_or_nothing(rule, parameters) as before:
         with torch.no_grad():
             if step.moves_weights:
+                step.has_no_labels = tasks_without_labels(rule, step)
                 rule.update(step)
                 if rule.nonfinite == "raise":
                     raise_if_nonfinite(rule)
@@ -159,6 +160,37 @@ def step_without_task_grads(rule: WeightingRule, step: Step) -> None:
             is_uniform=is_uniform,
             graph=graph,
         )
+        if step.has_no_labels is not None:
+            with torch.no_grad():
+                before.restore_where(gives_nonfinite(step), step.has_no_labels)
+                if rule.nonfinite == "raise":
+                    raise_if_nonfinite(rule)
+
+
+def tasks_without_labels(rule: WeightingRule, step: Step) -> Tensor | None:
+    """Returns [T] bool, where a loss is NaN, its gradient still unknown; None: nowhere, or losses are not asked for.
+
+    On a GPU, whose losses the host does not wait for, always a tensor.
+    """
+    if "losses" not in rule.requires or step.losses is None:
+        return None
+    is_nan = step.losses.isnan()
+    for task in set(range(rule.num_tasks)).difference(step.tasks):
+        is_nan[task] = False
+    return None if is_nan.device.type == "cpu" and not bool(is_nan.any()) else is_nan
+
+
+def gives_nonfinite(step: Step) -> Tensor:
+    """Returns [] bool, whether a loss is NaN and the shared gradients, after the pass, are not finite."""
+    assert step.has_no_labels is not None
+    grads = [parameter.grad for parameter in step.shared if parameter.grad is not None]
+    return step.has_no_labels.any() & ~norm_of(grads).isfinite()
+
+
+def norm_of(grads: Sequence[Tensor]) -> Tensor:
+    """Returns [], the norm of all gradients together, also sparse ones; in a few launches on a GPU."""
+    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+    return torch.nn.utils.get_total_norm([grad for grad in dense if grad.numel() > 0])
 
 
 def show_gradients(rule: WeightingRule, step: Step) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import functional
+from excessmtl_ext.engines.exact import norm_of, tasks_without_labels
 from excessmtl_ext.passes.per_task import HeadGrads, backward_of_task, raise_if_reused
 from excessmtl_ext.passes.targets import assign_grads, combine_targets
 from excessmtl_ext.step import (
@@ -97,6 +98,8 @@ class Stream:
         grads = step.task_grads
         (task,) = step.tasks
         self._moves_weights = step.moves_weights
+        if "losses" in rule.requires:
+            step.losses = _loss_without_labels(step)
         try:
             weight = rule.stream_task(step)
         except RuntimeError as error:
@@ -126,11 +129,12 @@ class Stream:
             losses=self._all_losses(rule),
             moves_weights=self._moves_weights,
         )
+        step.has_no_labels = tasks_without_labels(rule, step)
         with torch.no_grad():
             self._log_factors = rule.stream_finish(step)
             if rule.nonfinite == "raise":
                 raise_if_nonfinite(rule)
-            self._combine(rule)
+            self._combine(rule, step)
             for heads in self._heads:
                 heads.add(rule.task_weights)
         return step
@@ -144,10 +148,14 @@ class Stream:
             values[task] = loss.reshape(())
         return values
 
-    def _combine(self, rule: StreamingRule) -> None:
+    def _combine(self, rule: StreamingRule, step: Step) -> None:
         # Every present task's log-weight moved by one common constant when it was normalised.
         first = min(self._log_weights)
         shift = rule.log_task_weights[first] - self._log_weights[first]
+        if step.has_no_labels is not None:  # those did not move
+            for task, log_weight in self._log_weights.items():
+                moved = rule.log_task_weights[task] - log_weight
+                shift = torch.where(step.has_no_labels[task], shift, moved)
         common = 0.0 if self._log_factors is None else self._log_factors
         log_share = self._running_log_max + shift - rule.log_task_weights.logsumexp(0) + common
         if isinstance(rule.min_weight, tuple):  # each is part of the floored sum already
@@ -176,6 +184,15 @@ class Stream:
             accumulate=targets.accumulate,
         )
         assign_grads(self._shared, targets)
+
+
+def _loss_without_labels(step: Step) -> Tensor:
+    """Returns [], the loss of a task; infinite where it is NaN and has a gradient: the step then does not count."""
+    loss = step.losses
+    assert loss is not None
+    if loss.device.type == "cpu" and not bool(loss.isnan()):
+        return loss
+    return torch.where(loss.isnan() & (norm_of(step.task_grads.tensors) != 0), float("inf"), loss)
 
 
 def _fold(

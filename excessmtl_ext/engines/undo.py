@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from excessmtl_ext.passes.per_task import raise_if_reused
@@ -48,6 +49,22 @@ class Before:
             self._tensors[name].copy_(copy)
         for (name, task), row in self._rows.items():
             self._tensors[name][task].copy_(row)
+
+    def restore_where(self, is_bad: Tensor, flags: Tensor) -> None:
+        """Makes the small tensors of the state what they were, and counts a skip, where ``is_bad`` [] says so.
+
+        Args:
+            is_bad: Whether the step does not count; not read by the host.
+            flags: [T] bool, the tasks at fault.
+        """
+        rule = self._rule
+        found = rule.found_nonfinite.clone()
+        num_skipped = rule.num_skipped_steps + ~found.any()
+        for name, copy in self._copies.items():
+            tensor = self._tensors[name]
+            tensor.copy_(torch.where(is_bad, copy, tensor))
+        rule.found_nonfinite.copy_(torch.where(is_bad, flags | found, found))
+        rule.num_skipped_steps.copy_(torch.where(is_bad, num_skipped, rule.num_skipped_steps))
 
 
 @contextmanager

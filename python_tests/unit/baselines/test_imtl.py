@@ -45,10 +45,10 @@ def test_opposite_gradients_cancel():
     assert weights.sum().item() == pytest.approx(1.0)
 
 
-def test_a_zero_gradient_gets_no_weight_and_all_zero_keeps_the_weights():
+def test_a_zero_gradient_counts_as_absent_and_all_zero_keeps_the_weights():
     balancer = IMTL(num_tasks=3, variant="G")
     weights = balancer.update_weights(torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0]])).clone()
-    assert weights.tolist() == pytest.approx([0.25, 0.0, 0.75])
+    assert weights.tolist() == pytest.approx([0.25 * 2 / 3, 1 / 3, 0.75 * 2 / 3])
     assert torch.equal(balancer.update_weights(torch.zeros(3, 2)), weights)
 
 
