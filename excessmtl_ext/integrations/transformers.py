@@ -125,6 +125,13 @@ class BalancedTrainer(Trainer):
             logs = {**logs, **{name: value.item() for name, value in named.items()}}
         super().log(logs, *args, **kwargs)
 
+    def checkpoint_folder(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Returns the folder that ``train`` resumes from, None for a new run."""
+        if resume_from_checkpoint is True:
+            last: str | None = get_last_checkpoint(str(self.args.output_dir))
+            return last
+        return resume_from_checkpoint or None
+
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -133,10 +140,8 @@ class BalancedTrainer(Trainer):
         Raises:
             FileNotFoundError: the checkpoint has no ``balancer.pt``.
         """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        if checkpoint:
+        checkpoint = self.checkpoint_folder(resume_from_checkpoint)
+        if checkpoint is not None:
             path = os.path.join(checkpoint, STATE_FILE)
             if not os.path.exists(path):
                 raise FileNotFoundError(
