@@ -24,8 +24,8 @@ from excessmtl_ext.excess_mtl_options import (
     preset_options,
 )
 from excessmtl_ext.excess_mtl_rule import ExcessMTLRule
-from excessmtl_ext.excess_mtl_state import Combination
 from excessmtl_ext.extra_state import Fields, waiting_tasks
+from excessmtl_ext.gradient_sizes import Combination
 from excessmtl_ext.passes.adapters import Adapter
 from excessmtl_ext.split import size_for_features, split
 from excessmtl_ext.state import SMALLEST_EPS, Fisher, ParamLayout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ _COUNTS = ("num_steps", "num_skipped_steps")
 class ExcessMTLRule(ExcessMTLState):
     """What the engines ask of :class:`excessmtl_ext.ExcessMTL`."""
 
-    requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
+    requires = frozenset({"task_grads"})
 
     max_log_ratio: float
     fisher: Fisher
@@ -255,7 +255,7 @@ class ExcessMTLRule(ExcessMTLState):
         (task,) = step.tasks
         self.prepare(step)
         grads, row = step.task_grads, slice(task, task + 1)
-        squares = gradient_sizes.sums_of_squares(
+        squares = gradient_sizes.exact_sums_of_squares(
             grads.tensors, len(grads.layout.numels), step.grad_scale
         )
         gradient_sizes.update_sizes_(

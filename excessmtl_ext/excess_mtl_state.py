@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.extra_state import Fields, are_equal_sizes
+from excessmtl_ext.gradient_sizes import Combination
 from excessmtl_ext.state import MoveState, ParamLayout, init_move_state, init_state, padded_numel
 from excessmtl_ext.step import TaskGrads
 
 if TYPE_CHECKING:
     from excessmtl_ext.distributed import DataParallel
     from excessmtl_ext.engines.rotation import RotationEngine
-
-Combination = Literal["per_tensor", "sum"]
 
 _PER_ELEMENT = ("sq_grad_sum", "grad_mean")
 _PER_TENSOR = ("tensor_mean_square", "num_tensor_steps", "tensor_weights")

@@ -18,18 +18,26 @@ Symbols: T tasks, R rows of tasks, L shared tensors of N_l elements.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from excessmtl_ext.state import ParamLayout
 
+Combination: TypeAlias = Literal["per_tensor", "sum"]
+"""Whether gradients are brought to one size per tensor before they are summed."""
+
 SIZE_MEMORY = 100
 """Steps that a running mean square looks back; the mean of all steps until then."""
 
 OUTLIER_RATIO = 100.0
 """A mean square counts as at most so many times the running one, so that no single batch decides a size."""
+
+SMALLEST_NORM = 1e-15
+"""Norms below are computed again in float64: squares may have left the range of float32."""
 
 _LARGEST_SQUARE_SUM = torch.finfo(torch.float32).max
 
@@ -58,6 +66,38 @@ def sums_of_squares(
     if wide == torch.float32:
         squares = squares.clamp(max=_LARGEST_SQUARE_SUM)
     return squares if grad_scale is None else squares / grad_scale.to(squares).square()
+
+
+def exact_sums_of_squares(
+    task_grads: Sequence[Tensor], num_tensors: int, grad_scale: Tensor | None
+) -> Tensor:
+    """Sums squares like :func:`sums_of_squares`, but infinite or NaN where, and only where, a gradient is.
+
+    Costs a second pass on the CPU where a sum leaves the range of float32, and no wait on a GPU.
+
+    Returns:
+        [R, L] float64.
+    """
+    present = [grad for grad in task_grads if grad.numel() > 0]
+    wide = torch.float64 if any(_is_wide(grad) for grad in present) else torch.float32
+    norms = torch._foreach_norm(present, 2, wide) if present else ()  # pyright: ignore
+    found = [norm.double() for norm in norms]
+    if wide == torch.float32:
+        found = [
+            torch.linalg.vector_norm(grad, dtype=torch.float64)
+            if not SMALLEST_NORM < float(norm) < math.inf
+            else norm
+            for norm, grad in zip(found, present, strict=True)
+        ]
+    zero = torch.zeros((), dtype=torch.float64, device=(present or task_grads)[0].device)
+    rest = iter(found)
+    rows = [next(rest) if grad.numel() > 0 else zero for grad in task_grads]
+    squares = torch.stack(rows).square().view(-1, num_tensors)
+    return squares if grad_scale is None else squares / grad_scale.to(squares).square()
+
+
+def _is_wide(grad: Tensor) -> bool:
+    return grad.dtype == torch.float64 or grad.is_cuda
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -172,7 +172,7 @@ assert {name for name, _ in _COLUMNS} < {field.name for field in fields(TaskRepo
 class ReportedRule(Protocol):
     """What a report reads of a balancer; risks where the method has them."""
 
-    requires: ClassVar[frozenset[str]]
+    requires: frozenset[str]
     num_tasks: int
     batched: Batched
     history: History | None

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -131,7 +131,7 @@ class Step:
 class WeightingRule(Protocol):
     """What an engine may ask of a method."""
 
-    requires: ClassVar[frozenset[str]]
+    requires: frozenset[str]
     """What weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing."""
     num_tasks: int
     weight_total: float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def log_shares(moved: Tensor, before: Tensor, is_out: Tensor | None) -> Tensor:
 class WeightingMethod(StateModule, ABC):
     """The part of a balancer that differs between methods; each defines :meth:`update`."""
 
-    requires: ClassVar[frozenset[str]] = frozenset()
+    requires: frozenset[str] = frozenset()
     """What the weights are computed from: ``"task_grads"``, ``"losses"``, both, or nothing.
 
     What the loop gives besides: ``"validation_losses"`` (``observe_validation``) and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class DualBalancing(Balancer):
         [0.75, 0.25]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"task_grads", "losses"})
+    requires = frozenset({"task_grads", "losses"})
 
     can_stream = False
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_positive
 from excessmtl_ext.baselines.loss_based import EpochLossBalancer, Rows
-from excessmtl_ext.step import HeadWeighting, NonFinite, WeightScale
+from excessmtl_ext.gradient_sizes import Combination
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, WeightScale
 
 
 class DynamicWeightAverage(EpochLossBalancer):
@@ -28,6 +29,7 @@ class DynamicWeightAverage(EpochLossBalancer):
         weight_scale: See :class:`excessmtl_ext.Balancer`.
         head_weighting: See :class:`excessmtl_ext.Balancer`.
         nonfinite: See :class:`excessmtl_ext.Balancer`; looks at the losses.
+        combine: See :class:`SizedSum <excessmtl_ext.sized_sum.SizedSum>`, as ``batched`` and ``copy_gradients``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -56,6 +58,9 @@ class DynamicWeightAverage(EpochLossBalancer):
         weight_scale: WeightScale = "simplex",
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
+        combine: Combination = "sum",
+        batched: Batched = False,
+        copy_gradients: bool = False,
     ) -> None:
         check_positive("temperature", temperature)
         super().__init__(
@@ -64,6 +69,9 @@ class DynamicWeightAverage(EpochLossBalancer):
             weight_scale=weight_scale,
             head_weighting=head_weighting,
             nonfinite=nonfinite,
+            combine=combine,
+            batched=batched,
+            copy_gradients=copy_gradients,
         )
         self.temperature = float(temperature)
         self.set_state(self.initial_state(self.task_weights.device))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_positive, stacklevel_of_caller
 from excessmtl_ext.baselines.loss_based import SMALLEST_LOSS, LearnedNumbers, Rows
-from excessmtl_ext.step import HeadWeighting, NonFinite, Step, WeightScale
+from excessmtl_ext.gradient_sizes import Combination
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, WeightScale
 from excessmtl_ext.step_arguments import loss_values
 
 PATIENCE = 10
@@ -40,6 +41,7 @@ class FAMO(LearnedNumbers):
         weight_scale: See :class:`excessmtl_ext.Balancer`.
         head_weighting: See :class:`excessmtl_ext.Balancer`.
         nonfinite: See :class:`excessmtl_ext.Balancer`; looks at the losses.
+        combine: See :class:`SizedSum <excessmtl_ext.sized_sum.SizedSum>`, as ``batched`` and ``copy_gradients``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -57,7 +59,7 @@ class FAMO(LearnedNumbers):
         [0.8, 0.2]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"losses", "losses_after_step"})
+    requires = frozenset({"losses", "losses_after_step"})
 
     losses_before: Tensor
 
@@ -71,6 +73,9 @@ class FAMO(LearnedNumbers):
         weight_scale: WeightScale = "simplex",
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
+        combine: Combination = "sum",
+        batched: Batched = False,
+        copy_gradients: bool = False,
     ) -> None:
         check_positive("learning_rate", learning_rate)
         if isinstance(decay, bool) or not isinstance(decay, int | float):
@@ -83,6 +88,9 @@ class FAMO(LearnedNumbers):
             weight_scale=weight_scale,
             head_weighting=head_weighting,
             nonfinite=nonfinite,
+            combine=combine,
+            batched=batched,
+            copy_gradients=copy_gradients,
         )
         self.learning_rate = float(learning_rate)
         self.decay = float(decay)
@@ -109,9 +117,9 @@ class FAMO(LearnedNumbers):
         latest[tasks] = torch.where(counts, losses.clamp(min=SMALLEST_LOSS), 0.0)
         self.losses_before.copy_(torch.where(counts.any(), latest, self.losses_before))
 
-    def update(self, step: Step) -> None:
-        """See :class:`excessmtl_ext.Balancer`."""
-        super().update(step)
+    def move(self, step: Step, unfit: Tensor | None) -> None:
+        """See :class:`LossBalancer <excessmtl_ext.baselines.loss_based.LossBalancer>`."""
+        super().move(step, unfit)
         self._num_waiting += 1
         if self._num_waiting == PATIENCE:
             warnings.warn(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_count, checked_numbers
-from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.step import HeadWeighting, NonFinite, Step, StreamedWeight, WeightScale
+from excessmtl_ext.gradient_sizes import Combination
+from excessmtl_ext.sized_sum import SizedSum
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, WeightScale
 
 
-class FixedWeights(Balancer):
+class FixedWeights(SizedSum):
     r"""Weights that were chosen beforehand: :math:`\alpha_i = w_i / \sum_j w_j`. One backward pass per step.
 
     Tuned on validation data these are what every adaptive method has to beat (Xin et al., NeurIPS
@@ -25,7 +26,8 @@ class FixedWeights(Balancer):
         weights: T positive numbers of any sum.
         weight_scale: See :class:`excessmtl_ext.Balancer`.
         head_weighting: See :class:`excessmtl_ext.Balancer`.
-        nonfinite: Without effect, as in :class:`excessmtl_ext.Uniform`: a step looks at nothing.
+        nonfinite: See :class:`excessmtl_ext.Balancer`; without effect where no gradient is looked at.
+        combine: See :class:`SizedSum <excessmtl_ext.sized_sum.SizedSum>`, as ``batched`` and ``copy_gradients``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -36,7 +38,7 @@ class FixedWeights(Balancer):
         [0.25, 0.75]
     """
 
-    binding_options: ClassVar[frozenset[str]] = frozenset({"weight_scale", "weights"})
+    binding_options: ClassVar[frozenset[str]] = SizedSum.binding_options | {"weights"}
 
     def __init__(
         self,
@@ -47,6 +49,9 @@ class FixedWeights(Balancer):
         weight_scale: WeightScale = "simplex",
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
+        combine: Combination = "sum",
+        batched: Batched = False,
+        copy_gradients: bool = False,
     ) -> None:
         check_count("num_tasks", num_tasks, 1)
         numbers = checked_numbers("weights", weights, num_tasks)
@@ -58,6 +63,9 @@ class FixedWeights(Balancer):
             weight_scale=weight_scale,
             head_weighting=head_weighting,
             nonfinite=nonfinite,
+            combine=combine,
+            batched=batched,
+            copy_gradients=copy_gradients,
         )
         self.weights = tuple(numbers)
         self.set_state(self.initial_state(self.task_weights.device))
@@ -70,18 +78,14 @@ class FixedWeights(Balancer):
         state["log_task_weights"] = weights.log() - weights.sum().log()
         return state
 
-    def update(self, step: Step) -> None:
+    def move(self, step: Step, unfit: Tensor | None) -> None:
         """Counts the step."""
-        self.num_steps += 1
+        self.end_without_losses(unfit)
 
-    def stream_task(self, step: Step) -> StreamedWeight:
+    def stream_log_weight(self, step: Step) -> Tensor:
         """Returns the log-weight that never changes."""
         (task,) = step.tasks
-        return StreamedWeight(self.log_task_weights[task].clone())
-
-    def stream_finish(self, step: Step) -> None:
-        """Counts the step."""
-        self.num_steps += 1
+        return self.log_task_weights[task].clone()
 
     def options(self) -> dict[str, Any]:
         """See :class:`excessmtl_ext.Balancer`."""

@@ -70,7 +70,7 @@ class GradNorm(Balancer):
         [0.388..., 0.611...]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"task_grads", "losses"})
+    requires = frozenset({"task_grads", "losses"})
 
     open_state: ClassVar[frozenset[str]] = frozenset({"initial_losses"})
 

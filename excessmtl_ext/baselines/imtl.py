@@ -82,7 +82,7 @@ class IMTL(GramianBalancer):
         [0.487..., 0.512...]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"task_grads", "losses"})
+    requires = frozenset({"task_grads", "losses"})
 
     binding_options: ClassVar[frozenset[str]] = frozenset({"weight_scale", "variant"})
 

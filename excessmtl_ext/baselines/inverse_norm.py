@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -34,7 +32,7 @@ class InverseNorm(Balancer):
         [0.166667, 0.833333]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
+    requires = frozenset({"task_grads"})
 
     can_stream = False
 

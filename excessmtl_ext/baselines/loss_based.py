@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.step import Step, StreamedWeight
+from excessmtl_ext.sized_sum import SizedSum
+from excessmtl_ext.step import Step
 from excessmtl_ext.weighting import log_shares
 
 SMALLEST_LOSS = 1e-8
@@ -23,14 +23,14 @@ Rows: TypeAlias = slice | Tensor
 """Tasks of a step, to index [T] with: a slice where all are present, as an index made on the host makes a GPU wait."""
 
 
-class LossBalancer(Balancer):
+class LossBalancer(SizedSum):
     """Base of the methods whose log-weight of a task is a function of its own loss: one backward pass per step.
 
     The tasks that are present share the weight that they had before the step, so that one without
     labels keeps its own: ``None``, or a loss of NaN without a gradient. No step waits for the device.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"losses"})
+    requires = frozenset({"losses"})
 
     @abstractmethod
     def log_weights(self, losses: Tensor, tasks: Rows) -> Tensor:
@@ -39,7 +39,7 @@ class LossBalancer(Balancer):
     def _learn(self, losses: Tensor, tasks: Rows, counts: Tensor) -> None:
         """Takes the losses [k] of ``tasks`` in where the step ``counts``, a bool [] or [k]; the weights have moved."""
 
-    def update(self, step: Step) -> None:
+    def move(self, step: Step, unfit: Tensor | None) -> None:
         """Moves the weights by the losses; a loss that is not finite changes nothing and is counted."""
         losses = step.losses_like(self.task_weights)
         everyone = len(step.tasks) == self.num_tasks
@@ -49,6 +49,8 @@ class LossBalancer(Balancer):
         is_out = None if step.has_no_labels is None else step.has_no_labels[tasks]
         is_bad = ~present.isfinite() if is_out is None else ~(present.isfinite() | is_out)
         self.found_nonfinite[tasks] = is_bad
+        if unfit is not None:
+            self.found_nonfinite |= unfit
         is_finite = ~self.found_nonfinite.any()
         before = self.log_task_weights[tasks]
         moved = log_shares(self.log_weights(present, tasks), before, is_out)
@@ -59,16 +61,12 @@ class LossBalancer(Balancer):
         self.num_steps += counts.any()
         self.num_skipped_steps += ~is_finite
 
-    def stream_task(self, step: Step) -> StreamedWeight:
+    def stream_log_weight(self, step: Step) -> Tensor:
         """Returns the task's log-weight for its loss, not normalised."""
         (task,) = step.tasks
         loss = step.losses_like(self.log_task_weights).reshape(1)
         moved = self.log_weights(loss, slice(task, task + 1))[0]
-        return StreamedWeight(torch.where(loss[0].isnan(), self.log_task_weights[task], moved))
-
-    def stream_finish(self, step: Step) -> None:
-        """Moves the weights by the losses of the step."""
-        self.update(step)
+        return torch.where(loss[0].isnan(), self.log_task_weights[task], moved)
 
 
 class EpochLossBalancer(LossBalancer):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
 from excessmtl_ext.baselines.gramian import GramianBalancer, Matrix, unit_gramian
@@ -37,7 +35,7 @@ class MGDA(GramianBalancer):
         [0.2, 0.8]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
+    requires = frozenset({"task_grads"})
 
     def _solve(self, gramian: Matrix) -> Matrix | None:
         return min_norm_weights(gramian)

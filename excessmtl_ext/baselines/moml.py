@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ class MOML(GramianBalancer):
         [0.2, 0.8]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"validation_losses"})
+    requires = frozenset({"validation_losses"})
 
     _has_observed = False
 
@@ -78,7 +77,7 @@ class MOML(GramianBalancer):
     def update_weights(
         self,
         task_grads: GivenGrads | None = None,
-        losses: Sequence[Tensor] | Tensor | None = None,
+        losses: Sequence[Tensor | None] | Tensor | None = None,
         *,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor:

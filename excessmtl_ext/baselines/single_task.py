@@ -39,7 +39,7 @@ class SingleTask(Balancer):
         [0.0, 1.0, 0.0]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset()
+    requires = frozenset()
     open_state: ClassVar[frozenset[str]] = frozenset({"log_task_weights"})
     binding_options: ClassVar[frozenset[str]] = frozenset({"weight_scale", "task"})
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_positive
 from excessmtl_ext.baselines.loss_based import SMALLEST_LOSS, EpochLossBalancer, Rows
-from excessmtl_ext.step import HeadWeighting, NonFinite, WeightScale
+from excessmtl_ext.gradient_sizes import Combination
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, WeightScale
 
 
 class SmoothTchebycheff(EpochLossBalancer):
@@ -30,6 +31,7 @@ class SmoothTchebycheff(EpochLossBalancer):
         weight_scale: See :class:`excessmtl_ext.Balancer`.
         head_weighting: See :class:`excessmtl_ext.Balancer`.
         nonfinite: See :class:`excessmtl_ext.Balancer`; looks at the losses.
+        combine: See :class:`SizedSum <excessmtl_ext.sized_sum.SizedSum>`, as ``batched`` and ``copy_gradients``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -59,6 +61,9 @@ class SmoothTchebycheff(EpochLossBalancer):
         weight_scale: WeightScale = "simplex",
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
+        combine: Combination = "sum",
+        batched: Batched = False,
+        copy_gradients: bool = False,
     ) -> None:
         check_positive("smoothness", smoothness)
         super().__init__(
@@ -67,6 +72,9 @@ class SmoothTchebycheff(EpochLossBalancer):
             weight_scale=weight_scale,
             head_weighting=head_weighting,
             nonfinite=nonfinite,
+            combine=combine,
+            batched=batched,
+            copy_gradients=copy_gradients,
         )
         self.smoothness = float(smoothness)
         self.set_state(self.initial_state(self.task_weights.device))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from excessmtl_ext.arguments import check_positive
 from excessmtl_ext.baselines.loss_based import LearnedNumbers, Rows
-from excessmtl_ext.step import HeadWeighting, NonFinite, WeightScale
+from excessmtl_ext.gradient_sizes import Combination
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, WeightScale
 
 
 class UncertaintyWeights(LearnedNumbers):
@@ -26,6 +27,7 @@ class UncertaintyWeights(LearnedNumbers):
         weight_scale: See :class:`excessmtl_ext.Balancer`.
         head_weighting: See :class:`excessmtl_ext.Balancer`.
         nonfinite: See :class:`excessmtl_ext.Balancer`; looks at the losses.
+        combine: See :class:`SizedSum <excessmtl_ext.sized_sum.SizedSum>`, as ``batched`` and ``copy_gradients``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -53,6 +55,9 @@ class UncertaintyWeights(LearnedNumbers):
         weight_scale: WeightScale = "simplex",
         head_weighting: HeadWeighting = "none",
         nonfinite: NonFinite = "skip",
+        combine: Combination = "sum",
+        batched: Batched = False,
+        copy_gradients: bool = False,
     ) -> None:
         check_positive("learning_rate", learning_rate)
         super().__init__(
@@ -61,6 +66,9 @@ class UncertaintyWeights(LearnedNumbers):
             weight_scale=weight_scale,
             head_weighting=head_weighting,
             nonfinite=nonfinite,
+            combine=combine,
+            batched=batched,
+            copy_gradients=copy_gradients,
         )
         self.learning_rate = float(learning_rate)
         self.set_state(self.initial_state(self.task_weights.device))

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from torch import Tensor
 
-from excessmtl_ext.balancer import Balancer
-from excessmtl_ext.step import Step, StreamedWeight
+from excessmtl_ext.sized_sum import SizedSum
+from excessmtl_ext.step import Step
 
 
-class Uniform(Balancer):
+class Uniform(SizedSum):
     r"""Every task weighs the same, always: :math:`\alpha_i = 1 / T`. One backward pass per step.
 
-    Args: see :class:`excessmtl_ext.Balancer`.
+    Args: see :class:`SizedSum <excessmtl_ext.sized_sum.SizedSum>`.
 
     Example:
         >>> Uniform(num_tasks=4).task_weights.tolist()
         [0.25, 0.25, 0.25, 0.25]
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset()
+    requires = frozenset()
 
     has_uniform_weights = True
 
-    def update(self, step: Step) -> None:
+    def move(self, step: Step, unfit: Tensor | None) -> None:
         """Counts the step."""
-        self.num_steps += 1
+        self.end_without_losses(unfit)
 
-    def stream_task(self, step: Step) -> StreamedWeight:
+    def stream_log_weight(self, step: Step) -> Tensor:
         """Returns the log-weight that never changes."""
         (task,) = step.tasks
-        return StreamedWeight(self.log_task_weights[task].clone())
-
-    def stream_finish(self, step: Step) -> None:
-        """Counts the step."""
-        self.num_steps += 1
+        return self.log_task_weights[task].clone()

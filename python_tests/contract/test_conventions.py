@@ -25,6 +25,7 @@ from excessmtl_ext import (
     SingleTask,
     SmoothTchebycheff,
     UncertaintyWeights,
+    Uniform,
 )
 
 METHODS = {
@@ -44,10 +45,27 @@ METHODS = {
     "stch": lambda p, **o: SmoothTchebycheff(p, num_tasks=3, **o),
     "dbmtl": lambda p, **o: DualBalancing(p, num_tasks=3, beta=0.5, **o),
     "inverse-norm": lambda p, **o: InverseNorm(p, num_tasks=3, **o),
+    "uniform, sized": lambda p, **o: Uniform(p, num_tasks=3, combine="per_tensor", **o),
+    "fixed, sized": lambda p, **o: FixedWeights(
+        p, num_tasks=3, weights=[1, 2, 3], combine="per_tensor", **o
+    ),
+    "groupdro, sized": lambda p, **o: GroupDRO(
+        p, num_tasks=3, robust_step_size=0.1, combine="per_tensor", **o
+    ),
+    "famo, sized": lambda p, **o: FAMO(
+        p, num_tasks=3, learning_rate=0.1, combine="per_tensor", **o
+    ),
+    "stch, sized": lambda p, **o: SmoothTchebycheff(p, num_tasks=3, combine="per_tensor", **o),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
 NEED_ALL_GRADIENTS = ["gradnorm", "mgda", "imtl-g", "imtl", "moml", "dbmtl", "inverse-norm"]
-BLIND = ["single task", "fixed", "moml"]  # their weights depend on no training loss
+BLIND = [
+    "single task",
+    "fixed",
+    "moml",
+    "uniform, sized",
+    "fixed, sized",
+]  # their weights depend on no training loss
 FORGETS = ["mgda", "imtl-g", "imtl", "moml"]  # an absent task counts as uniform there
 
 
@@ -134,7 +152,10 @@ def test_conventions_of_sum_and_heads(make, weight_scale, head_weighting):
     )
     weighted.backward(retain_graph=True)
     pairs = zip(problem.encoder.parameters(), plain.encoder.parameters(), strict=True)
-    for ours, theirs in () if isinstance(balancer, DualBalancing) else pairs:  # it adds up means
+    is_plain = getattr(balancer, "combination", "sum") == "sum"
+    if isinstance(balancer, DualBalancing) or not is_plain:  # they add up means, or sized gradients
+        pairs = ()
+    for ours, theirs in pairs:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
     if head_weighting == "none":
         plain.zero_grad()

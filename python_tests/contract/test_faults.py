@@ -62,12 +62,15 @@ METHODS: dict[str, Callable[..., Balancer]] = {
     "stch": SmoothTchebycheff,
     "dbmtl": DualBalancing,
     "inverse-norm": InverseNorm,
+    "uniform, sized": lambda p, **o: Uniform(p, combine="per_tensor", **o),
+    "groupdro, sized": lambda p, **o: GroupDRO(p, robust_step_size=0.1, combine="per_tensor", **o),
 }
 EXCESS = ("excessmtl", "official", "paper", "momentum", "recommended")
 # What a method looks at, and so what it can notice. MOML looks at validation gradients, which test_moml.py spoils.
-SEES_GRADIENTS = (*EXCESS, "gradnorm", "mgda", "imtl-g", "imtl", "dbmtl", "inverse-norm")
+SIZED = ("uniform, sized", "groupdro, sized")
+SEES_GRADIENTS = (*EXCESS, "gradnorm", "mgda", "imtl-g", "imtl", "dbmtl", "inverse-norm", *SIZED)
 LOSSES_ONLY = ("groupdro", "uncertainty", "dwa", "famo", "stch")
-SEES_LOSSES = (*LOSSES_ONLY, "gradnorm", "imtl-l", "imtl", "dbmtl")
+SEES_LOSSES = (*LOSSES_ONLY, "groupdro, sized", "gradnorm", "imtl-l", "imtl", "dbmtl")
 HAS_NO_MEMORY = ("uniform", "single task", "moml", "fixed")  # nothing that a bad step could spoil
 WITHOUT_WEIGHT_TO_KEEP = ("mgda", "imtl-g", "imtl", "moml")  # an absent task counts as uniform
 

@@ -64,6 +64,12 @@ MAKERS: dict[str, Callable[..., Balancer]] = {
     "stch": SmoothTchebycheff,
     "dbmtl": DualBalancing,
     "inverse_norm": InverseNorm,
+    "uniform_sized": lambda parameters, **options: Uniform(
+        parameters, combine="per_tensor", **options
+    ),
+    "group_dro_sized": lambda parameters, **options: GroupDRO(
+        parameters, combine="per_tensor", **options
+    ),
 }
 EVERY_METHOD = pytest.mark.parametrize("name", MAKERS)
 

@@ -7,7 +7,7 @@ shared parameters; heads get the gradient of their own loss, as under every meth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from excessmtl_ext.baselines.gramian import GramianBalancer, Matrix
 class UPGrad(GramianBalancer):
     """Projects each gradient onto the cone of no conflict and averages (Quinton & Rey 2024, arXiv 2406.16232)."""
 
-    requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
+    requires = frozenset({"task_grads"})
 
     def _solve(self, gramian: Matrix) -> Matrix | None:
         from scipy.optimize import nnls
@@ -42,7 +42,7 @@ class GramianWeights(GramianBalancer):
         make: Makes the weighting.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"task_grads"})
+    requires = frozenset({"task_grads"})
 
     def __init__(
         self, shared_parameters: Iterable[Tensor], *, make: Callable[[], Any], **convention: Any

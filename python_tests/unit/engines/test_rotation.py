@@ -146,6 +146,18 @@ def test_a_task_whose_size_cannot_be_measured_waits_for_its_turn() -> None:
         torch.testing.assert_close(ours, want * balancer.task_weights[0].float())
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_size_that_is_not_finite_is_measured_in_a_later_turn(value: float) -> None:
+    problem = make_problem()
+    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, tasks_per_step=1)
+    balancer.backward([*problem.losses()[:2], problem.losses()[2] * value])
+    assert balancer.num_tensor_steps[2].tolist() == [0] * len(balancer.num_tensor_steps[2])
+    problem.zero_grad()
+    balancer.backward(problem.losses())
+    assert bool(balancer.tensor_mean_square.isfinite().all())
+    assert float(balancer.tensor_mean_square.max()) < 1e6
+
+
 def test_a_round_under_way_does_not_change_the_relative_risks() -> None:
     problem = make_problem()
     balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, tasks_per_step=1)
