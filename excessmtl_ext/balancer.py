@@ -75,7 +75,9 @@ class Balancer(WeightingMethod, Insight, OpenStep, SharedParameters):
             ``"raise"``: FloatingPointError, with ``.grad`` of the shared parameters as before the
             call. Costs one wait for the device per step.
         batched: Whether the encoder's T passes run as one vectorised pass in steps that are given
-            their ``features``. ``"auto"``: as fast as measured in the first eight of them. Gradients
+            their ``features``. ``"auto"``: as fast as measured in the first eight of them.
+            ``"stacked"``: a pass per task, with or without ``features``, whose weight gradients of
+            deep convolutions are products with one input that is unfolded for all tasks (CPU). Gradients
             are equal up to rounding; :attr:`backward_mode` says what was done and why.
         copy_gradients: Copy the gradients of each pass before the next one. Needed where that writes
             into the same memory, as after ``torch.cuda.make_graphed_callables``; without it such

@@ -314,7 +314,7 @@ def _check_balancer(balancer: Balancer) -> None:
     elif balancer.nonfinite == "raise":
         expected = "nonfinite='skip', but got 'raise', which waits for the device"
     elif balancer.batched == "auto":
-        expected = "batched=True or False, but got 'auto', which times its first steps"
+        expected = "batched=True, False or 'stacked', but got 'auto', which times its first steps"
     elif balancer.engine.shards_state:
         expected = "one process: ranks exchange numbers on the host in each step"
     elif isinstance(balancer, GramianBalancer) and "task_grads" in balancer.requires:

@@ -24,8 +24,9 @@ WeightScale = Literal["simplex", "num_tasks"]
 HeadWeighting = Literal["none", "task_weights"]
 NonFinite = Literal["skip", "raise"]
 
-Batched: TypeAlias = bool | Literal["auto"]
-"""True: one vectorised pass where possible; False: a pass per task; ``"auto"``: the faster of the two here."""
+Batched: TypeAlias = bool | Literal["auto", "stacked"]
+"""True: one vectorised pass where possible; False: a pass per task; ``"auto"``: the faster of the two here;
+``"stacked"``: a pass per task without the weight gradients of deep convolutions, which share an unfolded input."""
 
 Losses: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 """T scalar losses: a list (None where a task has no labels in this batch), one tensor [T], or a dict by task name."""
@@ -283,6 +284,8 @@ class Engine(Protocol):
     """Why no statistics of the gradients can be recorded, as a message, or None."""
     allows_hooks: bool
     """Whether hooks may wait for the shared gradients: each is then accumulated once, as a weighted sum."""
+    stacker: Any
+    """What computes weight gradients beside the passes (:mod:`excessmtl_ext.passes.stacked`), or None."""
     shards_state: bool
     """Whether each rank holds a part of the state (:class:`excessmtl_ext.distributed.DataParallel`)."""
 

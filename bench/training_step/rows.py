@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from excessmtl_ext import IMTL, MGDA, MOML, ExcessMTL, GradNorm, GroupDRO, SingleTask, Uniform
 from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.passes.per_task import backward_of_task
+from excessmtl_ext.passes.stacked import StackedLayers
 from training_step.workloads import Problem
 
 EPS = 1e-7
@@ -83,6 +85,20 @@ def _lower_bound(problem: Problem) -> FillGrads:
             for parameter in shared:
                 parameter.grad = None  # or this pass would add to it
             loss.backward(retain_graph=task != last)
+
+    return fill
+
+
+def _uniform_stacked(problem: Problem) -> FillGrads:
+    """One pass of the summed loss with the weight gradients of ``batched="stacked"``."""
+    shared = problem.shared
+
+    def fill(features: Tensor, losses: list[Tensor]) -> None:
+        total = torch.stack(losses).sum()
+        start = torch.ones_like(total)
+        (row,), _ = backward_of_task(0, total, start, shared, stacker=StackedLayers)
+        for parameter, grad in zip(shared, row, strict=True):
+            parameter.grad = grad
 
     return fill
 
@@ -345,6 +361,13 @@ def _baseline(
 _ALL_ROWS = (
     Row("uniform", "plain summed loss", "bound", _uniform, in_sweeps=True),
     Row("lower_bound", "lower bound", "bound", _lower_bound, in_sweeps=True),
+    Row(
+        "uniform_stacked",
+        "plain summed loss, weight gradients as in batched='stacked'",
+        "bound",
+        _uniform_stacked,
+        agrees_with="uniform",
+    ),
     Row("uniform_graph", "plain summed loss, as a graph", "bound", _uniform, is_captured=True),
     Row("lower_bound_graph", "lower bound, as a graph", "bound", _lower_bound, is_captured=True),
     Row("exact", "ExcessMTL", "ours", _with_backward(_excess), in_sweeps=True),
@@ -371,6 +394,13 @@ _ALL_ROWS = (
         _with_features(lambda problem: _excess(problem, batched=True)),
         agrees_with="exact",
         in_sweeps=True,
+    ),
+    Row(
+        "stacked",
+        "ExcessMTL, batched='stacked'",
+        "ours",
+        _with_backward(lambda problem: _excess(problem, batched="stacked")),
+        agrees_with="exact",
     ),
     Row(
         "batched_graph",

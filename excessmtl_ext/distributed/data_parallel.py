@@ -59,7 +59,9 @@ class DataParallel(Partition, ExactEngine):
         agreed = agree(self, rule, present, step.num_samples)
         if not agreed.tasks:
             return []
-        rank_step = RankStep(rule, step, agreed, other_leaves(self, step.roots))
+        rank_step = RankStep(
+            rule, step, agreed, other_leaves(self, step.roots), stacker=self.stacker
+        )
         if self.is_sharded:
             fully_sharded_step(self, rank_step)
             return agreed.tasks

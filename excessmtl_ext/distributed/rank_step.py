@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from excessmtl_ext.passes.capture import capture_grads, leaves_of, nodes_of
 from excessmtl_ext.passes.heads import check_open
 from excessmtl_ext.passes.per_task import check_reached, dense, raise_if_reused, raise_sparse
 from excessmtl_ext.passes.reused_memory import copied
+from excessmtl_ext.passes.stacked import Stacker
 from excessmtl_ext.step import FisherRule, Root, Step
 
 
@@ -41,6 +43,7 @@ class RankStep:
         given: The step as it was read on this rank.
         agreed: With the other ranks.
         heads: Every parameter the passes can reach that is not shared.
+        stacker: Computes some weight gradients beside the passes, or None.
         head_grads: Their gradients, per task.
         reached: Ids of the parameters that have a gradient.
         error: What ended a pass; the later ones are not run.
@@ -50,6 +53,7 @@ class RankStep:
     given: Step
     agreed: Agreement
     heads: list[Tensor]
+    stacker: Stacker | None = None
     head_grads: dict[int, list[Tensor | None]] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
     error: BaseException | None = None
@@ -72,13 +76,14 @@ def run_pass(parallel: Partition, step: RankStep, task: int) -> list[Tensor | No
     targets = [*parallel.shared, *step.heads]
     try:
         check_open(nodes_of([root]), "several ranks take the gradients of every pass by themselves")
-        grads = capture_grads(
-            root,
-            start,
-            targets,
-            retain_graph=step.given.retain_graph or task != last,
-            keep_sparse=True,
-        )
+        with step.stacker([root], parallel.shared) if step.stacker else nullcontext() as layers:
+            beside = layers.left_out if layers else frozenset()
+            asked = [target for target in targets if id(target) not in beside]
+            keep = step.given.retain_graph or task != last
+            taken = iter(capture_grads(root, start, asked, retain_graph=keep, keep_sparse=True))
+            grads = [None if id(target) in beside else next(taken) for target in targets]
+            if layers is not None:
+                layers.fill(grads)
         shared_grads = grads[: len(parallel.shared)]
         raise_sparse(shared_grads)
         check_reached(shared_grads, task)

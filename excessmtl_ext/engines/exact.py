@@ -12,6 +12,7 @@ from excessmtl_ext.engines.undo import all_or_nothing
 from excessmtl_ext.passes.cut import Cut
 from excessmtl_ext.passes.heads import HeadGraph
 from excessmtl_ext.passes.per_task import GradRows, HeadGrads, backward_per_task
+from excessmtl_ext.passes.stacked import Stacker
 from excessmtl_ext.passes.targets import assign_grads, combine_targets
 from excessmtl_ext.passes.vectorised import EncoderPasses
 from excessmtl_ext.passes.weighted import apply_weights
@@ -32,6 +33,9 @@ class ExactEngine:
 
     Args:
         batched: See :class:`excessmtl_ext.Balancer`.
+
+    Attributes:
+        stacker: Computes weight gradients beside the passes, or None.
     """
 
     stream_obstacle: str | None = None
@@ -43,6 +47,7 @@ class ExactEngine:
         self.batched: Batched = batched
         self.heap_pin = HeapPin()
         self._encoder = EncoderPasses(batched)
+        self.stacker: Stacker | None = self._encoder.stacker
 
     @property
     def backward_mode(self) -> str:
@@ -107,6 +112,7 @@ class ExactEngine:
             heads=heads,
             retain_graph=step.retain_graph,
             copy=step.copy_gradients,
+            stacker=self.stacker,
         )
         return rows, heads
 

@@ -244,6 +244,7 @@ def accumulate(
         heads=heads,
         retain_graph=retain_graph,
         copy=step.copy_gradients,
+        stacker=rule.engine.stacker,
     )
     if heads is not None and stream is not None:
         stream.check_heads(heads)

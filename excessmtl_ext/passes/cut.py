@@ -29,6 +29,7 @@ from excessmtl_ext.passes.per_task import (
     run_passes,
 )
 from excessmtl_ext.passes.reused_memory import copied
+from excessmtl_ext.passes.stacked import Stacker
 from excessmtl_ext.step import Root, Step
 
 
@@ -157,7 +158,9 @@ class Cut(CutGraph):
         ]
         return [feature for feature, _ in pairs], [grad for _, grad in pairs]
 
-    def walk_encoder(self, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
+    def walk_encoder(
+        self, feature_grads: Sequence[Sequence[Tensor | None]], stacker: Stacker | None = None
+    ) -> GradRows:
         """Runs one pass of the encoder per present task, as ``per_task.backward_per_task``."""
         passes = [
             Pass(task, *self.encoder_root(task, feature_grads[task]))
@@ -170,6 +173,7 @@ class Cut(CutGraph):
             self.shared,
             retain_graph=self.retain_graph,
             copy=self.copies,
+            stacker=stacker,
         )
 
     def walk_encoder_batched(

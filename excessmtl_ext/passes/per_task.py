@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_not, methodcaller
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 from excessmtl_ext.passes.explain import raise_explained
 from excessmtl_ext.passes.heads import HeadGraph
 from excessmtl_ext.passes.reused_memory import BEFORE, copied, separated, storages_of
+from excessmtl_ext.passes.stacked import Stacker
 from excessmtl_ext.step import Root
 
 _grad_of = attrgetter("grad")
@@ -249,6 +250,7 @@ def backward_per_task(
     heads: HeadGrads | None = None,
     retain_graph: bool = False,
     copy: bool = False,
+    stacker: Stacker | None = None,
 ) -> GradRows:
     """Runs one backward pass per present task and takes the gradients of the shared parameters.
 
@@ -262,6 +264,7 @@ def backward_per_task(
         heads: Takes the head gradients, whose ``.grad`` is then as before, too.
         retain_graph: Keep the graphs after the last pass, for another one.
         copy: Copy the gradients of each pass before the next one, which may write where they lie.
+        stacker: Computes some weight gradients beside the passes (see :mod:`excessmtl_ext.passes.stacked`).
 
     Returns:
         T rows.
@@ -274,7 +277,15 @@ def backward_per_task(
         for task, (root, start) in enumerate(zip(roots, starts, strict=True))
         if root is not None and start is not None
     ]
-    return run_passes(passes, len(roots), shared, heads=heads, retain_graph=retain_graph, copy=copy)
+    return run_passes(
+        passes,
+        len(roots),
+        shared,
+        heads=heads,
+        retain_graph=retain_graph,
+        copy=copy,
+        stacker=stacker,
+    )
 
 
 def run_passes(
@@ -285,15 +296,20 @@ def run_passes(
     heads: HeadGrads | None = None,
     retain_graph: bool = False,
     copy: bool = False,
+    stacker: Stacker | None = None,
 ) -> GradRows:
     """:func:`backward_per_task` for passes that start anywhere."""
     rows: list[list[Tensor | None]] = [[None] * len(shared) for _ in range(num_tasks)]
     aside = [*shared, *heads.all_parameters] if heads else shared
-    with set_aside_grads(aside, copy=copy) as saved:
+    layers = stacker and stacker([root for each in passes for root in each.roots], shared)
+    with set_aside_grads(aside, copy=copy) as saved, layers or nullcontext():
         for each in passes:
             keep = retain_graph or each is not passes[-1]
-            run_backward(each.roots, each.starts, retain_graph=keep)
+            inputs = layers and layers.inputs
+            run_backward(each.roots, each.starts, retain_graph=keep, inputs=inputs)
             row = take_shared_grads(shared)
+            if layers is not None:
+                layers.fill(row)
             check_reached(row, each.task)
             rows[each.task] = copied(row) if copy else row
             if heads is not None:
@@ -316,12 +332,17 @@ def backward_of_task(
     heads: HeadGrads | None = None,
     retain_graph: bool = False,
     copy: bool = False,
+    stacker: Stacker | None = None,
 ) -> GradRows:
     """:func:`backward_per_task` for one task alone; returns its row only."""
     aside = [*shared, *heads.all_parameters] if heads else shared
-    with set_aside_grads(aside, copy=copy) as saved:
-        run_backward([root], [start], retain_graph=retain_graph)
+    layers = stacker and stacker([root], shared)
+    with set_aside_grads(aside, copy=copy) as saved, layers or nullcontext():
+        inputs = layers and layers.inputs
+        run_backward([root], [start], retain_graph=retain_graph, inputs=inputs)
         row = take_shared_grads(shared)
+        if layers is not None:
+            layers.fill(row)
         check_reached(row, task)
         raise_if_reused({BEFORE: saved, task: row})
         if heads is not None:

@@ -9,14 +9,15 @@ steps and keeps the faster one. Both give the same gradients up to rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from excessmtl_ext.passes.cut import Cut
 from excessmtl_ext.passes.per_task import GradRows
-from excessmtl_ext.step import Batched
+from excessmtl_ext.passes.stacked import StackedLayers, Stacker
+from excessmtl_ext.step import Batched, Root
 
 NUM_UNTIMED_STEPS = 1
 NUM_TIMED_STEPS = 3
@@ -27,9 +28,11 @@ HOPELESS = 2.0
 
 
 def check_batched(batched: object) -> None:
-    """Raises ValueError unless ``batched`` is True, False or ``"auto"``."""
-    if not isinstance(batched, bool) and batched != "auto":
-        raise ValueError(f"Expected `batched` to be True, False or 'auto', but got {batched!r}.")
+    """Raises ValueError unless ``batched`` is True, False, ``"auto"`` or ``"stacked"``."""
+    if not isinstance(batched, bool) and batched not in ("auto", "stacked"):
+        raise ValueError(
+            f"Expected `batched` to be True, False, 'auto' or 'stacked', but got {batched!r}."
+        )
 
 
 class EncoderPasses:
@@ -41,18 +44,22 @@ class EncoderPasses:
     Attributes:
         is_batched: Whether the latest encoder passes were one; None before the first.
         reason: Why.
+        vectorises: Whether one vectorised pass is ever thought of.
+        stacker: Makes the layers of a step whose weight gradients are computed beside the passes; None: none are.
     """
 
     def __init__(self, batched: Batched) -> None:
         check_batched(batched)
         self.batched: Batched = batched
+        self.vectorises = batched not in (False, "stacked")
+        self.stacker: Stacker | None = self._stack if batched == "stacked" else None
         self.forget()
 
     def forget(self) -> None:
         """Returns to the state before the first step."""
         self.is_batched: bool | None = None
         self.reason = "no step so far"
-        self._choice: bool | None = None if self.batched == "auto" else bool(self.batched)
+        self._choice: bool | None = None if self.batched == "auto" else self.vectorises
         self._has_worked = False
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
         self._num_steps = {True: 0, False: 0}
@@ -64,22 +71,26 @@ class EncoderPasses:
     def note(self, obstacle: str) -> None:
         """Records that a step ran a pass per task because of ``obstacle``."""
         self.is_batched = False
-        self.reason = obstacle if self.batched is not False else "batched=False"
+        self.reason = obstacle if self.vectorises else f"batched={self.batched!r}"
+
+    def _stack(self, roots: Iterable[Root], shared: Sequence[Tensor]) -> StackedLayers:
+        layers = StackedLayers(roots, shared)
+        self.is_batched = False
+        self.reason = str(layers.decisions)
+        return layers
 
     def walk(self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
         """Runs the passes of a step that is cut at its features."""
         obstacle = None if self._choice is False else cut.obstacle_to_batching()
         if obstacle is not None:
             self.note(obstacle)
-            return cut.walk_encoder(feature_grads)
+            return cut.walk_encoder(feature_grads, self.stacker)
         if self._choice is None:
             return self._measured(cut, feature_grads)
         if self._choice:
             return self._batched(cut, feature_grads)
         self.is_batched = False
-        if self.batched is False:
-            self.reason = "batched=False"
-        return cut.walk_encoder(feature_grads)
+        return cut.walk_encoder(feature_grads, self.stacker)
 
     def _batched(self, cut: Cut, feature_grads: Sequence[Sequence[Tensor | None]]) -> GradRows:
         """Runs the vectorised pass; a pass per task from then on if some layer cannot be batched."""

@@ -233,7 +233,7 @@ def test_a_step_of_another_balancer_is_refused(monkeypatch: pytest.MonkeyPatch) 
         ({"update_every": 2}, "update_every=1"),
         ({"tasks_per_step": 1}, "tasks_per_step=None"),
         ({"nonfinite": "raise"}, "nonfinite='skip'"),
-        ({"batched": "auto"}, "batched=True or False"),
+        ({"batched": "auto"}, "batched=True, False or 'stacked'"),
         ({"method": MGDA}, "MGDA solves for them on the CPU"),
     ],
 )

@@ -192,9 +192,13 @@ def test_the_gradient_left_behind_does_not_keep_those_of_all_tasks_alive():
 
 @pytest.mark.parametrize("value", ["yes", None, 1])
 def test_wrong_batched_raises(value):
-    with pytest.raises(ValueError, match="Expected `batched` to be True, False or 'auto'"):
+    with pytest.raises(
+        ValueError, match="Expected `batched` to be True, False, 'auto' or 'stacked'"
+    ):
         published(make_problem().encoder.parameters(), num_tasks=3, batched=value)
-    with pytest.raises(ValueError, match="Expected `batched` to be True, False or 'auto'"):
+    with pytest.raises(
+        ValueError, match="Expected `batched` to be True, False, 'auto' or 'stacked'"
+    ):
         GradNorm(make_problem().encoder.parameters(), num_tasks=3, batched=value)
 
 
