@@ -253,7 +253,7 @@ class ExcessMTLRule(ExcessMTLState):
     def take_size(self, step: Step) -> None:
         """Takes in the size of one task's gradients and nothing else."""
         (task,) = step.tasks
-        self.prepare(step)
+        self.ready_state(step)
         grads, row = step.task_grads, slice(task, task + 1)
         squares = gradient_sizes.exact_sums_of_squares(
             grads.tensors, len(grads.layout.numels), step.grad_scale
