@@ -6,6 +6,8 @@ backward pass, and by the weights of a sampler. Prints losses in bits per byte, 
 
     python examples/domains.py --quick                      a minute on one CPU core
     python examples/domains.py --output runs/domains        a quarter of an hour; resumes where it stopped
+
+docs/tutorials/domains.md walks through it.
 """
 
 from __future__ import annotations

@@ -87,6 +87,33 @@ def test_many_tasks_streamed_agree_with_all_at_once(capsys):
     assert "agree" in capsys.readouterr().out
 
 
+def test_domains_are_compared_and_a_stopped_run_goes_on(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        names = runpy.run_path(str(ROOT / "examples" / "domains.py"), run_name="domains")
+        words = ["--quick", "--steps", "3", "--output", str(tmp_path / "runs")]
+        names["main"]([*words, "--methods", "Uniform", "ExcessMTL, sampler"])
+        first = capsys.readouterr().out
+        folder = tmp_path / "runs_quick"
+        before = (folder / "scores.csv").read_text()
+        table = names["main"](words)
+    finally:
+        torch.set_num_threads(threads)
+    assert "ExcessMTL, sampler: step 3" in first
+    assert "Uniform: step" not in capsys.readouterr().out  # it was there already
+    scores = names["read"](folder / "scores.csv")
+    assert (folder / "scores.csv").read_text().startswith(before)
+    assert len(scores) == 5 * 6  # methods, domains
+    for method in names["BY_DEFAULT"]:
+        rows = [row for row in scores if row["method"] == method]
+        assert sum(float(row["mean_weight"]) for row in rows) == pytest.approx(1, abs=1e-3)
+        # A model of bytes that has learned nothing yet needs some 8 bits for each.
+        assert all(5 < float(row["bits_per_byte"]) < 10 for row in rows)
+    assert len(table) == 2 + 5
+    assert {row["method"] for row in names["read"](folder / "speeds.csv")} == set(names["METHODS"])
+
+
 @pytest.mark.slow
 def test_several_processes_end_with_the_same_weights_however_they_share_the_model():
     weights = []

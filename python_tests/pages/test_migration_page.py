@@ -41,6 +41,7 @@ PACKAGES = {
     "In the trainer you have: Lightning": ["lightning.pytorch"],
     "In the trainer you have: Accelerate": ["accelerate"],
     "In the trainer you have: transformers": ["accelerate", "transformers"],
+    "In the trainer you have: transformers, domains of one loss": ["accelerate", "transformers"],
 }
 
 
@@ -85,6 +86,17 @@ class DictModel(nn.Module):
         return {"losses": (outputs - labels).square().mean(0), "outputs": outputs}
 
 
+def language_model_and_texts() -> dict[str, Any]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    ids = torch.randint(9, (16, 6))
+    rows = [{"input_ids": row, "labels": row, "domain_id": at % 2} for at, row in enumerate(ids)]
+    return {"language_model": GPT2LMHeadModel(config), "texts": rows}
+
+
 @pytest.fixture
 def names(request, monkeypatch, tmp_path) -> dict[str, Any]:
     title = request.getfixturevalue("title")
@@ -103,6 +115,8 @@ def names(request, monkeypatch, tmp_path) -> dict[str, Any]:
     if "transformers" in title:
         rows = [{"x": torch.randn(6), "labels": torch.randn(2)} for _ in range(16)]
         given |= {"model": DictModel(), "dataset": rows}
+    if "domains" in title:
+        given |= language_model_and_texts()
     return given
 
 
