@@ -78,6 +78,8 @@ class DomainTrainer(BalancedTrainer):
     ) -> None:
         super().__init__(*args, balancer=balancer, task_names=domain_names, **kwargs)
         self.domain_key = domain_key
+        if "labels" not in self.label_names:
+            self.label_names = [*self.label_names, "labels"]  # of a model that takes none
         self.unreduced_loss = unreduced_loss
         self.domain_sampler = sampler
         self.head = self._checked_head(head)

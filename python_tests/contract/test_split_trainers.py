@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from _paths import TESTS
 from _ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -115,81 +119,179 @@ def test_the_weights_have_something_to_decide(expected: Result) -> None:
     assert float(weights.amax() / weights.amin()) > 1.5
 
 
+# ---- trainers of others; Accelerate and transformers share the rows among the processes themselves
+
+
+def lightning(folder: str, num_ranks: int) -> Result:
+    import lightning.pytorch as pl
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return self.model(**batch)["loss"]  # type: ignore[no-any-return]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=LR)
+
+    module = Module()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=num_ranks,
+        strategy="ddp" if num_ranks > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        use_distributed_sampler=False,  # its own one shuffles
+    )
+    rows = Rows(trainer.global_rank, num_ranks)
+    trainer.fit(module, DataLoader(rows, batch_size=BATCH // num_ranks))
+    return result_of(module.model)
+
+
+def accelerate(folder: str, num_ranks: int) -> Result:
+    import accelerate as hf_accelerate
+
+    accelerator = hf_accelerate.Accelerator(cpu=True)
+    assert accelerator.num_processes == num_ranks
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    loader = DataLoader(Rows(), batch_size=BATCH // num_ranks)
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for batch in loader:
+        optimizer.zero_grad()
+        accelerator.backward(prepared(**batch)["loss"])
+        optimizer.step()
+    return result_of(model)
+
+
+def arguments(folder: str, num_ranks: int) -> Any:
+    import transformers as hf
+
+    made = hf.TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        ddp_backend="gloo" if num_ranks > 1 else None,
+        optim="sgd",
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH // num_ranks,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    assert made.world_size == num_ranks
+    return made
+
+
+def transformers(folder: str, num_ranks: int) -> Result:
+    import transformers as hf
+
+    model = Model()
+    hf.Trainer(model=model, args=arguments(folder, num_ranks), train_dataset=Rows()).train()
+    return result_of(model)
+
+
+class DomainRows(Rows):
+    """A class and a domain for every row; every eight rows have each domain equally often."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        labels = (self.labels[index, 0] > 0).long()
+        return {"inputs": self.inputs[index], "labels": labels, "domain_id": index % 4 // 2}
+
+
+class Classifier(nn.Module):
+    """Two classes, and no word of domains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(6, 16), nn.Tanh())
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.encoder(inputs))}
+
+
+def domain_trainer(folder: str, num_ranks: int) -> Result:
+    from excessmtl_ext.integrations.domain_trainer import DomainTrainer
+
+    model = Classifier()
+    balancer = ExcessMTL(num_tasks=2, feature_dim=-1)
+    trainer = DomainTrainer(
+        model=model,
+        args=arguments(folder, num_ranks),
+        train_dataset=DomainRows(),
+        eval_dataset=DomainRows(),
+        balancer=balancer,
+        head=model.head,
+    )
+    trainer.train()
+    found = trainer.evaluate()
+    losses = torch.tensor([found["eval_loss/0"], found["eval_loss/1"]])
+    state = [balancer.task_weights, balancer.excess_risk, losses]
+    return [each.clone() for each in state], [p.detach().clone() for p in model.parameters()]
+
+
+TRAINERS: dict[str, Callable[[str, int], Result]] = {
+    "lightning": lightning,
+    "accelerate": accelerate,
+    "transformers": transformers,
+    "domain_trainer": domain_trainer,
+}
+
+
+def skip_without(name: str) -> None:
+    needed = {"lightning": ["lightning.pytorch"], "accelerate": ["accelerate"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what their own imports say
+        for package in needed.get(name, ["accelerate", "transformers"]):
+            pytest.importorskip(package, reason=f"{package} is not installed")
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_takes_the_steps_of_the_plain_loop(
+    name: str, expected: Result, tmp_path: Any
+) -> None:
+    skip_without(name)
+    found = TRAINERS[name](str(tmp_path), 1)
+    if name != "domain_trainer":  # another model; its own tests have its loop
+        check(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_on_two_processes_takes_the_steps_of_the_joined_batch(
+    name: str, expected: Result, tmp_path: Any
+) -> None:
+    skip_without(name)
+    if name == "domain_trainer":
+        expected = TRAINERS[name](str(tmp_path), 1)
+        assert abs(float(expected[0][0][0]) - 0.5) > 1e-3
+    paths = [str(each) for each in (TESTS, TESTS / "contract")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         __file__, name, str(tmp_path)],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        check(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
+
+
 # ---- one process
-
-
-def test_lightning_automatic_optimization(expected: Result, tmp_path: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
-
-        class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = Model()
-
-            def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-                return self.model(**batch)["loss"]  # type: ignore[no-any-return]
-
-            def configure_optimizers(self) -> torch.optim.Optimizer:
-                return torch.optim.SGD(self.parameters(), lr=LR)
-
-        module = Module()
-        trainer = pl.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        trainer.fit(module, DataLoader(Rows(), batch_size=BATCH))
-    check(result_of(module.model), expected)
-
-
-def test_accelerate(expected: Result) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-        accelerator = accelerate.Accelerator(cpu=True)
-        model = Model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        loader = DataLoader(Rows(), batch_size=BATCH)
-        prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        for batch in loader:
-            optimizer.zero_grad()
-            accelerator.backward(prepared(**batch)["loss"])
-            optimizer.step()
-    check(result_of(model), expected)
-
-
-def test_transformers_trainer(expected: Result, tmp_path: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-        pytest.importorskip("accelerate", reason="accelerate is not installed")
-
-        class Trainer(transformers.Trainer):  # type: ignore[misc, name-defined]
-            def get_train_dataloader(self) -> Any:
-                return DataLoader(Rows(), batch_size=BATCH)
-
-        model = Model()
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            optim="sgd",
-            learning_rate=LR,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            num_train_epochs=1,
-            per_device_train_batch_size=BATCH,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        Trainer(model=model, args=arguments, train_dataset=Rows()).train()
-    check(result_of(model), expected)
 
 
 def test_autocast_with_a_grad_scaler() -> None:
@@ -264,3 +366,8 @@ def test_a_rank_without_a_task_takes_part() -> None:
         return {"loss": losses[0].mean() + (losses[1] * has_labels).mean() + losses[2].mean()}
 
     check(first, loop(model, joined))
+
+
+if __name__ == "__main__":  # a rank of torchrun
+    trainer, output = sys.argv[1:]
+    torch.save(TRAINERS[trainer](output, 2), f"{output}/{os.environ['RANK']}.pt")
