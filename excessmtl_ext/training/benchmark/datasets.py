@@ -7,10 +7,12 @@ A data set of one's own is a Python file with a list ``DATASETS`` of :class:`Dat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from torch.optim import Adam, Optimizer
 
 from excessmtl_ext.data import MultiTaskData
 from excessmtl_ext.models import EncoderHeads
@@ -34,11 +36,12 @@ class Dataset:
         doses: Name -> arguments of the loader. The last one is the noisy one that methods are ranked at.
         epochs: Passes over the training data.
         batch_size: Samples per step.
-        lr: Learning rate of Adam, the same for every method.
+        lr: Learning rate, the same for every method.
         weight_decay: Of Adam, added to the gradient.
         num_train: Training samples; None for all.
         quick: Training samples and epochs of ``--quick``.
         needs_data_root: The data must be on disk; without the folder the data set is left out.
+        make_optimizer: Makes the optimizer from the parameters and the keyword arguments ``lr`` and ``weight_decay``.
     """
 
     key: str
@@ -52,7 +55,8 @@ class Dataset:
     weight_decay: float = 0.0
     num_train: int | None = None
     quick: tuple[int, int] = (2_000, 3)
-    needs_data_root: bool = field(default=False)
+    needs_data_root: bool = False
+    make_optimizer: Callable[..., Optimizer] = Adam
 
     def __post_init__(self) -> None:
         """Checks that there is a dose."""

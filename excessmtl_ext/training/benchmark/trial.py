@@ -163,7 +163,7 @@ class _Run:
         self.tasks: Sequence[Task] = data.tasks
         self.batch_size = dataset.batch_size
         self.should_stop = should_stop
-        self.optimizer = torch.optim.Adam(
+        self.optimizer = dataset.make_optimizer(
             model.parameters(), lr=dataset.lr, weight_decay=dataset.weight_decay
         )
         self.indices = torch.arange(len(data.train))
