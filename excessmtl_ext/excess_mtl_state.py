@@ -11,7 +11,14 @@ from torch import Tensor
 from excessmtl_ext.balancer import Balancer
 from excessmtl_ext.extra_state import Fields, are_equal_sizes
 from excessmtl_ext.gradient_sizes import Combination
-from excessmtl_ext.state import MoveState, ParamLayout, init_move_state, init_state, padded_numel
+from excessmtl_ext.state import (
+    MoveState,
+    ParamLayout,
+    StepState,
+    init_move_state,
+    init_state,
+    padded_numel,
+)
 from excessmtl_ext.step import TaskGrads
 
 if TYPE_CHECKING:
@@ -43,6 +50,7 @@ class ExcessMTLState(Balancer):
     robust_step_size: float | None
     gradient_momentum: float
     combination: Combination | None
+    min_weight: float | tuple[float, ...]
     priorities: tuple[float, ...] | None
     state_dtype: torch.dtype | None
     _parallel: DataParallel | None
@@ -90,8 +98,19 @@ class ExcessMTLState(Balancer):
         )
         if self.priorities is not None:
             state.log_task_weights.copy_(move.log_priorities)
-            state.task_weights.copy_(self.weight_total * move.log_priorities.exp())
+        self._set_first_weights(state, move)
         return {**state._asdict(), **move._asdict()}
+
+    def _set_first_weights(self, state: StepState, move: MoveState) -> None:
+        """Sets the weights from the log-weights and the floors, as a step does."""
+        shares = state.log_task_weights.exp()
+        if isinstance(self.min_weight, tuple):
+            shares = (1.0 - move.weight_floors.sum()) * shares + move.weight_floors
+        elif self.priorities is not None:  # equal shares are above any floor
+            shares = (1.0 - self.num_tasks * self.min_weight) * shares + self.min_weight
+        else:
+            return
+        state.task_weights.copy_(self.weight_total * shares)
 
     def _own_dtype(self) -> torch.dtype:
         """Returns the type of S and m for gradients of the parameters' types."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.arguments import refuse_fake, shortened
-from excessmtl_ext.passes.per_task import flat_rows
+from excessmtl_ext.passes.per_task import flat_rows, raise_sparse
 from excessmtl_ext.state import ParamLayout
 from excessmtl_ext.step import Step, TaskGrads, WeightingRule
 from excessmtl_ext.step_arguments import as_scale, moves_weights
@@ -152,6 +152,8 @@ def _rows(task_grads: GivenGrads, num_tasks: int) -> list[Row]:
     rows: list[Row] = [
         [None if grad is None else grad.detach() for grad in grads] for grads in task_grads
     ]
+    for row in rows:
+        raise_sparse(row)
     refuse_fake(next((grad for row in rows for grad in row if grad is not None), None))
     num_tensors = max(len(row) for row in rows)
     for task, row in enumerate(rows):

@@ -46,7 +46,7 @@ class TaskRotation:
 
     Attributes:
         waiting: The tasks whose turn is still to come in this round.
-        measured: The tasks whose gradients have a size, as far as the host knows.
+        measured: The tasks whose gradients are known to have a size.
     """
 
     def __init__(self, num_tasks: int, tasks_per_step: int) -> None:
@@ -144,7 +144,7 @@ class RotationEngine(CheaperEngine):
         return step.tasks
 
     def _measure(self, rule: FisherRule, step: Step, turn: Sequence[int], before: Before) -> None:
-        """Measures the gradients of tasks that are here for the first time and whose turn is still to come.
+        """Measures the gradients of tasks that have had none but zeros and whose turn is still to come.
 
         The sum of this step brings all gradients to one size. A pass per such task, one gradient alive at a time.
         """
@@ -152,10 +152,13 @@ class RotationEngine(CheaperEngine):
         unknown = [task for task in step.tasks if task not in rotation.measured]
         if not unknown:
             return
-        later = [task for task in unknown if task not in turn]
+        without = rule.tasks_without_size(unknown)
+        rotation.measured |= set(unknown).difference(without)
         before.keep_whole("tensor_mean_square", "num_tensor_steps")
         parameters = step.shared if self.subset is None else self.subset
-        for task in rule.tasks_without_size(later):
+        for task in without:
+            if task in turn:
+                continue
             root, start = step.roots[task], step.starts[task]
             assert root is not None
             assert start is not None
@@ -166,7 +169,6 @@ class RotationEngine(CheaperEngine):
                 assert rule.layout is not None
                 grads = TaskGrads(flattened(row), rule.layout, [task])
                 rule.take_size(replace(step, tasks=[task], task_grads=grads))
-        rotation.measured |= set(unknown)
 
     def _give_turns_back(self, rule: FisherRule, before: Before, waiting: list[int]) -> None:
         """Makes a step that does not count one that never was, but for its flags and its count.

@@ -88,21 +88,27 @@ def capture_batched(
         retain_graph: Keep the graph for another pass.
 
     Returns:
-        K rows of L gradients, views of L tensors [K, ...].
+        K rows of L gradients, views of L tensors [K, ...]; None for a parameter that is frozen.
 
     Raises:
         RuntimeError: some layer cannot be batched; the graph is whole only with ``retain_graph``.
     """
-    stacked = torch.autograd.grad(
-        list(roots),
-        list(parameters),
-        list(starts),
-        retain_graph=retain_graph,
-        allow_unused=True,
-        is_grads_batched=True,
+    stacked = iter(
+        torch.autograd.grad(
+            list(roots),
+            [parameter for parameter in parameters if parameter.requires_grad],
+            list(starts),
+            retain_graph=retain_graph,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
     )
     num_passes = starts[0].shape[0]
-    columns = [[None] * num_passes if grads is None else grads.unbind() for grads in stacked]
+    none: list[Tensor | None] = [None] * num_passes
+    columns = [
+        none if not parameter.requires_grad or (grads := next(stacked)) is None else grads.unbind()
+        for parameter in parameters
+    ]
     return list(map(list, zip(*columns, strict=True)))
 
 

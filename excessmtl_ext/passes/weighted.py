@@ -12,6 +12,7 @@ from excessmtl_ext.passes.cut import Cut
 from excessmtl_ext.passes.explain import raise_explained
 from excessmtl_ext.passes.heads import HeadGraph
 from excessmtl_ext.passes.per_task import (
+    HeadGrads,
     backward_per_task,
     run_backward,
     uniform_backward,
@@ -60,22 +61,28 @@ def apply_weights(
         uniform_backward(present, starts, step.shared, weight, retain_graph=keep)
         return
     graph = graph or HeadGraph(step.roots, step.shared, finds_borders=head_weights is None)
+    if graph.hides and graph.borders is None:
+        _pass_per_task(step, task_weights, head_weights)
+        return
     if head_weights is not None:
         if graph.heads:
             heads = weighted_starts(starts, step.tasks, head_weights)
             run_backward(present, heads, retain_graph=True, inputs=graph.heads)
         starts = weighted_starts(starts, step.tasks, task_weights)
-        run_backward(present, starts, retain_graph=keep, inputs=step.shared)
+        run_backward(present, starts, retain_graph=keep, inputs=_training(step))
         return
     if graph.borders is not None:
         _pass_weighted_at(graph.borders, present, starts, task_weights, retain_graph=keep)
-    elif graph.hides:
-        _pass_per_task(step, task_weights)
     else:
         if graph.heads:
             run_backward(present, starts, retain_graph=True, inputs=graph.heads)
         starts = weighted_starts(starts, step.tasks, task_weights)
-        run_backward(present, starts, retain_graph=keep, inputs=step.shared)
+        run_backward(present, starts, retain_graph=keep, inputs=_training(step))
+
+
+def _training(step: Step) -> list[Tensor]:
+    """Lists the shared parameters that are not frozen in this step."""
+    return [parameter for parameter in step.shared if parameter.requires_grad]
 
 
 def _apply_at_cut(cut: Cut, step: Step, task_weights: Tensor) -> None:
@@ -138,12 +145,14 @@ def _scaling(
     return scale
 
 
-def _pass_per_task(step: Step, task_weights: Tensor) -> None:
-    """Runs a pass per task, which need not know any head: each gets its own gradient."""
+def _pass_per_task(step: Step, task_weights: Tensor, head_weights: Tensor | None) -> None:
+    """Runs a pass per task, as a pass inside a node cannot be told where to end; weighs heads where asked to."""
+    heads = None if head_weights is None else HeadGrads.of(step.roots, step.shared)
     rows, _ = backward_per_task(
         step.roots,
         step.starts,
         step.shared,
+        heads=heads,
         retain_graph=step.retain_graph,
         copy=step.copy_gradients,
     )
@@ -156,3 +165,5 @@ def _pass_per_task(step: Step, task_weights: Tensor) -> None:
                 total = scaled if total is None else total.add_(scaled)
         if total is not None:
             parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
+    if heads is not None and head_weights is not None:
+        heads.add(head_weights)

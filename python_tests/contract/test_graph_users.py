@@ -352,6 +352,22 @@ def test_hidden_parameters_get_the_right_gradient_or_the_step_is_refused(name, w
     assert_grads(setup.heads, by_hand(reference, setup.heads, setup.head_factors()))
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "function"])
+def test_hidden_parameters_in_a_step_of_one_pass_with_weighted_heads(kind):
+    setup = Setup("task_weights")
+    options = {"num_tasks": 3, "head_weighting": "task_weights"}
+    setup.balancer = published(setup.shared, combine=None, **options)
+    setup.step(*setup.forward())  # the sizes of the gradients are known now
+    for parameter in [*setup.shared, *setup.heads]:
+        parameter.grad = None
+    with setup.balancer.hold_weights():
+        reference, _ = setup.forward()
+        losses, z = hidden_losses(setup, kind, "encoder")
+        setup.step(losses, z)
+    assert_grads(setup.shared, by_hand(reference, setup.shared, setup.balancer.pass_weights()))
+    assert_grads(setup.heads, by_hand(reference, setup.heads, setup.head_factors()))
+
+
 # ---- steps that only apply weights
 
 

@@ -220,6 +220,17 @@ def test_weights_stay_within_their_bounds_over_20_000_steps():
 # ---- priorities and floors
 
 
+@pytest.mark.parametrize("step_size", [None, 0.01])
+@pytest.mark.parametrize(
+    ("floors", "want"), [(0.1, [0.52, 0.24, 0.24]), ((0.0, 0.0, 0.5), [0.3, 0.1, 0.6])]
+)
+def test_the_first_weights_have_their_floors(step_size, floors, want):
+    balancer = ExcessMTL(
+        num_tasks=3, priorities=(6, 2, 2), min_weight=floors, robust_step_size=step_size
+    )
+    assert balancer.task_weights.tolist() == pytest.approx(want)
+
+
 def test_the_weights_of_like_tasks_are_proportional_to_the_priorities():
     grads = stream(400, 1).expand(-1, 3, -1)
     for options in ({}, {"robust_step_size": 0.5}):

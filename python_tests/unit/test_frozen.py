@@ -128,6 +128,23 @@ def test_one_frozen_midway_rests_and_the_others_train_on(name: str) -> None:
     assert balancer.num_calls == 7
 
 
+@pytest.mark.parametrize("options", [{"update_every": 2}, {"batched": True}], ids=str)
+def test_one_frozen_midway_rests_where_one_pass_serves_all_tasks(options: dict[str, Any]) -> None:
+    net = Net()
+    shared = net.trained()
+    balancer = ExcessMTL(shared, num_tasks=3, head_weighting="task_weights", **options)
+    run(net, balancer, num_steps=1)
+    shared[0].requires_grad_(False)
+    shared[0].grad = None
+    net.zero_grad()
+    inputs = torch.randn(8, 6)
+    z = net.encoder(inputs)
+    balancer.backward([(head(z) - 1).square().mean() for head in net.heads], features=z)
+    assert shared[0].grad is None
+    assert all(each.grad is not None and bool(each.grad.any()) for each in shared[1:])
+    assert balancer.backward_mode.startswith("one vectorised") == ("batched" in options)
+
+
 def test_one_of_the_subset_frozen_midway_rests() -> None:
     net = Net()
     balancer = MAKERS["subset"](net, net.trained())

@@ -41,6 +41,12 @@ def test_other_sizes_and_numbers_are_refused() -> None:
         checked_rows([[torch.ones(2), None], [torch.ones(2)]], 2, layout)
 
 
+def test_sparse_gradients_are_refused_by_name() -> None:
+    sparse = torch.eye(2).to_sparse()
+    with pytest.raises(ValueError, match=r"number 1, of shape \[2, 2\], is sparse"):
+        checked_rows([[torch.ones(2), sparse], []], 2, None)
+
+
 def test_what_the_method_does_not_require_is_not_looked_at() -> None:
     balancer = GroupDRO(num_tasks=2)
     step = read_given(balancer, "no gradients", [torch.tensor(1.0), torch.tensor(2.0)], 8.0)  # type: ignore[arg-type]

@@ -110,6 +110,26 @@ def test_sizes_of_a_step_that_does_not_count_are_forgotten(nonfinite: NonFinite)
     assert bool((balancer.num_tensor_steps == 1).all())
 
 
+def test_a_task_that_begins_late_is_measured_before_its_turn_also_after_loading() -> None:
+    """A task of zeros has no size, and without one it would weigh nothing until its turn."""
+    slopes = torch.eye(3)
+    for loads in (False, True):
+        shared = torch.nn.Parameter(torch.zeros(3))
+        balancer = ExcessMTL([shared], num_tasks=3, tasks_per_step=1)
+        balancer.backward([slopes[0] @ shared, slopes[1] @ shared, 0.0 * shared.sum()])
+        if loads:
+            state, balancer = (
+                balancer.state_dict(),
+                ExcessMTL([shared], num_tasks=3, tasks_per_step=1),
+            )
+            balancer.load_state_dict(state)
+        shared.grad = None
+        balancer.backward([slope @ shared for slope in slopes])
+        assert balancer.num_task_steps.tolist() == [1, 1, 0]
+        assert shared.grad is not None
+        torch.testing.assert_close(shared.grad, torch.full((3,), 1 / 3))
+
+
 def test_a_task_is_measured_once_also_after_loading() -> None:
     problem = make_problem()
     balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3, tasks_per_step=1)
