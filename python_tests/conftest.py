@@ -34,6 +34,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="as --all, but for the tests that passed in the last run",
     )
+    parser.addoption(
+        "--probes",
+        type=int,
+        default=60,
+        metavar="N",
+        help="so many seeded probes in test_probes.py, by default 60",
+    )
+    parser.addoption(
+        "--first-probe",
+        type=int,
+        default=0,
+        metavar="SEED",
+        help="the seed of the first probe, by default 0",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
