@@ -106,6 +106,7 @@ class CompiledStep:
         everything = (*(balancer.shared_parameters or ()), *self._others)
         is_whole = all(parameter.requires_grad for parameter in everything)  # none is frozen now
         if self._obstacle is None and kind in self._kinds and is_whole:
+            balancer.follow(None)  # the graph's outputs are contiguous
             moves = balancer.num_calls % balancer.update_every == 0 and not balancer.holds_weights
             try:
                 losses, grads, tasks = self._run_graph(batch, kind, moves=moves)

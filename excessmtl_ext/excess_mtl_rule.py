@@ -31,6 +31,7 @@ class ExcessMTLRule(ExcessMTLState):
     """What the engines ask of :class:`excessmtl_ext.ExcessMTL`."""
 
     requires = frozenset({"task_grads"})
+    follows_order = True
 
     max_log_ratio: float
     fisher: Fisher
@@ -84,6 +85,8 @@ class ExcessMTLRule(ExcessMTLState):
     def ready_state(self, step: Step) -> tuple[StepState, StepOptions]:
         """Returns the state and the options for the gradients of ``step``; the first ones size the state."""
         grads = step.task_grads
+        if step.order is not self.order:
+            self.follow(step.order)
         first = next((grad for grad in grads.tensors if grad.numel() > 0), self.task_weights)
         sums = self.sq_grad_sum
         if (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext.balancer import Balancer
+from excessmtl_ext.dense_order import DenseOrder, reordered
 from excessmtl_ext.extra_state import Fields, are_equal_sizes
 from excessmtl_ext.gradient_sizes import Combination
 from excessmtl_ext.state import (
@@ -147,12 +148,29 @@ class ExcessMTLState(Balancer):
                 tensor = tensor.new_zeros(self.num_tasks, layout.padded_numel)
             self.put_back({name: tensor.to(stored)})  # float64 holds all that float32 does
 
+    def follow(self, order: DenseOrder | None) -> None:
+        """Brings S and m into the order of the gradients to come, in new memory where it is another one."""
+        if order != self.order:
+            own = {name: getattr(self, name) for name in _PER_ELEMENT}
+            self.put_back(
+                {
+                    name: reordered(each, self.order, order)
+                    for name, each in own.items()
+                    if each.shape[1] > 0
+                }
+            )
+        super().follow(order)
+
     # ---- saving and loading
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _PER_ELEMENT if self.order is not None else ():
+            saved = destination.get(prefix + name)
+            if saved is not None and saved.shape[1] > 0:
+                destination[prefix + name] = reordered(saved, self.order, None)
         if self._parallel is not None and prefix + "sq_grad_sum" in destination:
             for name in _PER_ELEMENT:
                 entries = self._parallel.exported(name, destination.pop(prefix + name))
@@ -211,7 +229,9 @@ class ExcessMTLState(Balancer):
         """Keeps float64 of S and m where the balancer has no parameters; else the type of the state decides."""
         if name in _PER_ELEMENT and self.layout is None and self.state_dtype is None:
             return saved if saved.dtype == torch.float64 else saved.float()
-        return super()._in_own_type(name, saved)
+        saved = super()._in_own_type(name, saved)
+        is_ordered = name in _PER_ELEMENT and self.order is not None and saved.shape[1] > 0
+        return reordered(saved, None, self.order) if is_ordered else saved
 
 
 def _kept(entries: dict[str, Tensor], sizes: list[int], keep: list[int]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from excessmtl_ext.dense_order import DenseOrder
 from excessmtl_ext.state import ParamLayout, StepOptions, StepState
 
 WeightScale = Literal["simplex", "num_tasks"]
@@ -97,6 +98,7 @@ class Step:
         moves_weights: Whether this step moves the weights or only applies them.
         retain_graph: Keep the graphs of the losses for another backward pass.
         copy_gradients: Copy the gradients of each pass before the next one.
+        order: In which order of their elements ``task_grads`` and targets are seen; None: the contiguous one.
         task_grads: The gradients, for rules that require them; set by the engine.
     """
 
@@ -112,6 +114,7 @@ class Step:
     moves_weights: bool = True
     retain_graph: bool = False
     copy_gradients: bool = False
+    order: DenseOrder | None = None
     task_grads: TaskGrads = NO_TASK_GRADS
 
     def keep_only(self, task: int) -> None:
@@ -152,6 +155,8 @@ class WeightingRule(Protocol):
     """Weights move on every so many calls."""
     holds_weights: bool
     """Whether steps only apply the weights for the time being."""
+    follows_order: bool
+    """Whether its state takes the order in which the parameters lie in memory."""
     copy_gradients: bool
     """Whether the gradients of each pass are copied before the next one."""
     frozen_parameters: dict[int, Tensor]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from excessmtl_ext import functional
+from excessmtl_ext.dense_order import DenseOrder
 from excessmtl_ext.saved_state import StateModule
 from excessmtl_ext.state import ParamLayout, init_state
 from excessmtl_ext.step import Step, Targets
@@ -46,6 +47,12 @@ class WeightingMethod(StateModule, ABC):
     needs_features: bool = False
     """Whether ``backward`` must be given ``features``."""
 
+    follows_order: bool = False
+    """Whether the state takes the order in which the parameters lie in memory."""
+
+    order: DenseOrder | None = None
+    """In which order of a parameter's elements such a state lies; None: the contiguous one, as in ``state_dict``."""
+
     has_uniform_weights: bool = False
     """Whether all weights are equal, whatever happens."""
 
@@ -80,6 +87,10 @@ class WeightingMethod(StateModule, ABC):
             "num_skipped_steps": state.num_skipped_steps,
             "found_nonfinite": state.found_nonfinite,
         }
+
+    def follow(self, order: DenseOrder | None) -> None:
+        """Brings the state into the order of the gradients to come; called where ``follows_order``."""
+        self.order = order
 
     @abstractmethod
     def update(self, step: Step) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from excessmtl_ext.dense_order import order_of
 from excessmtl_ext.engines.heap_pin import LEAST_NUMEL, HeapPin
 from excessmtl_ext.engines.undo import all_or_nothing
 from excessmtl_ext.passes.cut import Cut
 from excessmtl_ext.passes.heads import HeadGraph
-from excessmtl_ext.passes.per_task import GradRows, HeadGrads, backward_per_task
+from excessmtl_ext.passes.per_task import GradRows, HeadGrads, backward_per_task, flat_rows
 from excessmtl_ext.passes.stacked import Stacker
 from excessmtl_ext.passes.targets import assign_grads, combine_targets
 from excessmtl_ext.passes.vectorised import EncoderPasses
@@ -75,16 +76,21 @@ class ExactEngine:
         grads, heads = self._passes(step, keep_heads=rule.head_weighting == "task_weights")
         with torch.no_grad():
             assert rule.layout is not None
+            if rule.follows_order and not all(map(Tensor.is_contiguous, step.shared)):
+                step.order = order_of(step.shared)
+            if step.order is not None:
+                rows = list(map(step.order.seen, grads.rows))
+                grads = GradRows(rows, flat_rows(rows))
             step.task_grads = TaskGrads(grads.tensors, rule.layout, range(rule.num_tasks))
             show_gradients(rule, step)
             if rule.nonfinite == "raise":
                 update_or_raise(rule, step)
-            targets = combine_targets(step.shared, grads.rows)
+            targets = combine_targets(step.shared, grads.rows, step.order)
             if rule.nonfinite == "raise":
                 rule.combine(step, targets)
             else:
                 update_and_combine(rule, step, targets)
-            assign_grads(step.shared, targets)
+            assign_grads(step.shared, targets, step.order)
             if heads is not None:
                 heads.add(rule.head_weights())
         if rule.num_tasks * rule.layout.num_params >= LEAST_NUMEL:

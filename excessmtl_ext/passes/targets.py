@@ -10,6 +10,7 @@ from operator import attrgetter, is_not
 import torch
 from torch import Tensor
 
+from excessmtl_ext.dense_order import DenseOrder
 from excessmtl_ext.step import Targets
 
 _grad_of = attrgetter("grad")
@@ -20,12 +21,14 @@ def _are_given(grads: Sequence[Tensor | None]) -> Iterator[bool]:
 
 
 def combine_targets(
-    shared: Sequence[Tensor], task_grads: Sequence[Sequence[Tensor | None]]
+    shared: Sequence[Tensor],
+    task_grads: Sequence[Sequence[Tensor | None]],
+    order: DenseOrder | None = None,
 ) -> Targets:
     """Chooses what the weighted sum is written to: ``.grad`` where one is, else a gradient that is no longer needed.
 
     ``task_grads``: a row of L gradients per task, whose memory may be written; None where the task
-    did not reach the parameter.
+    did not reach the parameter. With ``order`` they are seen in it, and so are the targets.
     """
     if not any(_are_given(list(map(_grad_of, shared)))) and _may_be_written(task_grads[0]):
         return Targets(list(task_grads[0]), False)  # type: ignore[arg-type]
@@ -39,15 +42,20 @@ def combine_targets(
         for parameter, task in zip(shared, tasks, strict=True)
         if task is not None
     )
+    grads_now = list(map(_grad_of, shared))
+    if order is not None:
+        grads_now = order.seen(grads_now)
     uses = {task: Counter(map(_storage_of, task_grads[task])) for task in used_tasks}
     outputs: list[Tensor] = []
     for index, (parameter, task) in enumerate(zip(shared, tasks, strict=True)):
         if task is None:
             outputs.append(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
         elif parameter.grad is not None:
-            outputs.append(parameter.grad.contiguous())
+            outputs.append(grads_now[index].contiguous())  # type: ignore[union-attr]
         elif accumulate:
-            outputs.append(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
+            zeros = torch.zeros_like(parameter)
+            seen = zeros if order is None else zeros.permute(order.permutations[index])
+            outputs.append(seen.contiguous())
         else:
             grad = task_grads[task][index]
             assert grad is not None
@@ -86,9 +94,12 @@ def fills_its_storage(grad: Tensor) -> bool:
     return grad.untyped_storage().nbytes() <= grad.numel() * grad.element_size()
 
 
-def assign_grads(shared: Sequence[Tensor], targets: Targets) -> None:
+def assign_grads(
+    shared: Sequence[Tensor], targets: Targets, order: DenseOrder | None = None
+) -> None:
     """Makes the written targets of :func:`combine_targets` the ``.grad`` of their parameters."""
-    for parameter, output in zip(shared, targets.outputs, strict=True):
+    outputs = targets.outputs if order is None else order.undone(targets.outputs)
+    for parameter, output in zip(shared, outputs, strict=True):
         if output.shape != parameter.shape:
             if output.numel() == 0:
                 continue  # no task reached it

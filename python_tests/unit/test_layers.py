@@ -14,7 +14,7 @@ PACKAGE = Path(excessmtl_ext.__file__).parent
 
 LAYERS = (
     {"arguments", "_build_facts", "_extension", "_ctrl_c"},
-    {"state", "stochastic_rounding"},
+    {"state", "stochastic_rounding", "dense_order"},
     {"gradient_sizes", "bounded_moves", "reference_rows", "reference"},
     {"op_calls", "gpu_support", "composed_ops", "functional", "op_arguments"},
     {"step", "step_arguments", "unfit_parameters", "skips", "self_test"},

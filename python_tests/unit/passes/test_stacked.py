@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def both(
     make: Callable[[], nn.Module],
     run: Run = plainly,
     dtype: torch.dtype = torch.float64,
-    **options: object,
+    **options: Any,
 ) -> tuple[ExcessMTL, nn.Module]:
     """Takes three steps with and without ``batched="stacked"`` and compares gradients and weights.
 
@@ -285,7 +286,7 @@ def test_gradients_that_a_node_hands_over_changed_are_seen_changed():
 def test_frozen_weights_and_weights_of_heads_are_left_alone():
     def make() -> nn.Module:
         encoder = deep(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3))
-        encoder[1].weight.requires_grad_(requires_grad=False)
+        encoder[1].weight.requires_grad = False
         return encoder
 
     balancer, encoder = both(make)
@@ -300,7 +301,7 @@ def test_a_parameter_frozen_after_the_forward_pass():
     balancer.backward(losses_of(encoder)[1])
     _, losses = losses_of(encoder)
     heads = [leaf for loss in losses for leaf in leaves(loss) if leaf.dim() == 1]
-    next(leaf for leaf in heads if leaf.numel() == 2).requires_grad_(requires_grad=False)
+    next(leaf for leaf in heads if leaf.numel() == 2).requires_grad = False
     encoder.zero_grad()
     balancer.backward(losses)
     assert "frozen after the forward pass" in balancer.backward_mode
