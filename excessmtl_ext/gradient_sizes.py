@@ -159,8 +159,27 @@ def pass_ratios(mean_square: Tensor, num_tensor_steps: Tensor, layout: ParamLayo
 
     A task without a size weighs nothing beside those that have one: its unit would decide how much.
     """
+    if mean_square.shape[1] == 1 and mean_square.device.type == "cpu":
+        return _ratios_of_one_tensor(mean_square, num_tensor_steps, layout)
     numels = _numels(layout, mean_square.device)
     mean = (mean_square @ numels) / num_reached_params(num_tensor_steps, layout).clamp(min=1.0)
     largest, has_size = mean.amax(), mean > 0
     without = torch.where(largest > 0, 0.0, 1.0)
     return torch.where(has_size, largest / torch.where(has_size, mean, 1.0), without).sqrt()
+
+
+def _ratios_of_one_tensor(
+    mean_square: Tensor, num_tensor_steps: Tensor, layout: ParamLayout
+) -> Tensor:
+    """Does the same, to the bit, without ten operations on a handful of numbers, dear beside a small step."""
+    (numel,) = layout.numels
+    means = [
+        square * numel / (max(float(numel), 1.0) if steps > 0 else 1.0)
+        for square, steps in zip(
+            mean_square[:, 0].tolist(), num_tensor_steps[:, 0].tolist(), strict=True
+        )
+    ]
+    largest = math.nan if any(map(math.isnan, means)) else max(means)
+    without = 0.0 if largest > 0 else 1.0
+    ratios = [math.sqrt(largest / mean) if mean > 0 else without for mean in means]
+    return mean_square.new_tensor(ratios)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 import torch
+from _asserts import assert_equal_bits
 from _inputs import make_problem
 from torch import Tensor, nn
 
 from excessmtl_ext import ExcessMTL, gradient_sizes
+from excessmtl_ext.state import ParamLayout
 
 UNITS = (1e3, 1e-3, 1.0)
 
@@ -204,3 +207,27 @@ def test_a_state_without_the_new_entries_loads_and_starts_them_fresh():
     assert not bool(other.risk_share_sum.any())
     other.backward(problem.losses())
     assert int(other.num_steps) == 4
+
+
+@pytest.mark.parametrize(
+    ("squares", "steps"),
+    [
+        ([2.0, 0.5, 1e-30], [3, 1, 7]),
+        ([2.0, 0.0, 0.7], [3, 0, 7]),
+        ([0.0, 0.0, 0.0], [0, 0, 0]),
+        ([2.0, math.inf, 0.3], [3, 1, 7]),
+        ([2.0, math.nan, 0.0], [3, 1, 0]),
+        ([1e300, 1e-300, 1e308], [3, 1, 2]),
+    ],
+)
+def test_one_tensor_gives_the_bits_of_several(squares, steps):
+    """A second tensor without elements takes the road of several and adds nothing."""
+    one = torch.tensor(squares, dtype=torch.float64)[:, None]
+    counts = torch.tensor(steps)[:, None]
+    found = gradient_sizes.pass_ratios(one, counts, ParamLayout([77]))
+    expected = gradient_sizes.pass_ratios(
+        torch.cat([one, torch.zeros_like(one)], dim=1),
+        torch.cat([counts, torch.zeros_like(counts)], dim=1),
+        ParamLayout([77, 0]),
+    )
+    assert_equal_bits([found], [expected])
