@@ -98,19 +98,17 @@ def _is_traced(tensor: Tensor) -> bool:
 class _Split(torch.autograd.Function):
     """T copies of K features, task-major; the backward pass is a step."""
 
+    # A setup_context() would cost 0.1 ms a call, and serve transforms that a step in a backward pass is none for.
     @staticmethod
-    def forward(node_pass: NodePass, *features: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, node_pass: NodePass, *features: Tensor) -> tuple[Tensor, ...]:
+        ctx.node_pass = node_pass
+        ctx.save_for_backward(*features)
+        ctx.set_materialize_grads(False)  # None tells that a task is absent
         return tuple(
             feature.view_as(feature)
             for _ in range(node_pass.rule.num_tasks)
             for feature in features
         )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.node_pass, *features = inputs
-        ctx.save_for_backward(*features)
-        ctx.set_materialize_grads(False)  # None tells that a task is absent
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
