@@ -37,16 +37,20 @@ from excessmtl_ext.state import (
 
 
 def lay_out(
-    plan: ops.ArgumentPlan, device: torch.device, given: dict[str, Any]
+    plan: ops.ArgumentPlan, device: torch.device, given: dict[str, Any], *, by_sizes: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the positional and the keyword arguments of an op, from the sources that a plan numbers."""
+    """Returns the positional and the keyword arguments of an op, from the sources that a plan numbers.
+
+    With ``by_sizes`` the sizes of the parameters are a list and not a tensor.
+    """
     layout, options = given.get("layout"), given.get("options") or ops.DEFAULT_OPTIONS
     move, moves = given.get("move"), given.get("moves") or ops.PLAIN
+    sizes = layout and (list(layout.numels) if by_sizes else layout.param_numels)
     sources = (
         given,
         given.get("state") or ops.NO_STATE,
         options,
-        (layout.param_numels, layout.chunk_maps[device]) if layout is not None else (),
+        () if layout is None else (sizes, layout.chunk_maps[device]),
         (options[0] == "sqrt",),
         move or ops.NO_MOVE,
         (move.weight_floors if move is not None and moves.has_floors else None,),
@@ -74,9 +78,13 @@ def _call(
         name = name or twin.__name__
         _PLANS[twin] = ops.find_op(name), ops.plan_arguments(name, frozenset(given))
     run, plan = _PLANS[twin]
-    positional, keywords = lay_out(plan, device, given)
+    by_sizes, is_traced = False, torch.compiler.is_compiling()
+    if is_traced and device.type in ops.SIZES_IN_GRAPHS_ON:
+        sized = ops.WITH_SIZES[name or twin.__name__]
+        run, by_sizes = sized or run, sized is not None
+    positional, keywords = lay_out(plan, device, given, by_sizes=by_sizes)
     run(*positional, **keywords)
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if is_traced or torch.is_inference_mode_enabled():
         return
     # The dispatcher tells autograd of what torch's own ops write, so that a tensor it has saved is an error.
     written = [positional[index] for index in plan.written]

@@ -28,6 +28,10 @@ COMPOSED_ON = frozenset({"cuda"})
 """Types of devices whose ops do not know ``move``, squares and weights [T, L]: :mod:`excessmtl_ext.composed_ops`."""
 
 
+SIZES_IN_GRAPHS_ON = frozenset({"cuda"})
+"""Types of devices where a compiled graph holds sizes instead of a tensor on the CPU, which ends a CUDA graph."""
+
+
 def find_op(name: str) -> Any:
     """Returns the compiled op of this name."""
     return getattr(torch.ops.excessmtl_ext, name).default
@@ -124,5 +128,35 @@ def _fake_of(name: str) -> Callable[..., None]:
     return fake
 
 
+_SIZED = torch.library.Library("excessmtl_ext", "FRAGMENT")
+_sizes_of = functools.lru_cache(maxsize=64)(lambda numels: torch.tensor(numels, dtype=torch.int64))
+
+
+def _with_sizes(name: str) -> Any:
+    """Defines the overload ``sizes`` of an op, with ``int[] param_numels``; None for an op without them."""
+    op = find_op(name)
+    names = [each.name for each in op._schema.arguments]
+    if "param_numels" not in names:
+        return None
+    schema = str(op._schema).removeprefix("excessmtl_ext::")
+    schema = schema.replace(f"{name}(", f"{name}.sizes(", 1)
+    schema = schema.replace("Tensor param_numels", "int[] param_numels", 1)
+    position = names.index("param_numels")
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        sizes = _sizes_of(tuple(args[position]))
+        op(*args[:position], sizes, *args[position + 1 :], **kwargs)
+
+    _SIZED.define(schema)
+    _SIZED.impl(f"{name}.sizes", run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"excessmtl_ext::{name}.sizes", _fake_of(name), lib=_SIZED)
+    return getattr(torch.ops.excessmtl_ext, name).sizes
+
+
 for _name in _extension.OP_NAMES if _extension.ops_available else ():
     torch.library.register_fake(f"excessmtl_ext::{_name}", _fake_of(_name))
+
+WITH_SIZES = {
+    name: _with_sizes(name) for name in (_extension.OP_NAMES if _extension.ops_available else ())
+}
+"""The overloads that take sizes, by the name of the op; None for those that need none."""

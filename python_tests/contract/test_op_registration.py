@@ -7,7 +7,7 @@ import torch
 from _asserts import assert_equal_bits
 from test_fused_step import sample_args
 
-from excessmtl_ext import _extension
+from excessmtl_ext import _extension, op_calls
 from excessmtl_ext import functional as F
 from excessmtl_ext.functional import MoveOptions, StepState, init_move_state
 from excessmtl_ext.op_arguments import op_arguments
@@ -48,7 +48,37 @@ def test_op_passes_opcheck(name, moves, device):
         running_sum=torch.zeros(layout.padded_numel, device=device),
         running_log_max=torch.zeros((), dtype=torch.float64, device=device),
     )
-    torch.library.opcheck(getattr(torch.ops.excessmtl_ext, name).default, args, kwargs)
+    op, sized = getattr(torch.ops.excessmtl_ext, name).default, op_calls.WITH_SIZES[name]
+    torch.library.opcheck(op, args, kwargs)
+    names = [each.name for each in op._schema.arguments]
+    assert (sized is None) == ("param_numels" not in names)
+    if sized is not None:
+        place = names.index("param_numels")
+        args = (*args[:place], list(layout.numels), *args[place + 1 :])
+        torch.library.opcheck(sized, args, kwargs)
+
+
+@pytest.mark.parametrize("by_sizes", [False, True], ids=["tensor", "sizes"])
+def test_a_graph_holds_sizes_where_a_tensor_on_the_cpu_would_split_it(by_sizes, monkeypatch):
+    monkeypatch.setattr(op_calls, "SIZES_IN_GRAPHS_ON", frozenset({"cpu"} if by_sizes else ()))
+    layout, options, eager, grads = sample_args("cpu")
+    traced = StepState(*[tensor.clone() for tensor in eager])
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    F.fused_step_(grads, layout, eager, options)
+    torch.compile(F.fused_step_, backend=kept, fullgraph=True)(grads, layout, traced, options)
+    assert_equal_bits(traced, eager)
+    (call,) = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert call.target == (
+        torch.ops.excessmtl_ext.fused_step_.sizes
+        if by_sizes
+        else torch.ops.excessmtl_ext.fused_step_.default
+    )
+    assert (call.args[1] == list(layout.numels)) == by_sizes
 
 
 def test_compiled_step_has_no_graph_break_and_equals_eager(device):
