@@ -170,16 +170,21 @@ def measure(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def wall_seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
-    """Mean wall clock of ``count`` calls in a row, the device's work included: what a training loop waits for."""
+def step_seconds(
+    step: Callable[[], object],
+    count: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Mean time by ``clock`` of ``count`` calls in a row, the device's work included: what a loop waits for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(count):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / count
+    return (clock() - begin) / count
 
 
 def measure_steps(
@@ -191,6 +196,7 @@ def measure_steps(
     budget_s: float,
     min_rounds: int = 5,
     on_round: Callable[[int], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Times training steps in turn, round after round.
 
@@ -206,6 +212,7 @@ def measure_steps(
         budget_s: No round begins after this wall clock, but ``min_rounds`` there are.
         min_rounds: Rounds whatever the budget, at most ``rounds``.
         on_round: Called after each round with the rounds so far.
+        clock: In seconds; ``time.process_time`` on a CPU that other programs use, too.
 
     Returns:
         Name to timing, all with equally many samples.
@@ -214,8 +221,8 @@ def measure_steps(
     is_short = {}
     for name, step in steps.items():
         period = periods.get(name, 1)
-        wall_seconds(step, 2, device)  # makes optimizer state, faults pages in, chooses kernels
-        once = wall_seconds(step, period, device)
+        step_seconds(step, 2, device)  # makes optimizer state, faults pages in, chooses kernels
+        once = step_seconds(step, period, device)
         counts[name] = period * max(1, math.ceil(MIN_STEP_SAMPLE_S / max(once * period, 1e-9)))
         is_short[name] = once < MIN_STEP_SAMPLE_S
     samples: dict[str, list[float]] = {name: [] for name in steps}
@@ -227,7 +234,7 @@ def measure_steps(
         for name in names:
             if is_short[name]:
                 steps[name]()  # untimed: brings the step's own data back into the caches
-            samples[name].append(wall_seconds(steps[name], counts[name], device))
+            samples[name].append(step_seconds(steps[name], counts[name], device, clock))
         names.reverse()  # nobody always follows the same neighbour
         if on_round is not None:
             on_round(round_index + 1)

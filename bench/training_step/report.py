@@ -260,6 +260,7 @@ def make_readme(facts: dict[str, Any], results: Sequence[Measurement]) -> list[s
         f"`{facts['command']}`, {facts['wall_s']:.0f} s. Milliseconds are medians (quartiles) of interleaved samples;",
         "ratios are medians of the ratios within a round. Rows, the lower bound and how memory is measured: see",
         "the head of `bench_training_step.py`. Where the load exceeds the cores, read the fastest samples.",
+        *(["Times are CPU times of the process."] if "--cpu-time" in facts["command"] else []),
         *compared,
         "" if "gpu" in facts else "No CUDA numbers: this run was on a CPU.",
         "",
