@@ -174,11 +174,15 @@ def step_seconds(
     step: Callable[[], object],
     count: int,
     device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> float:
-    """Mean time by ``clock`` of ``count`` calls in a row, the device's work included: what a loop waits for."""
+    """Mean time of ``count`` calls in a row, the device's work included: what a training loop waits for.
+
+    ``clock`` None is the wall's.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    clock = clock or time.perf_counter
     begin = clock()
     for _ in range(count):
         step()
@@ -196,7 +200,7 @@ def measure_steps(
     budget_s: float,
     min_rounds: int = 5,
     on_round: Callable[[int], object] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Times training steps in turn, round after round.
 
@@ -212,7 +216,7 @@ def measure_steps(
         budget_s: No round begins after this wall clock, but ``min_rounds`` there are.
         min_rounds: Rounds whatever the budget, at most ``rounds``.
         on_round: Called after each round with the rounds so far.
-        clock: In seconds; ``time.process_time`` on a CPU that other programs use, too.
+        clock: In seconds; None: the wall's; ``time.process_time`` on a CPU that other programs use, too.
 
     Returns:
         Name to timing, all with equally many samples.
