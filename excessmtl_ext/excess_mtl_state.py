@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -175,6 +176,17 @@ class ExcessMTLState(Balancer):
             for name in _PER_ELEMENT:
                 entries = self._parallel.exported(name, destination.pop(prefix + name))
                 destination.update({prefix + key: value for key, value in entries.items()})
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Returns the attribute in which torch's ``get_model_state_dict`` finds entries such as ``sq_grad_sum.0``."""
+        is_cut = self._parallel is not None and self._parallel.is_sharded
+        return dict.fromkeys(_PER_ELEMENT, "_pieces") if is_cut else {}
+
+    @property
+    def _pieces(self) -> SimpleNamespace:
+        """The names of the entries that a rank saves under ``fully_shard``, as attributes."""
+        places = {str(place): None for place in range(len(self.shared_parameters or ()))}
+        return SimpleNamespace(**{name: SimpleNamespace(**places) for name in _PER_ELEMENT})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

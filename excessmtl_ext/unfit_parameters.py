@@ -22,7 +22,8 @@ def raise_unfit(rule: WeightingRule) -> NoReturn:
         raise ValueError(
             "Expected shared parameters with data, but they are on the meta device: the model got its memory after the "
             "balancer was made, and with it other parameters. Make the balancer after from_pretrained() or to_empty(), "
-            "or give it the new ones: balancer.shared_parameters = list(model.encoder.parameters())."
+            "or give it the new ones: balancer.shared_parameters = list(model.encoder.parameters()). load_state_dict() "
+            "then takes its saved state."
         )
     if not any(parameter.requires_grad for parameter in shared):
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from excessmtl_ext.distributed.dtensors import local_part
+from excessmtl_ext.distributed.dtensors import is_dtensor, local_part
 from excessmtl_ext.distributed.partition import Partition
 from excessmtl_ext.state import segments
 from excessmtl_ext.step import Engine
@@ -68,15 +68,19 @@ def exported(parallel: Partition, name: str, tensor: Tensor) -> dict[str, Tensor
 def imported(parallel: Partition, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Returns a copy of ``state_dict`` in which the sharded state is this rank's part of what was saved.
 
-    Takes what :meth:`exported` gave, also on another number of ranks, and the [T, padded P] of
-    a single process or of :func:`full_state_dict`.
+    Takes what :meth:`exported` gave, also on another number of ranks or gathered by torch's
+    ``full_state_dict``, and the [T, padded P] of a single process or of :func:`full_state_dict`.
     """
     state_dict = dict(state_dict)
     for name in SHARDED_NAMES:
         whole = state_dict.get(prefix + name)
         keys = [f"{prefix}{name}.{index}" for index in range(len(parallel.shared))]
         if keys[0] in state_dict:
-            pieces = [local_part(state_dict.pop(key)).flatten(1) for key in keys]
+            saved = [state_dict.pop(key) for key in keys]
+            pieces = [
+                local_part(piece).flatten(1) if is_dtensor(piece) else _own_part(parameter, piece)
+                for parameter, piece in zip(parallel.shared, saved, strict=True)
+            ]
         elif whole is None or whole.shape[1] == 0 or parallel.reduce == "risks":
             continue
         else:
@@ -91,7 +95,7 @@ def imported(parallel: Partition, state_dict: dict[str, Any], prefix: str) -> di
 
 def _own_pieces(parallel: Partition, whole: Tensor) -> list[Tensor]:
     """This rank's part of one tensor [T, P] or [T, padded P]."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor
 
     if isinstance(whole, DTensor):
         if whole.device_mesh.size() == parallel.ranks.size:
@@ -104,22 +108,28 @@ def _own_pieces(parallel: Partition, whole: Tensor) -> list[Tensor]:
     if not parallel.is_sharded:
         start = parallel.ranks.rank * parallel.shard_numel
         return [torch.cat(split, dim=1)[:, start : start + parallel.shard_numel]]
-    pieces = []
-    for parameter, piece in zip(parallel.shared, split, strict=True):
-        assert isinstance(parameter, DTensor)  # common_mesh has seen to it
-        rows = [
-            local_part(
-                distribute_tensor(
-                    row.reshape(parameter.shape).contiguous(),
-                    parameter.device_mesh,
-                    parameter.placements,
-                    src_data_rank=None,
-                )
-            ).reshape(-1)
-            for row in piece
-        ]
-        pieces.append(torch.stack(rows))
-    return pieces
+    return [
+        _own_part(parameter, piece) for parameter, piece in zip(parallel.shared, split, strict=True)
+    ]
+
+
+def _own_part(parameter: Tensor, piece: Tensor) -> Tensor:
+    """Returns this rank's part [T, n] of the whole state [T, *shape] of one parameter, cut as that is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)  # common_mesh has seen to it
+    rows = [
+        local_part(
+            distribute_tensor(
+                row.reshape(parameter.shape).contiguous(),
+                parameter.device_mesh,
+                parameter.placements,
+                src_data_rank=None,
+            )
+        ).reshape(-1)
+        for row in piece
+    ]
+    return torch.stack(rows)
 
 
 class Saved(Protocol):

@@ -382,7 +382,12 @@ def test_save_pretrained_and_from_pretrained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"on the meta device.*balancer\.shared_parameters = list"):
         loaded.balancer.backward(loaded.losses())
     loaded.balancer.shared_parameters = list(loaded.encoder.parameters())
-    loaded.balancer.load_state_dict(model.balancer.state_dict())
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    loaded.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+    assert_goes_on(model, loaded)
+
+
+def assert_goes_on(model: Any, loaded: Any) -> None:
     for each in (model, loaded):
         each.zero_grad()
         each.balancer.backward(each.losses())
@@ -390,6 +395,30 @@ def test_save_pretrained_and_from_pretrained(tmp_path: Path) -> None:
         list(loaded.balancer.state_tensors().values()),
         list(model.balancer.state_tensors().values()),
     )
+
+
+def test_the_mixin_of_the_hugging_face_hub(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+
+    class Model(nn.Module, hub.PyTorchModelHubMixin):
+        def __init__(self, width: int = 3) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(5, width)
+            self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in range(2))
+            self.balancer = ExcessMTL(self.encoder.parameters(), num_tasks=2)
+
+        def losses(self) -> list[Tensor]:
+            return [head(self.encoder(torch.ones(2, 5))).square().mean() for head in self.heads]
+
+    model = Model(4)
+    for _ in range(3):
+        model.zero_grad()
+        model.balancer.backward(model.losses())
+    model.save_pretrained(tmp_path)
+    loaded = Model.from_pretrained(tmp_path)
+    assert loaded.balancer.num_calls == 3
+    assert_goes_on(model, loaded)
 
 
 # ---- devices, types and modes
