@@ -189,7 +189,12 @@ def tasks_without_labels(rule: WeightingRule, step: Step) -> Tensor | None:
     is_nan = step.losses.isnan()
     for task in set(range(rule.num_tasks)).difference(step.tasks):
         is_nan[task] = False
-    return None if is_nan.device.type == "cpu" and not bool(is_nan.any()) else is_nan
+    return None if can_read(is_nan) and not bool(is_nan.any()) else is_nan
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Returns whether the host may read values without a wait."""
+    return tensor.device.type == "cpu"
 
 
 def gives_nonfinite(step: Step) -> Tensor:

@@ -12,6 +12,7 @@ from _recorded_graph import RecordedGraphs
 from torch import Tensor, nn
 
 from excessmtl_ext import MGDA, ExcessMTL, GraphedStep, GroupDRO, Uniform, graphed_step
+from excessmtl_ext.engines import exact
 
 NUM_TASKS = 3
 Batch = tuple[Tensor, list[Tensor | None]]
@@ -59,6 +60,7 @@ class Training:
     ) -> GraphedStep:
         self.graphs = RecordedGraphs(self.state)
         monkeypatch.setattr(graphed_step, "graphs_for", lambda device: self.graphs)
+        monkeypatch.setattr(exact, "can_read", lambda tensor: False)  # as on a GPU
         return GraphedStep(self.step, example, self.balancer, self.optimizer, **options)
 
 
