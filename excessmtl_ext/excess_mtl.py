@@ -285,7 +285,8 @@ class ExcessMTL(ExcessMTLRule):
             preset: ``"recommended"``: the defaults. ``"official"``: follows the weights of the
                 authors' code (step size 0.01, its default). ``"paper"``: the text as printed (linear
                 Fisher, weights on the simplex); its warm-up is 3 epochs, so ``num_warmup_steps``
-                must be given. docs/estimator.md compares them.
+                must be given. Both add 1e-7 to S, so that the unit of a loss counts where gradients are
+                below some 3e-4; ``eps=2**-126`` undoes that. docs/estimator.md compares them.
             shared_parameters: As for the class.
             **options: ``num_tasks`` and whatever should differ from the set.
 

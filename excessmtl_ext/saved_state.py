@@ -64,6 +64,9 @@ class StateModule(nn.Module):
     layout: ParamLayout | None
     """Sizes of the parameters that the state belongs to, where they are known."""
 
+    weight_total: float
+    """What the weights sum to."""
+
     state_names: tuple[str, ...] = ()
     """Attributes that hold the state, in the order in which it is saved."""
 
@@ -210,6 +213,7 @@ class StateModule(nn.Module):
             self._check_sizes(fields)
             tensors = {name: self._checked(name, each) for name, each in entries.items()}
             differing = self._checked_options(fields)
+            self._check_sum(tensors["task_weights"])
         except ValueError as error:
             return str(error)
         if differing:
@@ -299,6 +303,7 @@ class StateModule(nn.Module):
                 "by a balancer with other tasks, parameters or options; make this one with the same."
             )
         is_narrowed = mine.is_floating_point() and not saved.is_floating_point()
+        is_narrowed |= saved.dtype == torch.bool and mine.dtype != torch.bool
         if is_narrowed or saved.is_complex() or saved.is_quantized or saved.is_meta:
             found = "no data (meta)" if saved.is_meta else saved.dtype
             raise ValueError(damaged(f"`{name}` as {mine.dtype}, but got {found}"))
@@ -309,9 +314,19 @@ class StateModule(nn.Module):
                 damaged(f"`{name}` without {what}, but got {num_bad} of {saved.numel()}")
             )
         is_signed = mine.is_floating_point() and name not in _NEVER_NEGATIVE
+        if name == "task_weights" and "log_task_weights" in self.state_names:
+            is_signed = False
         if not is_signed and bool((saved < 0).any()):
             raise ValueError(damaged(f"`{name}` >= 0, but got {saved.min().item():g}"))
         return self._in_own_type(name, saved)
+
+    def _check_sum(self, weights: Tensor) -> None:
+        """Raises ValueError unless the weights have their sum, to what averages in float16 leave of it."""
+        found = float(weights.sum())
+        if abs(found - self.weight_total) > 1e-2 * self.weight_total:
+            raise ValueError(
+                damaged(f"`task_weights` that sum to {self.weight_total:g}, but got {found:g}")
+            )
 
     def _in_own_type(self, name: str, saved: Tensor) -> Tensor:
         """Returns a saved tensor in the type of the state, rounded to nearest."""

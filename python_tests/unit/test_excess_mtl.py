@@ -131,6 +131,23 @@ def test_state_is_sized_by_the_first_step_and_moves_to_the_gradients(device):
     assert balancer.task_weights.device.type == device.type
 
 
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_the_unit_of_a_loss_counts_under_the_published_eps_alone(preset):
+    def weights(unit: float, **options) -> list[float]:
+        generator = torch.Generator().manual_seed(0)
+        balancer = ExcessMTL.from_preset(
+            preset, num_tasks=2, num_warmup_steps=2, robust_step_size=1.0, **options
+        )
+        for _ in range(20):
+            grads = torch.randn(2, 50, generator=generator, dtype=torch.float64)
+            balancer.update_weights(grads * torch.tensor([[1.0], [unit]], dtype=torch.float64))
+        return balancer.task_weights.tolist()
+
+    for unit in (1e-12, 1e-6, 1e6):
+        assert weights(unit, eps=2**-126) == pytest.approx(weights(1.0, eps=2**-126), rel=1e-9)
+    assert weights(1e-6) != pytest.approx(weights(1.0), rel=0.05)
+
+
 def test_many_tasks_train():
     problem = make_problem(num_tasks=60)
     balancer = published(problem.encoder.parameters(), num_tasks=60, robust_step_size=0.1)
