@@ -146,6 +146,22 @@ def test_the_readme_of_the_bound_follows_from_its_table(monkeypatch: pytest.Monk
     assert len(rows) == 7 * len(bound.SEEDS) * (1 + len(bound.BOUNDS)) * 2 * 2
 
 
+def test_the_readme_of_the_domains_follows_from_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the guide quotes its table."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(REPRODUCTION)
+    domains = importlib.import_module("text_domains")
+    (folder,) = RESULTS.glob("domains_*")
+    facts = json.loads((folder / "environment.json").read_text())
+    lines = domains.make_readme(folder, facts)
+    assert "\n".join(lines).rstrip() + "\n" == (folder / "README.md").read_text()
+    guide = (ROOT / "docs" / "tutorials" / "domains.md").read_text(encoding="utf-8").splitlines()
+    table = domains.example.summary(
+        domains.read(folder / "scores.csv"), domains.read(folder / "speeds.csv")
+    )
+    assert [line for line in table if line not in guide] == []
+
+
 def test_an_estimate_without_bias_leaves_nothing_of_pure_variance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

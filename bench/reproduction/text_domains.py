@@ -1,6 +1,6 @@
 """Runs ``examples/domains.py`` at its full size and writes its tables with their conditions.
 
-    python bench/reproduction/domains.py --output RESULTS     a quarter of an hour on one core; resumes where it stopped
+    python bench/reproduction/text_domains.py --output RESULTS     15 minutes on one core; resumes where it stopped
 
 README.md is made from scores.csv, speeds.csv and text.csv, which tells what text the machine had.
 """
@@ -71,8 +71,10 @@ def make_readme(folder: Path, facts: Mapping[str, Any]) -> list[str]:
         "shuffled:",
         f"`examples/domains.py`. Losses on held-out documents in bits per byte, mean and range over {len(seeds)} "
         "seeds. Speeds are medians of",
-        "steps in turns; DoReMi's excess loss needs a trained reference besides, here the model of Uniform.",
-        "`bench/reproduction/domains.py` writes this folder.",
+        "steps in turns, on a machine that ran other programs, too: compare the ratios. DoReMi's excess loss needs a "
+        "trained reference besides,",
+        "here the model of Uniform.",
+        "`bench/reproduction/text_domains.py` writes this folder.",
         "",
         *example.summary(scores, speeds),
         "",
