@@ -194,7 +194,10 @@ class SizedSum(Balancer):
         """Returns the task's new log-weight, and the size that its gradients are divided by; takes the size in."""
         (task,) = step.tasks
         if not self.brings_to_size:
-            return StreamedWeight(self.stream_log_weight(step))
+            moves = step.moves_weights
+            return StreamedWeight(
+                self.stream_log_weight(step) if moves else self.log_task_weights[task].clone()
+            )
         grads = step.task_grads
         self._size_state(grads.layout, grads.tensors[0].device)
         if not step.moves_weights:
@@ -215,10 +218,10 @@ class SizedSum(Balancer):
 
     def stream_finish(self, step: Step) -> Tensor | None:
         """Moves the weights; returns log-factors [L] of the sum where gradients are brought to one size."""
+        if not step.moves_weights:
+            return None
         if not self.brings_to_size:
             self.move(step, None)
-            return None
-        if not step.moves_weights:
             return None
         self.move(step, self.found_nonfinite.clone())
         return 0.5 * gradient_sizes.largest_sizes(self.tensor_mean_square).log()

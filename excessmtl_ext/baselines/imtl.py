@@ -178,11 +178,15 @@ class IMTL(GramianBalancer):
 
     def head_weights(self) -> Tensor:
         """Returns the scales of the losses, brought to the sum of the weights."""
+        if self.variant == "L":  # weights follow from the scales
+            return self.task_weights
         return self.weight_total * self.log_loss_scales.softmax(0)
 
     def stream_task(self, step: Step) -> StreamedWeight:
         """Returns the task's moved log-scale (``"L"`` alone)."""
         (task,) = step.tasks
+        if not step.moves_weights:
+            return StreamedWeight(self.log_task_weights[task].clone())
         scales = self.log_loss_scales
         loss = step.losses_like(scales).reshape(())
         moved = self._moved(scales[task], loss)
@@ -190,7 +194,8 @@ class IMTL(GramianBalancer):
 
     def stream_finish(self, step: Step) -> None:
         """Moves scales and weights by the losses of the step."""
-        self.update(step)
+        if step.moves_weights:
+            self.update(step)
 
     def options(self) -> dict[str, Any]:
         """See :class:`excessmtl_ext.Balancer`."""

@@ -125,7 +125,7 @@ class SingleTask(Balancer):
 
     def stream_finish(self, step: Step) -> None:
         """Counts the step."""
-        self.num_steps += 1
+        self.num_steps += step.moves_weights
 
     def options(self) -> dict[str, Any]:
         """See :class:`excessmtl_ext.Balancer`."""

@@ -226,9 +226,10 @@ def weights_of_heads(rule: WeightingRule, pass_weights: Tensor) -> Tensor | None
     """Factors [T] of head gradients in a step of one pass: ``pass_weights`` itself where they are equal; None: 1."""
     if rule.head_weighting == "none":
         return None
-    if rule.pass_weights() is rule.task_weights:
+    head_weights = rule.head_weights()
+    if rule.pass_weights() is head_weights:
         return pass_weights
-    return torch.where(rule.found_nonfinite.any(), float("nan"), rule.task_weights)
+    return torch.where(rule.found_nonfinite.any(), float("nan"), head_weights)
 
 
 def update(rule: WeightingRule, step: Step) -> None:

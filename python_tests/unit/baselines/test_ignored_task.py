@@ -35,6 +35,12 @@ MAKERS: dict[str, Callable[..., Balancer]] = {
     "group_dro": lambda parameters, **options: GroupDRO(
         parameters, robust_step_size=0.3, **options
     ),
+    "group_dro_sized": lambda parameters, **options: GroupDRO(
+        parameters, robust_step_size=0.3, combine="per_tensor", **options
+    ),
+    "uniform_sized": lambda parameters, **options: Uniform(
+        parameters, combine="per_tensor", **options
+    ),
     "gradnorm": GradNorm,
     "uncertainty": UncertaintyWeights,
     "dwa": DynamicWeightAverage,
@@ -51,7 +57,7 @@ MAKERS: dict[str, Callable[..., Balancer]] = {
     "imtl_both": lambda parameters, **options: IMTL(parameters, variant="both", **options),
 }
 STREAM = ("group_dro", "imtl_l", "uncertainty", "dwa", "famo", "stch")
-READ_LOSSES = (*STREAM, "gradnorm", "imtl_both", "dbmtl")
+READ_LOSSES = (*STREAM, "group_dro_sized", "gradnorm", "imtl_both", "dbmtl")
 
 
 def ignored(logits: Tensor, labels: Tensor) -> Tensor:

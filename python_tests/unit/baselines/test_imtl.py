@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -198,3 +199,16 @@ def test_wrong_options_raise():
         IMTL(num_tasks=2, variant="g")
     with pytest.raises(ValueError, match="`robust_step_size` > 0, but got 0"):
         IMTL(num_tasks=2, robust_step_size=0)
+
+
+def test_heads_have_the_scales_of_their_losses_also_where_the_weights_are_held() -> None:
+    problem = make_problem()
+    balancer = IMTL(problem.encoder.parameters(), num_tasks=3, head_weighting="task_weights")
+    rows = []
+    for holds in (False, True):
+        problem.zero_grad()
+        with balancer.hold_weights() if holds else nullcontext():
+            balancer.backward(problem.losses())
+        rows.append([head.weight.grad for head in problem.heads])
+    for left, right in zip(*rows, strict=True):
+        torch.testing.assert_close(left, right)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from _asserts import assert_equal_bits
+from _inputs import make_problem
 from _published import published
 from torch import Tensor
 
-from excessmtl_ext import MGDA, GroupDRO
+from excessmtl_ext import IMTL, MGDA, Balancer, ExcessMTL, GroupDRO, SingleTask, Uniform
 
 
 def stream(balancer: object, factors: list[float], shared: Tensor, **options: object) -> None:
@@ -69,3 +73,39 @@ def test_methods_whose_weights_need_all_gradients_do_not_stream() -> None:
         MGDA([shared], num_tasks=2).accumulate(0, shared.sum())
     with pytest.raises(RuntimeError, match=r"Expected accumulate\(\) before finish\(\)"):
         published([shared], num_tasks=2).finish()
+
+
+HOLDS: dict[str, Callable[..., Balancer]] = {
+    "default": ExcessMTL,
+    "group_dro": GroupDRO,
+    "imtl_l": lambda parameters, **options: IMTL(parameters, variant="L", **options),
+    "uniform": Uniform,
+    "single_task": lambda parameters, **options: SingleTask(parameters, task=1, **options),
+}
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_a_streamed_step_that_holds_the_weights_applies_them_and_changes_no_state(
+    name: str,
+) -> None:
+    problem = make_problem()
+    shared = list(problem.encoder.parameters())
+    balancer = HOLDS[name](shared, num_tasks=3)
+
+    def stream() -> None:
+        problem.zero_grad()
+        for task, loss in enumerate(problem.losses()):
+            balancer.accumulate(task, loss, retain_graph=True)
+        balancer.finish()
+
+    stream()
+    before = [tensor.clone() for tensor in balancer.state_tensors().values()]
+    with balancer.hold_weights():
+        stream()
+        streamed = problem.grads()
+        problem.zero_grad()
+        balancer.backward(problem.losses())
+    assert_equal_bits(list(balancer.state_tensors().values()), before)
+    for left, right in zip(streamed, problem.grads(), strict=True):
+        if right is not None:
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
