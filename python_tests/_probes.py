@@ -43,20 +43,24 @@ class Run:
         torch.manual_seed(probe.seed)
         self.net = Net(probe.num_tasks, probe.graph).to(probe.dtype)
         self.balancer = self.made()
-        self.hand = ByHand(
-            probe.num_tasks, [each.shape for each in self.estimated()], self.setting()
-        )
+        self.hand = self.by_hand_from_the_start()
         self.units = [1.0] * probe.num_tasks
         self.calls = 0
         self.waiting = list(range(probe.num_tasks))
 
-    def made(self) -> ExcessMTL:
+    def made(self) -> Any:
+        """Returns a balancer of the probe's options."""
         options = dict(self.probe.options)
         if self.probe.mode in ("features", "split"):
             options["estimate_from"] = "features"
         if "subset" in self.probe.mode:
             options["estimate_from"] = list(self.net.second.parameters())
         return ExcessMTL(self.net.shared(), num_tasks=self.probe.num_tasks, **options)
+
+    def by_hand_from_the_start(self) -> Any:
+        """Returns the method by hand, before its first step."""
+        shapes = [each.shape for each in self.estimated()]
+        return ByHand(self.probe.num_tasks, shapes, self.setting())
 
     def setting(self) -> Setting:
         options = self.probe.options
@@ -330,20 +334,25 @@ class Run:
             _, losses, _ = self.forward(number, present, {})
             first = losses[present[0]]
             assert first is not None
-            wrong = (
-                lambda: balancer.backward(losses[1:]),
-                lambda: balancer.backward([first.detach()] * len(losses)),
-                lambda: balancer.backward([first.expand(2)] * len(losses)),
-                lambda: balancer.accumulate(len(losses), first),
-                lambda: balancer.update_weights([[torch.ones(3)]] * (len(losses) + 1)),
-                lambda: balancer.load_state_dict({}),
-            )
+            wrong = self.wrong_calls(losses, first)
             call = wrong[self.probe.seed % len(wrong)]
             with (
                 self.unchanged(),
                 pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)),
             ):
                 call()
+
+    def wrong_calls(self, losses: list[Tensor | None], first: Tensor) -> list[Callable[[], Any]]:
+        """Returns calls that are errors."""
+        balancer, num = self.balancer, len(losses)
+        return [
+            lambda: balancer.backward(losses[1:]),
+            lambda: balancer.backward([first.detach()] * num),
+            lambda: balancer.backward([first.expand(2)] * num),
+            lambda: balancer.accumulate(num, first),
+            lambda: balancer.update_weights([[torch.ones(3)]] * (num + 1)),
+            lambda: balancer.load_state_dict({}),
+        ]
 
     def take(self, number: int, present: list[int], events: dict[str, int], scale: float) -> None:
         """Takes the step on the network, after one that is interrupted where the events say so."""
@@ -471,7 +480,7 @@ class Run:
             after = balancer.state_dict()
             for name, value in state.items():
                 if name in after and after[name].shape == value.shape and not _counts_skips(name):
-                    assert torch.equal(after[name], value), name
+                    assert_equal_bits([after[name]], [value])
         self.compare_weights()
 
     def compare(
