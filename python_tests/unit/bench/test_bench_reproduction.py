@@ -133,17 +133,25 @@ def test_the_readme_of_the_unbiased_estimates_follows_from_its_tables(
     assert readme == (folder / "README.md").read_text()
 
 
-def test_the_readme_of_the_bound_follows_from_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "table", "num_rows"),
+    [
+        ("bound", "scores.csv", 7 * 3 * 5 * 2 * 2),
+        ("optimizers", "scores.csv", (6 * 5 + 1) * 2 * 3 * 3 * 2),
+        ("report_check", "findings.csv", 384),
+    ],
+)
+def test_the_readme_of_a_study_follows_from_its_table(
+    monkeypatch: pytest.MonkeyPatch, name: str, table: str, num_rows: int
+) -> None:
     monkeypatch.syspath_prepend(REPRODUCTION)
-    bound = importlib.import_module("bound")
-    (folder,) = RESULTS.glob("bound_*")
+    study = importlib.import_module(name)
+    (folder,) = RESULTS.glob(f"{name}_*")
     facts = json.loads((folder / "environment.json").read_text())
-    rows = bound.read_rows(folder / "scores.csv")
-    assert (
-        "\n".join(bound.make_readme(rows, facts)).rstrip() + "\n"
-        == (folder / "README.md").read_text()
-    )
-    assert len(rows) == 7 * len(bound.SEEDS) * (1 + len(bound.BOUNDS)) * 2 * 2
+    rows = study.read_rows(folder / table)
+    readme = "\n".join(study.make_readme(rows, facts)).rstrip() + "\n"
+    assert readme == (folder / "README.md").read_text()
+    assert len(rows) == num_rows
 
 
 def test_the_readme_of_the_domains_follows_from_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
