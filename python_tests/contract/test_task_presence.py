@@ -191,3 +191,26 @@ def test_a_late_task_is_measured_from_its_own_first_gradient():
     assert balancer.num_task_steps.tolist() == [8, 3]
     assert balancer.baseline_excess_risk.tolist() == pytest.approx([4.0, 4.0], rel=1e-5)
     assert balancer.relative_excess_risk.tolist() == pytest.approx([1 / 8, 1 / 3], rel=1e-5)
+
+
+def test_a_gradient_of_zero_midway_is_no_evidence_and_no_size() -> None:
+    """All labels of a task are ignored in a batch: its loss is NaN, and its gradient zero."""
+    problem = make_problem()
+    balancer = ExcessMTL(problem.encoder.parameters(), num_tasks=3)
+    for _ in range(5):
+        problem.zero_grad()
+        balancer.backward(problem.losses())
+    names = (
+        "num_gradient_steps",
+        "risk_share_sum",
+        "tensor_mean_square",
+        "num_tensor_steps",
+        "sq_grad_sum",
+    )
+    before = [getattr(balancer, name)[2].clone() for name in names]
+    problem.zero_grad()
+    losses = problem.losses()
+    balancer.backward([*losses[:2], problem.heads[2](problem.encoder(problem.inputs))[:0].mean()])
+    assert_equal_bits([getattr(balancer, name)[2] for name in names], before)
+    assert int(balancer.num_skipped_steps) == 0
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in problem.encoder.parameters())  # type: ignore[union-attr]
