@@ -260,7 +260,12 @@ def imported(*folders: str) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.partition(".")[0])
-    own = {path.stem for path in (ROOT / "bench").rglob("*") if path.suffix in ("", ".py")}
+    own = {
+        path.stem
+        for folder in ("bench", "examples")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in ("", ".py")
+    }
     names -= set(sys.stdlib_module_names) | own | {"excessmtl_ext", "LibMTL"}  # GitHub only
     return {distributions.get(name, name) for name in names}
 

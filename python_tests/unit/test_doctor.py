@@ -104,6 +104,7 @@ def test_every_registered_op_is_examined() -> None:
         name.removeprefix(prefix)
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith(prefix)
+        and not name.endswith(".sizes")  # in Python, of compiled graphs: they call the op itself
     }
     assert set(self_test.CASES) == registered - {
         "cpu_capability",
