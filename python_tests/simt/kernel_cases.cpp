@@ -874,7 +874,8 @@ std::vector<Case> all_cases() {
        .numels = {5},
        .num_steps = 3,
        .has_absent = true,
-       .nonfinite_step = 1},
+       .nonfinite_step = 2,  // the last task is absent in odd ones
+       .nonfinite_at = 2},
       {.name = "large table",
        .num_tasks = 2,
        .numels = many_tensors(250),
