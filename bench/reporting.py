@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,24 @@ def last_level_cache_bytes() -> int:
 def load_average() -> list[float]:
     """Returns the runnable processes over the last 1, 5 and 15 minutes, this one included; empty where unknown."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
+
+
+def read_rows(table: Path) -> list[dict[str, str]]:
+    """Returns the rows of a CSV file by column; none where there is no file."""
+    if not table.is_file():
+        return []
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_rows(table: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Appends rows to a CSV file, which begins with the names of its columns."""
+    is_new = not table.exists()
+    with table.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from scores.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import sys
@@ -28,7 +27,7 @@ from excessmtl_ext.training.benchmark.methods import Method
 from excessmtl_ext.training.benchmark.trial import Trial, run_trial
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reporting import environment, short_conditions, write_folder
+from reporting import append_rows, environment, read_rows, short_conditions, write_folder
 
 BOUNDS = (0.0, 0.2, 0.35, 0.7)
 SEEDS = (50, 51, 52)
@@ -53,7 +52,7 @@ def main() -> None:
                     continue
                 trial = Trial(key, dataset.ranked_dose, bound, 0, seed)
                 result = run_trial(trial, dataset, _method(bound), data_root=arguments.data_root)
-                _append(table, list(rows_of(result, bound)))
+                append_rows(table, COLUMNS, list(rows_of(result, bound)))
                 print(trial)
     write_folder(arguments.output, make_readme(read_rows(table), facts), environment=facts)
 
@@ -84,21 +83,6 @@ def rows_of(result: Mapping[str, Any], bound: str) -> Iterator[list[Any]]:
             yield [
                 trial["dataset"], trial["dose"], trial["seed"], bound, group, epoch, f"{value:.5f}"
             ]  # fmt: skip
-
-
-def read_rows(table: Path) -> list[dict[str, str]]:
-    """Returns the rows of scores.csv; none where there is no file."""
-    if not table.is_file():
-        return []
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(table: Path, rows: Sequence[Sequence[Any]]) -> None:
-    is_new = not table.exists()
-    with table.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows] if is_new else rows)
 
 
 def make_readme(rows: Sequence[Mapping[str, str]], facts: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ both, or under each method by itself. All else is the benchmark's. README.md is 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import statistics
@@ -32,7 +31,7 @@ from excessmtl_ext.training.benchmark.plan import TUNING_SEED
 from excessmtl_ext.training.benchmark.trial import Trial, run_trial
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reporting import environment, short_conditions, write_folder
+from reporting import append_rows, environment, read_rows, short_conditions, write_folder
 
 METHODS = ("uniform", "excessmtl-recommended")
 SEEDS = (0, 1, 2)
@@ -83,7 +82,7 @@ def main() -> None:
                 for seed in missing:
                     result = _run(setup, methods[method], seed, arguments.data_root)
                     facts_of = [key, setup.ranked_dose, name, setup.lr, method, seed]
-                    _append(table, [[*facts_of, *row] for row in scores_of(result)])
+                    append_rows(table, COLUMNS, [[*facts_of, *row] for row in scores_of(result)])
                     print(f"{key}, {name}, {method}, seed {seed}", flush=True)
     write_folder(arguments.output, make_readme(read_rows(table), facts), environment=facts)
 
@@ -122,21 +121,6 @@ def scores_of(result: Mapping[str, Any]) -> Iterator[list[Any]]:
         for epoch, rows in (("selected", [best]), ("last two", epochs[-2:])):
             score = statistics.fmean(row["scores"]["test"][name] for row in rows for name in names)
             yield [group, epoch, f"{score:.5f}"]
-
-
-def read_rows(table: Path) -> list[dict[str, str]]:
-    """Returns the rows of scores.csv; none where there is no file."""
-    if not table.is_file():
-        return []
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(table: Path, rows: Sequence[Sequence[Any]]) -> None:
-    is_new = not table.exists()
-    with table.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows] if is_new else rows)
 
 
 def gains(

@@ -10,7 +10,6 @@ findings.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from excessmtl_ext.training.benchmark.methods import Method
 from excessmtl_ext.training.benchmark.trial import Trial, run_trial
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reporting import environment, short_conditions, write_folder
+from reporting import append_rows, environment, read_rows, short_conditions, write_folder
 
 SEEDS = (60, 61, 62)
 METHODS: dict[str, Callable[..., Balancer]] = {
@@ -68,7 +67,9 @@ def main() -> None:
                     if (key, dose, str(seed), method) in done:
                         continue
                     trial = Trial(key, dose, method, 0, seed)
-                    _append(table, list(_findings(trial, dataset, arguments.data_root)))
+                    append_rows(
+                        table, COLUMNS, list(_findings(trial, dataset, arguments.data_root))
+                    )
                     print(trial, flush=True)
     write_folder(arguments.output, make_readme(read_rows(table), facts), environment=facts)
 
@@ -101,21 +102,6 @@ def _findings(trial: Trial, dataset: Dataset, data_root: str) -> Iterator[list[A
             f"{found.noise_share or 0.0:.4f}",
             f"{found.gradient_trend or 0.0:.4f}",
         ]
-
-
-def read_rows(table: Path) -> list[dict[str, str]]:
-    """Returns the rows of findings.csv; none where there is no file."""
-    if not table.is_file():
-        return []
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(table: Path, rows: Sequence[Sequence[Any]]) -> None:
-    is_new = not table.exists()
-    with table.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows] if is_new else rows)
 
 
 def make_readme(rows: Sequence[Mapping[str, str]], facts: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ README.md is made from scores.csv, speeds.csv and text.csv, which tells what tex
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import os
 import statistics
@@ -24,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import domains as example  # type: ignore[import-not-found]
-from reporting import environment, short_conditions, write_folder
+from reporting import environment, read_rows, short_conditions, write_folder
 
 NUM_SEEDS = 3
 
@@ -55,15 +54,9 @@ def write_text_sizes(table: Path, settings: example.Settings) -> None:
     example.append(table, ("domain", "train", "test", "digest"), rows)
 
 
-def read(table: Path) -> list[dict[str, str]]:
-    """Returns the rows of a table."""
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def make_readme(folder: Path, facts: Mapping[str, Any]) -> list[str]:
     """Returns README.md: the example's table, and the loss of every domain."""
-    scores, speeds = read(folder / "scores.csv"), read(folder / "speeds.csv")
+    scores, speeds = read_rows(folder / "scores.csv"), read_rows(folder / "speeds.csv")
     seeds = sorted({row["seed"] for row in scores})
     lines = ["# Domains of one language model", "", short_conditions(facts), ""]
     lines += [
@@ -92,7 +85,7 @@ def make_readme(folder: Path, facts: Mapping[str, Any]) -> list[str]:
         "|---|---|---|",
         *(
             f"| {row['domain']} | {int(row['train']):,} | {int(row['test']):,} |"
-            for row in read(folder / "text.csv")
+            for row in read_rows(folder / "text.csv")
         ),
     ]
     return lines

@@ -165,7 +165,7 @@ def test_the_readme_of_the_domains_follows_from_its_tables(monkeypatch: pytest.M
     assert "\n".join(lines).rstrip() + "\n" == (folder / "README.md").read_text()
     guide = (ROOT / "docs" / "tutorials" / "domains.md").read_text(encoding="utf-8").splitlines()
     table = domains.example.summary(
-        domains.read(folder / "scores.csv"), domains.read(folder / "speeds.csv")
+        domains.read_rows(folder / "scores.csv"), domains.read_rows(folder / "speeds.csv")
     )
     assert [line for line in table if line not in guide] == []
 
