@@ -21,9 +21,6 @@ from excessmtl_ext.state import (
 )
 from excessmtl_ext.step import Step, StreamedWeight, Targets
 
-_LEAST_FACTOR = 1e-300
-"""Of a task that is to weigh nothing, where a logarithm is taken."""
-
 _COUNTS = ("num_steps", "num_skipped_steps")
 
 
@@ -348,7 +345,7 @@ class ExcessMTLRule(ExcessMTLState):
         if not step.moves_weights:
             self.ready_state(step)
             ratios = self._pass_ratios()
-            scale = None if ratios is None else ratios[task].clamp(min=_LEAST_FACTOR).log()
+            scale = None if ratios is None else gradient_sizes.log_ratio(ratios[task])
             return StreamedWeight(self.log_task_weights[task].clone(), scale)
         squares = self.take_task(step)
         state, options = self.step_state, self.step_options

@@ -39,6 +39,8 @@ OUTLIER_RATIO = 100.0
 SMALLEST_NORM = 1e-15
 """Norms below are computed again in float64: squares may have left the range of float32."""
 
+_LEAST_RATIO = 1e-300
+
 _LARGEST_SQUARE_SUM = torch.finfo(torch.float32).max
 
 
@@ -183,3 +185,8 @@ def _ratios_of_one_tensor(
     without = 0.0 if largest > 0 else 1.0
     ratios = [math.sqrt(largest / mean) if mean > 0 else without for mean in means]
     return mean_square.new_tensor(ratios)
+
+
+def log_ratio(ratio: Tensor) -> Tensor:
+    """Returns the logarithm of one of :func:`pass_ratios`, finite also for a task that is to weigh nothing."""
+    return ratio.clamp(min=_LEAST_RATIO).log()

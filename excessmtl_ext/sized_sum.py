@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -25,9 +24,6 @@ from excessmtl_ext.step import (
 )
 
 _PER_TENSOR = ("tensor_mean_square", "num_tensor_steps", "tensor_weights")
-
-_LEAST_FACTOR = 1e-300
-"""Of a task that is to weigh nothing, where a logarithm is taken."""
 
 
 class SizedSum(Balancer):
@@ -109,18 +105,14 @@ class SizedSum(Balancer):
             "tensor_weights": sizes.clone(),
         }
 
-    @abstractmethod
     def move(self, step: Step, unfit: Tensor | None) -> None:
-        """Moves the weights, and counts the step or the skip; sets ``found_nonfinite``.
+        """Moves the weights, and counts the step or the skip; sets ``found_nonfinite``. Here they stay as they are.
 
         Args:
             step: Its losses are known where the method requires them.
             unfit: [T] bool, tasks with a gradient that is not finite: the step is skipped then. None where no
                 gradient was looked at.
         """
-
-    def end_without_losses(self, unfit: Tensor | None) -> None:
-        """Does what :meth:`move` does where the weights stay as they are."""
         if unfit is None:
             self.num_steps += 1
             return
@@ -186,9 +178,10 @@ class SizedSum(Balancer):
 
     # ---- streaming
 
-    @abstractmethod
     def stream_log_weight(self, step: Step) -> Tensor:
-        """Returns the new log-weight [] of the one task of ``step``, not normalised."""
+        """Returns the new log-weight [] of the one task of ``step``, not normalised; here the one it has."""
+        (task,) = step.tasks
+        return self.log_task_weights[task].clone()
 
     def stream_task(self, step: Step) -> StreamedWeight:
         """Returns the task's new log-weight, and the size that its gradients are divided by; takes the size in."""
@@ -202,7 +195,7 @@ class SizedSum(Balancer):
         self._size_state(grads.layout, grads.tensors[0].device)
         if not step.moves_weights:
             ratios = self._pass_ratios()
-            scale = None if ratios is None else ratios[task].clamp(min=_LEAST_FACTOR).log()
+            scale = None if ratios is None else gradient_sizes.log_ratio(ratios[task])
             return StreamedWeight(self.log_task_weights[task].clone(), scale)
         sums = gradient_sizes.exact_sums_of_squares(
             grads.tensors, len(grads.layout.numels), step.grad_scale

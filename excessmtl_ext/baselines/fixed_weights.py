@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from excessmtl_ext.arguments import check_count, checked_numbers
 from excessmtl_ext.gradient_sizes import Combination
 from excessmtl_ext.sized_sum import SizedSum
-from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, Step, WeightScale
+from excessmtl_ext.step import Batched, HeadWeighting, NonFinite, WeightScale
 
 
 class FixedWeights(SizedSum):
@@ -77,15 +77,6 @@ class FixedWeights(SizedSum):
         state["task_weights"] = self.weight_total * weights / weights.sum()
         state["log_task_weights"] = weights.log() - weights.sum().log()
         return state
-
-    def move(self, step: Step, unfit: Tensor | None) -> None:
-        """Counts the step."""
-        self.end_without_losses(unfit)
-
-    def stream_log_weight(self, step: Step) -> Tensor:
-        """Returns the log-weight that never changes."""
-        (task,) = step.tasks
-        return self.log_task_weights[task].clone()
 
     def options(self) -> dict[str, Any]:
         """See :class:`excessmtl_ext.Balancer`."""

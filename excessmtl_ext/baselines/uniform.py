@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from excessmtl_ext.sized_sum import SizedSum
-from excessmtl_ext.step import Step
 
 
 class Uniform(SizedSum):
@@ -21,12 +18,3 @@ class Uniform(SizedSum):
     requires = frozenset()
 
     has_uniform_weights = True
-
-    def move(self, step: Step, unfit: Tensor | None) -> None:
-        """Counts the step."""
-        self.end_without_losses(unfit)
-
-    def stream_log_weight(self, step: Step) -> Tensor:
-        """Returns the log-weight that never changes."""
-        (task,) = step.tasks
-        return self.log_task_weights[task].clone()
